@@ -1,0 +1,572 @@
+"""Image sets: read the official files, shuffle, augment and normalise.
+
+A reader takes the folder of the data sets and a split, 'train' or 'test', and returns
+images uint8 [N, H, W, C] and labels int32 [N]. What it cannot find, or finds damaged, is a
+DataError whose message says which file and what to do.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import io
+import os
+import pickle
+import queue
+import sys
+import tarfile
+import threading
+import urllib.request
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+
+class DataError(Exception):
+    """A data set that is missing, damaged or of no use, in one line for the user."""
+
+
+# On the device: the batches of an epoch, augmentation, normalisation.
+
+
+def shuffled_batches(key, num_images, batch_size):
+    """The images of every batch of an epoch in a random order, int32 [num_images // batch_size, batch_size]."""
+    steps = num_images // batch_size
+    return jax.random.permutation(key, num_images)[: steps * batch_size].reshape(steps, batch_size)
+
+
+def augment(key, images):
+    """A random crop after zero padding by 4 pixels, then a horizontal flip of every other image on average.
+
+    images: uint8 [B, H, W, C], raw: black, not the mean colour, fills the border. Returns the same shape.
+    """
+    pad = 4
+    crop_key, flip_key = jax.random.split(key)
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
+    cropped = jax.vmap(lambda image, c: jax.lax.dynamic_slice(image, (c[0], c[1], 0), images.shape[1:]))(
+        padded, corners
+    )
+    flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+    return jnp.where(flipped, cropped[:, :, ::-1], cropped)
+
+
+def normalise(images, mean, std):
+    """uint8 [B, H, W, C] to float32, (images / 255 − mean) / std with a value for every channel."""
+    mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+# On the host: the data sets.
+
+
+class Dataset(NamedTuple):
+    """How to read an image set, and what to do with its images; without `mean` and `std` they are measured."""
+
+    read: Callable
+    num_classes: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    augment: bool
+
+
+def dataset(name, folder):
+    """The row of DATASETS called `name`, or one made for 'tfds/NAME'; its read(split) is bound to `folder`."""
+    folder = Path(folder)
+    if name.startswith('tfds/'):
+        return _tfds_dataset(name.removeprefix('tfds/'), folder)
+    row = DATASETS[name]
+    return row._replace(read=partial(row.read, folder))
+
+
+def describe(dataset, train_images):
+    """What networks need to know of an image set, as plain values: sizes, and mean and std of every channel."""
+    measured = channel_statistics(train_images) if dataset.mean is None else (dataset.mean, dataset.std)
+    return {
+        'num_train': len(train_images),
+        'num_classes': dataset.num_classes,
+        'image_shape': list(train_images.shape[1:]),
+        'mean': list(measured[0]),
+        'std': list(measured[1]),
+    }
+
+
+def channel_statistics(images):
+    """Mean and standard deviation of every channel of uint8 [N, H, W, C], on the scale [0, 1]."""
+    values = np.arange(256) / 255
+    counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
+    means = [np.average(values, weights=count) for count in counts]
+    variances = [np.average((values - m) ** 2, weights=count) for m, count in zip(means, counts, strict=True)]
+    return [float(m) for m in means], [float(np.sqrt(v)) for v in variances]
+
+
+class OfficialFile(NamedTuple):
+    """A file at its official address, with its published SHA-256 and size in bytes."""
+
+    url: str
+    sha256: str
+    num_bytes: int
+
+
+# CIFAR (Krizhevsky, 2009): records of one or two label bytes and 3,072 pixels, or pickled arrays.
+
+
+class _Cifar(NamedTuple):
+    binary_folder: str
+    python_folder: str
+    official: OfficialFile
+    files: dict
+    label_bytes: int
+    label_key: bytes
+    num_classes: int
+
+    @property
+    def binary_archive(self):
+        return self.official.url.rsplit('/', 1)[1]
+
+    @property
+    def python_archive(self):
+        return self.binary_archive.replace('binary', 'python')
+
+
+_CIFAR10 = _Cifar(
+    'cifar-10-batches-bin',
+    'cifar-10-batches-py',
+    OfficialFile(
+        'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+        'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd',
+        170_052_171,
+    ),
+    files={'train': [f'data_batch_{i}' for i in range(1, 6)], 'test': ['test_batch']},
+    label_bytes=1,
+    label_key=b'labels',
+    num_classes=10,
+)
+
+_CIFAR100 = _Cifar(
+    'cifar-100-binary',
+    'cifar-100-python',
+    OfficialFile(
+        'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
+        '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec',
+        168_513_733,
+    ),
+    files={'train': ['train'], 'test': ['test']},
+    label_bytes=2,
+    label_key=b'fine_labels',
+    num_classes=100,
+)
+
+
+def _read_cifar(layout, folder, split):
+    binary = [f'{name}.bin' for name in layout.files[split]]
+    places = [
+        (folder / layout.binary_folder, layout.binary_folder, binary, _parse_cifar_records),
+        (folder / layout.binary_archive, layout.binary_folder, binary, _parse_cifar_records),
+        (folder / layout.python_folder, layout.python_folder, layout.files[split], _parse_cifar_pickle),
+        (folder / layout.python_archive, layout.python_folder, layout.files[split], _parse_cifar_pickle),
+    ]
+    found = [place for place in places if place[0].exists()]
+    if not found:
+        download(layout.official, folder / layout.binary_archive)
+        found = [places[1]]
+    path, inner_folder, names, parse = found[0]
+    if path.is_dir():
+        payloads = [_read_file(path / name) for name in names]
+    else:
+        payloads = _read_members(path, [f'{inner_folder}/{name}' for name in names], layout.official)
+    parts = [parse(payload, layout, f'{path}: {name}') for payload, name in zip(payloads, names, strict=True)]
+    return _gather_cifar(parts, layout, path)
+
+
+def _parse_cifar_records(payload, layout, where):
+    record = layout.label_bytes + 3072
+    if not payload or len(payload) % record:
+        raise DataError(f'{where} is damaged: {len(payload)} bytes are not a number of records of {record} bytes')
+    records = np.frombuffer(payload, np.uint8).reshape(-1, record)
+    return records[:, layout.label_bytes :], records[:, layout.label_bytes - 1]
+
+
+def _parse_cifar_pickle(payload, layout, where):
+    try:
+        batch = _ArraysOnlyUnpickler(payload).load()
+        pixels, labels = np.asarray(batch[b'data']), np.asarray(batch[layout.label_key])
+    except Exception as error:  # a damaged pickle can raise anything
+        raise DataError(f'{where} is damaged or not a CIFAR batch: {error}') from error
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or labels.dtype.kind not in 'iu':
+        raise DataError(f'{where} is damaged: data is {pixels.dtype} {pixels.shape}, not uint8 [N, 3072] with N labels')
+    return pixels, labels
+
+
+def _gather_cifar(parts, layout, path):
+    """The batches as one array of images, channels last, without a second copy of the whole."""
+    num_images = sum(len(labels) for _, labels in parts)
+    images = np.empty((num_images, 32, 32, 3), np.uint8)
+    start = 0
+    for pixels, labels in parts:
+        images[start : start + len(labels)] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        start += len(labels)
+    return images, _checked_labels(np.concatenate([labels for _, labels in parts]), layout.num_classes, path)
+
+
+class _ArraysOnlyUnpickler(pickle.Unpickler):
+    """Reads pickles of NumPy arrays, strings and plain containers; anything else in them is refused, not run."""
+
+    def __init__(self, payload):
+        super().__init__(io.BytesIO(payload), encoding='bytes')
+
+    def find_class(self, module, name):
+        admitted = {
+            ('numpy', 'dtype'): np.dtype,
+            ('numpy', 'ndarray'): np.ndarray,
+            ('numpy.core.multiarray', '_reconstruct'): _empty_array,
+            ('numpy._core.multiarray', '_reconstruct'): _empty_array,
+            ('_codecs', 'encode'): _encode_latin1,
+        }
+        if (module, name) not in admitted:
+            raise pickle.UnpicklingError(f'it refers to {module}.{name}; only arrays and plain containers are admitted')
+        return admitted[module, name]
+
+
+def _empty_array(kind, shape, dtype):
+    """NumPy's array reconstructor, held to the empty arrays that pickles start from."""
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError('it does not start its arrays from empty ones')
+    return np.ndarray(shape, dtype)
+
+
+def _encode_latin1(text, encoding):
+    if encoding not in ('latin1', b'latin1'):
+        raise pickle.UnpicklingError(f'it encodes bytes as {encoding}')
+    return text.encode('latin1')
+
+
+# MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao et al., 2017): idx files, plain or compressed.
+
+
+class _Idx(NamedTuple):
+    folders: tuple[str, ...]
+    url: str
+    sha256: dict
+
+
+_MNIST = _Idx(
+    ('mnist', 'MNIST/raw'),
+    'https://storage.googleapis.com/cvdf-datasets/mnist/',
+    {
+        'train-images-idx3-ubyte.gz': ('440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609', 9_912_422),
+        'train-labels-idx1-ubyte.gz': ('3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c', 28_881),
+        't10k-images-idx3-ubyte.gz': ('8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6', 1_648_877),
+        't10k-labels-idx1-ubyte.gz': ('f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6', 4_542),
+    },
+)
+
+_FASHION = _Idx(
+    ('fashion', 'FashionMNIST/raw', 'fashion-mnist'),
+    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/',
+    {
+        'train-images-idx3-ubyte.gz': ('3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84', 26_421_880),
+        'train-labels-idx1-ubyte.gz': ('a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845', 29_515),
+        't10k-images-idx3-ubyte.gz': ('346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073', 4_422_102),
+        't10k-labels-idx1-ubyte.gz': ('67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5', 5_148),
+    },
+)
+
+
+def _read_idx_set(layout, folder, split):
+    prefix = {'train': 'train', 'test': 't10k'}[split]
+    images_path = _idx_file(layout, folder, f'{prefix}-images-idx3-ubyte')
+    labels_path = _idx_file(layout, folder, f'{prefix}-labels-idx1-ubyte')
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise DataError(f'{images_path} holds {images.shape} and {labels_path} {labels.shape}, not N images, N labels')
+    return images[..., None], _checked_labels(labels, 10, labels_path)
+
+
+def _idx_file(layout, folder, name):
+    for inner_folder in layout.folders:
+        for path in (folder / inner_folder / name, folder / inner_folder / f'{name}.gz'):
+            if path.exists():
+                return path
+    path = folder / layout.folders[0] / f'{name}.gz'
+    download(OfficialFile(layout.url + path.name, *layout.sha256[path.name]), path)
+    return path
+
+
+def read_idx(path):
+    """The unsigned bytes of an idx file, plain or .gz, in the shape that its header gives; DataError if damaged."""
+    payload = _read_file(path)
+    if path.suffix == '.gz':
+        try:
+            payload = gzip.decompress(payload)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(_damaged(path, error)) from error
+    rank = payload[3] if len(payload) >= 4 else 0
+    header = 4 + 4 * rank
+    if payload[:3] != b'\0\0\x08' or not rank or len(payload) < header:
+        raise DataError(f'{path} is damaged: it does not start like an idx file of bytes')
+    shape = [int(n) for n in np.frombuffer(payload[4:header], '>u4')]
+    expected = int(np.prod(shape, dtype=object))
+    if len(payload) - header != expected:
+        raise DataError(f'{path} is damaged: {len(payload) - header} bytes follow a header that promises {expected}')
+    return np.frombuffer(payload, np.uint8, offset=header).reshape(shape)
+
+
+# TinyImageNet: 200 folders of 64×64 JPEGs, decoded once.
+
+TINYIMAGENET = OfficialFile(
+    'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+    '6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821',
+    248_100_043,
+)
+
+
+def _read_tinyimagenet(folder, split):
+    root = folder / 'tiny-imagenet-200'
+    split_folder = root / {'train': 'train', 'test': 'val'}[split]
+    if not split_folder.is_dir() or (root / 'val' / 'images').exists():
+        raise DataError(
+            f'{split_folder} is missing or not sorted: run python setup_tinyimagenet.py --datasetfolder {folder}'
+        )
+    paths, labels, fingerprint = _list_image_folders(split_folder)
+    if len(set(labels)) != 200:
+        raise DataError(f'{split_folder} holds images of {len(set(labels))} classes, not 200')
+    cache = root / f'{split}-{fingerprint}.npy'
+    if not cache.exists():
+        return _cached(cache, _decode(paths, (64, 64, 3))), labels
+    return np.load(cache, mmap_mode='r'), labels
+
+
+def _list_image_folders(folder):
+    """Paths of the JPEGs below each class folder, their labels in the order of the folders' names, and a
+    fingerprint of names and sizes that changes with the images."""
+    paths, labels, fingerprint = [], [], hashlib.sha256()
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    for label, name in enumerate(classes):
+        inner = folder / name / 'images'
+        entries = os.scandir(inner if inner.is_dir() else folder / name)
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.endswith('.JPEG'):
+                paths.append(entry.path)
+                labels.append(label)
+                fingerprint.update(f'{name}/{entry.name} {entry.stat().st_size}\n'.encode())
+    return paths, np.array(labels, np.int32), fingerprint.hexdigest()[:16]
+
+
+def _decode(paths, shape):
+    """Image files as one array uint8 [N, *shape], grey ones as RGB, on all cores."""
+    images = np.empty((len(paths), *shape), np.uint8)
+
+    def decode(i):
+        try:
+            with Image.open(paths[i]) as image:
+                images[i] = np.asarray(image.convert('RGB'))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(_damaged(paths[i], error)) from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(decode, range(len(paths))), 'decoding', len(paths), unit=' images', leave=False):
+            pass
+    return images
+
+
+def _cached(path, images):
+    """Keeps decoded images for the next start where the folder can be written; returns them."""
+    for stale in path.parent.glob(f'{path.name.split("-")[0]}-*.npy'):
+        stale.unlink(missing_ok=True)
+    partial_path = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    try:
+        with open(partial_path, 'wb') as file:
+            np.save(file, images)
+        os.replace(partial_path, path)
+    except OSError as error:
+        partial_path.unlink(missing_ok=True)
+        print(f'{path} could not be written ({error.strerror}): images are decoded at every start', file=sys.stderr)
+    return images
+
+
+# TensorFlow Datasets: any image classification set that is prepared in the folder.
+
+
+def _tfds_dataset(name, folder):
+    import tensorflow_datasets as tfds
+
+    builder = _tfds_builder(tfds, name, folder)
+    image_key, label_key = builder.info.supervised_keys or ('image', 'label')
+    features = builder.info.features
+    if not isinstance(features.get(label_key), tfds.features.ClassLabel) or 'train' not in builder.info.splits:
+        raise DataError(f'tfds/{name} is no image classification set with a split "train"')
+    read = partial(_read_tfds, builder, image_key, label_key)
+    in_colour = features[image_key].shape[-1] == 3
+    return Dataset(read, features[label_key].num_classes, mean=None, std=None, augment=in_colour)
+
+
+def _tfds_builder(tfds, name, folder):
+    prepared = sorted((folder / name).glob('**/dataset_info.json'), key=lambda path: path.stat().st_mtime)
+    if prepared:
+        return tfds.builder_from_directory(prepared[-1].parent)
+    if importlib.util.find_spec('tensorflow') is None:
+        raise DataError(
+            f'{folder / name} holds no prepared data set, and TFDS needs tensorflow to prepare one: where it is '
+            f"installed, run tfds.builder('{name}', data_dir='{folder}', file_format='array_record')"
+            '.download_and_prepare(), or install tensorflow here'
+        )
+    builder = tfds.builder(name, data_dir=folder, file_format='array_record')
+    builder.download_and_prepare()
+    return builder
+
+
+def _read_tfds(builder, image_key, label_key, split):
+    splits = [s for s in ((split,) if split == 'train' else ('test', 'validation')) if s in builder.info.splits]
+    if not splits:
+        raise DataError(f'{builder.info.full_name} has neither a split "test" nor "validation"')
+    try:
+        source = builder.as_data_source(splits[0])
+    except NotImplementedError as error:
+        raise DataError(
+            f"{builder.info.full_name} was not prepared with file_format='array_record': {error}"
+        ) from error
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        examples = list(tqdm(pool.map(source.__getitem__, range(len(source))), 'decoding', len(source), leave=False))
+    shapes = {example[image_key].shape for example in examples}
+    if len(shapes) != 1:
+        raise DataError(f'{builder.info.full_name} has images of {len(shapes)} different sizes; one size is needed')
+    labels = np.array([example[label_key] for example in examples])
+    return np.stack([example[image_key] for example in examples]), labels.astype(np.int32)
+
+
+# The digits that scikit-learn ships: no file, no network.
+
+
+def _read_digits(folder, split):
+    """1,797 handwritten digits (Alpaydin & Kaynak, 1998), enlarged from 8×8 to 32×32; 1,437 to train, 360 to test."""
+    del folder
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([np.asarray(Image.fromarray(p).resize((32, 32), Image.Resampling.BILINEAR)) for p in pixels])
+    parts = train_test_split(images[..., None], digits.target, test_size=360, random_state=0, stratify=digits.target)
+    images, labels = (parts[0], parts[2]) if split == 'train' else (parts[1], parts[3])
+    return images, labels.astype(np.int32)
+
+
+DATASETS = {
+    'cifar10': Dataset(
+        partial(_read_cifar, _CIFAR10), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), augment=True
+    ),
+    'cifar100': Dataset(
+        partial(_read_cifar, _CIFAR100), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761), augment=True
+    ),
+    'tinyimagenet': Dataset(_read_tinyimagenet, 200, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), augment=True),
+    'mnist': Dataset(partial(_read_idx_set, _MNIST), 10, (0.0,), (1.0,), augment=False),
+    'fashion': Dataset(partial(_read_idx_set, _FASHION), 10, (0.0,), (1.0,), augment=False),
+    'digits': Dataset(_read_digits, 10, (0.0,), (1.0,), augment=False),
+}
+
+
+# Files: download, check, read.
+
+
+def download(official, path):
+    """Fetches an OfficialFile to `path` with a progress bar; it appears there whole and checked, or not at all.
+
+    Raises a DataError that says which file to put where if the network does not answer within 10 seconds.
+    """
+    partial_path = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = _fetch(official, partial_path)
+        if sha256 != official.sha256:
+            raise DataError(f'what {official.url} sent has the SHA-256 {sha256}, not {official.sha256}: not kept')
+        os.replace(partial_path, path)
+    except OSError as error:
+        reason = getattr(error, 'reason', None) or error
+        raise DataError(
+            f'{path} is missing and could not be fetched ({reason}): download {official.url} and put it there'
+        ) from error
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def _fetch(official, path):
+    sha256 = hashlib.sha256()
+    with (
+        _open_url(official.url) as response,
+        open(path, 'wb') as file,
+        tqdm(desc=path.name.split('.')[0], total=official.num_bytes, unit='B', unit_scale=True) as progress,
+    ):
+        while chunk := response.read(1 << 20):
+            file.write(chunk)
+            sha256.update(chunk)
+            progress.update(len(chunk))
+    return sha256.hexdigest()
+
+
+def _open_url(url, seconds=10):
+    """urlopen within `seconds`: its own timeout holds for every address of a host and not for looking them up."""
+    answers = queue.SimpleQueue()
+
+    def connect():
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=seconds))
+        except OSError as error:
+            answers.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f'no answer in {seconds} seconds') from None
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
+
+
+def _read_file(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error.strerror}') from error
+
+
+def _read_members(archive, names, official):
+    """The named files of a .tar.gz, in one pass."""
+    members = {}
+    try:
+        with tarfile.open(archive, 'r:gz') as tar:
+            for member in tar:
+                if member.name in names and member.isfile():
+                    members[member.name] = tar.extractfile(member).read()
+                if len(members) == len(names):
+                    break
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise DataError(_damaged(archive, error, official)) from error
+    missing = [name for name in names if name not in members]
+    if missing:
+        raise DataError(_damaged(archive, f'it holds no {missing[0]}', official))
+    return [members[name] for name in names]
+
+
+def _damaged(path, reason, official=None):
+    message = f'{path} is damaged ({reason})'
+    if official is None or Path(path).name != official.url.rsplit('/', 1)[1]:
+        return message
+    with open(path, 'rb') as file:
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    return f'{message}: its SHA-256 is {sha256}, the published one {official.sha256}; delete it to download it again'
+
+
+def _checked_labels(labels, num_classes, where):
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise DataError(f'{where} has labels from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}')
+    return labels.astype(np.int32)

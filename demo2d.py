@@ -1,0 +1,146 @@
+"""Animate bSAM's posterior over decision boundaries of two moons.
+
+python demo2d.py --output animation.gif
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from contourpy import contour_generator
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+import flags
+
+COLOURS = GREY, BROWN, BLUE, BLACK = '#B0B0B0', '#8F5F3F', '#435571', '#000000'
+X_RANGE, Y_RANGE = (-1.5, 2.7), (-1.0, 1.4)
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.splitlines()[0])
+    parser.add_argument('--output', type=Path, default=Path('animation.gif'), help='the GIF to write')
+    parser.add_argument('--epochs', type=flags.integer(1), default=251, help='epochs; every second one is a frame')
+    parser.add_argument('--randomseed', type=flags.integer(0), default=0, help='seed of weights, batches and samples')
+    args = parser.parse_args(argv)
+    if args.output.suffix != '.gif':
+        parser.error(f'--output {args.output} is not the name of a .gif')
+    if not args.output.absolute().parent.is_dir() or not os.access(args.output.absolute().parent, os.W_OK):
+        parser.error(f'--output {args.output}: the folder is missing or cannot be written')
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import jax
+
+    with jax.enable_x64(True):
+        points, labels = two_moons()
+        frames = [draw(points, labels, *boundaries) for boundaries in train(points, labels, args)]
+    save_gif(frames, args.output)
+    print(f'{args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.1f} MB')
+
+
+def two_moons():
+    """100 points float64 [100, 2] and their classes, 0 or 1, float64 [100]."""
+    from sklearn.datasets import make_moons
+
+    points, labels = make_moons(n_samples=100, noise=0.1, random_state=1)
+    return points, labels.astype(float)
+
+
+def train(points, labels, args):
+    """Trains an MLP with bSAM; yields, every second epoch, the logits of 20 samples and of the mean on the grid."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from tqdm import trange
+
+    import data
+    import models
+    import optimizers
+
+    model = models.MLP(num_classes=1, features=(32, 32, 32, 32))
+
+    def logits(params, points):
+        return model.apply({'params': params}, points, train=True)[:, 0]
+
+    def loss(params, batch_stats, batch):
+        points, labels = batch
+        return optax.sigmoid_binary_cross_entropy(logits(params, points), labels).mean(), batch_stats
+
+    optimizer = optimizers.bsam(
+        loss,
+        alpha=0.5,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=1e-4,
+        rho=0.05,
+        batchsplit=5,
+        num_data=len(points),
+        damping=0.1,
+    )
+
+    @jax.jit
+    def boundaries(state, key):
+        samples = jax.vmap(lambda k: optimizer.sample(state, k))(jax.random.split(key, 20))
+        return jax.vmap(logits, (0, None))(samples, grid), logits(state.params, grid)
+
+    step = jax.jit(optimizer.step)
+    init_key, state_key, order_key, sample_key = jax.random.split(jax.random.key(args.randomseed), 4)
+    params = model.init(init_key, points, train=True)['params']
+    state = optimizer.init(jax.tree.map(lambda w: w.astype(float), params), {}, state_key)
+    grid = jnp.asarray(grid_points().reshape(-1, 2))
+    for epoch in trange(args.epochs, unit=' epochs', disable=None):
+        lr_factor = optimizers.lr_factor(epoch, args.epochs - 1, warmup=0)
+        for batch in data.shuffled_batches(jax.random.fold_in(order_key, epoch), len(points), batch_size=30):
+            state, _ = step(state, (points[batch], labels[batch]), lr_factor)
+        if epoch % 2 == 0:
+            yield jax.device_get(boundaries(state, sample_key))
+
+
+def grid_points():
+    """The grid on which boundaries are drawn, float64 [rows, columns, 2]."""
+    return np.stack(np.meshgrid(np.linspace(*X_RANGE, 85), np.linspace(*Y_RANGE, 49)), axis=-1)
+
+
+def draw(points, labels, sample_logits, mean_logits):
+    """A frame, as a Pillow image: the boundaries of the samples in thin grey, that of the mean in thick black."""
+    figure = Figure(figsize=(5.6, 3.2), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=X_RANGE, ylim=Y_RANGE)
+    axes.axis('off')
+    sample_lines = [line for logits in sample_logits for line in boundary(logits)]
+    axes.add_collection(LineCollection(sample_lines, colors=GREY, linewidths=0.8))
+    axes.add_collection(LineCollection(boundary(mean_logits), colors=BLACK, linewidths=3))
+    axes.plot(*points[labels == 0].T, 'x', color=BROWN, markersize=7, markeredgewidth=2)
+    axes.plot(*points[labels == 1].T, 'o', color=BLUE, markersize=6)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def boundary(logits):
+    """The lines, float64 [points, 2] each, on which a network with these logits on the grid is undecided."""
+    grid = grid_points()
+    return contour_generator(grid[..., 0], grid[..., 1], logits.reshape(grid.shape[:2])).lines(0)
+
+
+def save_gif(frames, path):
+    """Writes frames of 50 ms that loop forever, in the colours drawn and their halves; the file appears whole."""
+    shades = [(1, 1, 1)] + [1 - opacity * (1 - np.array(to_rgb(c))) for c in COLOURS for opacity in (0.5, 1)]
+    palette = Image.new('P', (1, 1))
+    palette.putpalette(np.round(np.array(shades) * 255).astype(np.uint8).tobytes())
+    frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
+    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    try:
+        frames[0].save(partial, 'GIF', save_all=True, append_images=frames[1:], duration=50, loop=0, optimize=True)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    main()

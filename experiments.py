@@ -1,0 +1,70 @@
+"""What a run's configuration means: its network, its optimizer, its first state, its predictions.
+
+Here the flags of the reference are translated into the field's terms.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+import data
+import evaluation
+import metrics
+import models
+import optimizers
+import training
+
+
+class Experiment(NamedTuple):
+    """The parts of a run.
+
+    init(key) returns the optimizer's first state; normalise(images uint8) what the network takes.
+    """
+
+    model: nn.Module
+    optimizer: optimizers.Optimizer
+    num_data: float
+    init: Callable
+    normalise: Callable
+
+    def probs(self, params, batch_stats, images, batch_size):
+        """Class probabilities, float64 [N, K] on the host, of images uint8 [N, H, W, C]."""
+        variables = {'params': params, 'batch_stats': batch_stats}
+        return metrics.softmax(evaluation.logits(self.model, variables, images, self.normalise, batch_size))
+
+
+def keys(seed):
+    """The independent keys of a run's first state, of its batches and of test.py's posterior samples."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+def create(config):
+    """The Experiment of a configuration {'flags': ..., 'dataset': data.describe(...)}. Raises models.ModelError."""
+    flags, dataset = config['flags'], config['dataset']
+    num_data = dataset['num_train'] * flags['dafactor']
+    model = models.create(flags['model'], dataset['num_classes'])
+    optimizer = _optimizer(flags, training.loss_function(model), num_data)
+    example = jnp.zeros((1, *dataset['image_shape']))
+
+    def init(key):
+        weights_key, state_key = jax.random.split(key)
+        variables = model.init(weights_key, example, train=False)
+        return optimizer.init(variables['params'], variables.get('batch_stats', {}), state_key)
+
+    normalise = partial(data.normalise, mean=dataset['mean'], std=dataset['std'])
+    return Experiment(model, optimizer, num_data, init, normalise)
+
+
+def _optimizer(flags, loss, num_data):
+    common = {'alpha': flags['alpha'], 'beta1': flags['beta1'], 'weight_decay': flags['priorprec'] / num_data}
+    sharpness = {'rho': flags['rho'], 'batchsplit': flags['batchsplit']}
+    posterior = {name: flags[name] for name in ('beta2', 'custominit', 'damping')} | {'num_data': num_data}
+    if flags['optim'] == 'sgd':
+        return optimizers.sgd(loss, **common)
+    if flags['optim'] == 'sam':
+        return optimizers.sam(loss, **common, **sharpness)
+    return optimizers.bsam(loss, **common, **sharpness, **posterior)

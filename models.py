@@ -1,0 +1,294 @@
+"""ResNet-18, ResNet-20 with filter response normalisation, LeNet-5 and an MLP, as Flax linen modules.
+
+    model = create('resnet20', num_classes=10)
+    variables = model.init(key, images, train=False)
+    logits, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
+    logits = model.apply(variables, images, train=False)
+
+images: float [B, H, W, C]; logits: float [B, num_classes]; collections: `params` and, with batch
+normalisation, `batch_stats`. Layers, initial distributions and running averages are those of the
+reference code of Möllenhoff & Khan (ICLR 2023).
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+
+class ModelError(ValueError):
+    """A network that does not exist, or that does not fit the images."""
+
+
+def truncated_fan_in(key, shape, dtype=jnp.float32):
+    """A standard normal cut at ±2, times 1/√fan_in: its standard deviation is 0.88/√fan_in, not corrected to 1.
+
+    shape: [..., inputs, outputs]; fan_in is the product of all but the last.
+    """
+    return jax.random.truncated_normal(key, -2, 2, shape, dtype) / math.sqrt(math.prod(shape[:-1]))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al., 2016) for small images: a 3×3 stem without pooling, batch normalisation."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.relu(_ConvNorm(64, name='stem')(images, train))
+        x = _Stage18(64, stride=1, name='stage1')(x, train)
+        x = _Stage18(128, stride=2, name='stage2')(x, train)
+        x = _Stage18(256, stride=2, name='stage3')(x, train)
+        x = _Stage18(512, stride=2, name='stage4')(x, train)
+        x = x.mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name='head')(x)
+
+
+class _Stage18(nn.Module):
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = _Block18(self.features, self.stride, name='block1')(x, train)
+        return _Block18(self.features, name='block2')(x, train)
+
+
+class _Block18(nn.Module):
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.relu(_ConvNorm(self.features, stride=self.stride, name='layer1')(x, train))
+        y = _ConvNorm(self.features, name='layer2')(y, train)
+        if x.shape != y.shape:
+            x = _ConvNorm(self.features, kernel_size=1, stride=self.stride, name='shortcut')(x, train)
+        return nn.relu(x + y)
+
+
+class _ConvNorm(nn.Module):
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = _conv(self.features, self.kernel_size, self.stride, truncated_fan_in, use_bias=False)(x)
+        return BatchNorm(name='norm')(x, train)
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 with filter response normalisation, which is its only non-linearity, after sums too."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        _require_size('resnet20', images, 29, 'for its 8×8 pool')
+        x = _ConvFRN(16, name='stem')(images)
+        x = _Stage20(16, stride=1, name='stage1')(x)
+        x = _Stage20(32, stride=2, name='stage2')(x)
+        x = _Stage20(64, stride=2, name='stage3')(x)
+        x = nn.avg_pool(x, (8, 8), strides=(8, 8))
+        x = x.reshape(x.shape[0], -1)
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.he_normal(), name='head')(x)
+
+
+class _Stage20(nn.Module):
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = _Block20(self.features, self.stride, name='block1')(x)
+        x = _Block20(self.features, name='block2')(x)
+        return _Block20(self.features, name='block3')(x)
+
+
+class _Block20(nn.Module):
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        y = _ConvFRN(self.features, stride=self.stride, name='layer1')(x)
+        y = _ConvFRN(self.features, name='layer2')(y)
+        if x.shape != y.shape:
+            x = _ConvFRN(self.features, kernel_size=1, stride=self.stride, name='shortcut')(x)
+        return x + y
+
+
+class _ConvFRN(nn.Module):
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        x = _conv(self.features, self.kernel_size, self.stride, nn.initializers.he_normal())(x)
+        return FilterResponseNorm(name='frn')(x)
+
+
+class LeNet(nn.Module):
+    """LeNet-5 with 6, 16 and 120 channels of 5×5, ReLU and overlapping 3×3 pools."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        _require_size('lenet', images, 15, 'for its three 3×3 pools')
+        x = images
+        for i, features in enumerate((6, 16, 120), start=1):
+            x = nn.relu(_conv(features, 5, 1, truncated_fan_in, name=f'conv{i}')(x))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(64, kernel_init=truncated_fan_in, name='dense1')(x))
+        return nn.Dense(self.num_classes, kernel_init=truncated_fan_in, name='dense2')(x)
+
+
+class MLP(nn.Module):
+    """Fully connected layers with ELU between them; all biases start at 0.05."""
+
+    num_classes: int
+    features: tuple[int, ...] = (500, 300)
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = images.reshape(images.shape[0], -1)
+        bias_init = nn.initializers.constant(0.05)
+        for i, features in enumerate((*self.features, self.num_classes), start=1):
+            x = x if i == 1 else nn.elu(x)
+            x = nn.Dense(features, kernel_init=truncated_fan_in, bias_init=bias_init, name=f'dense{i}')(x)
+        return x
+
+
+MODELS = {'resnet18': ResNet18, 'resnet20': ResNet20, 'mlp': MLP, 'lenet': LeNet}
+
+
+def create(name, num_classes):
+    """The network called `name` in MODELS, with `num_classes` logits; a ModelError if there is none."""
+    if name not in MODELS:
+        raise ModelError(f'unknown model {name!r} (choose from {", ".join(MODELS)})')
+    return MODELS[name](num_classes)
+
+
+def _require_size(name, images, pixels, reason):
+    height, width = images.shape[1:3]
+    if min(height, width) < pixels:
+        raise ModelError(f'{name} needs images of {pixels}×{pixels} pixels or more {reason}, not {height}×{width}')
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy, 2015) with running averages that are zero-debiased.
+
+    The running average after t updates is Σ 0.9^(t−i) x_i / Σ 0.9^(t−i), so the first update replaces
+    the initial value, where Flax's own starts at mean 0 and variance 1 and forgets them slowly.
+    `batch_stats`: mean [C], var [C] (the debiased averages) and count [], the number of updates.
+    """
+
+    decay: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, train):
+        shape = x.shape[-1:]
+        scale = self.param('scale', nn.initializers.ones, shape)
+        bias = self.param('bias', nn.initializers.zeros, shape)
+        running_mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
+        running_var = self.variable('batch_stats', 'var', jnp.ones, shape)
+        count = self.variable('batch_stats', 'count', jnp.zeros, ())
+
+        mean, var = running_mean.value, running_var.value
+        if train:
+            mean = x.mean(axis=(0, 1, 2))
+            var = jnp.maximum(jnp.square(x).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
+        if train and not self.is_initializing():
+            count.value += 1
+            weight = (1 - self.decay) / (1 - self.decay**count.value)
+            running_mean.value += weight * (mean - running_mean.value)
+            running_var.value += weight * (var - running_var.value)
+
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        return (x - _channels(mean)) * _channels(factor) + _channels(bias)
+
+
+class FilterResponseNorm(nn.Module):
+    """Filter response normalisation with a thresholded linear unit (Singh & Krishnan, 2020)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        shape = x.shape[-1:]
+        scale = self.param('scale', nn.initializers.ones, shape)
+        bias = self.param('bias', nn.initializers.zeros, shape)
+        threshold = self.param('threshold', nn.initializers.zeros, shape)
+        x = x * lax.rsqrt(jnp.square(x).mean(axis=(1, 2), keepdims=True) + self.epsilon)
+        return jnp.maximum(_channels(scale) * x + _channels(bias), _channels(threshold))
+
+
+def _channels(x):
+    return x.reshape(1, 1, 1, -1)
+
+
+def _conv(features, kernel_size, stride, kernel_init, use_bias=True, name='conv'):
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        (stride, stride),
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        conv_general_dilated=_flax_convolution,
+        name=name,
+    )
+
+
+def _flax_convolution(x, kernel, strides, padding, **defaults):
+    """`convolution` in the signature that nn.Conv calls; neither dilation nor groups are used here."""
+    del defaults
+    return convolution(x, kernel, strides, padding)
+
+
+def _nhwc_convolution(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None):
+    dimension_numbers = ('NHWC', 'HWIO', 'NHWC')
+    return lax.conv_general_dilated(x, kernel, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolution(x, kernel, strides, padding):
+    """A 2-D convolution whose gradient also consists of NHWC convolutions.
+
+    JAX's own gradient permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for
+    those inside of loops, where it is some twenty times slower (jax-ml/jax issue 12868).
+
+    x: [B, H, W, C]; kernel: [h, w, C, D]; strides: two ints; padding: 'SAME' or 'VALID'. Returns [B, H', W', D].
+    """
+    return _nhwc_convolution(x, kernel, strides, padding)
+
+
+def _convolution_forward(x, kernel, strides, padding):
+    return _nhwc_convolution(x, kernel, strides, padding), (x, kernel)
+
+
+def _convolution_backward(strides, padding, residuals, grads):
+    """Both gradients are convolutions with strides turned into dilations; each pads to the size it must have."""
+    x, kernel = residuals
+    low = [before for before, _ in lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)]
+    reach = [stride * (n - 1) + 1 for stride, n in zip(strides, grads.shape[1:3], strict=True)]
+    sides = list(zip(x.shape[1:3], kernel.shape[:2], low, reach, strict=True))
+
+    x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in sides]
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    x_grads = _nhwc_convolution(grads, flipped, (1, 1), x_padding, lhs_dilation=strides)
+
+    kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in sides]
+    batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
+    kernel_grads = _nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
+    return x_grads, kernel_grads.transpose(1, 2, 0, 3)
+
+
+convolution.defvjp(_convolution_forward, _convolution_backward)

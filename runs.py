@@ -1,0 +1,119 @@
+"""Run folders: configuration, log, checkpoints, metrics.
+
+    RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K/
+        config.json     all flags, the data set's properties, versions, git commit, device
+        log.jsonl       a line an epoch
+        checkpoints/    the state after the last two epochs (Orbax)
+        metrics.json    what test.py measured
+
+Nothing in it is a pickle.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of the options that it was given
+
+
+class RunError(Exception):
+    """A run folder that cannot be made, or is not what it should be, in one line for the user."""
+
+
+def create(results_folder, dataset, model, optim):
+    """A new folder run_K with the first free K, made by this process and no other. Raises RunError."""
+    parent = Path(results_folder) / f'{dataset}_{model}'.replace('/', '_') / optim
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for k in range(len(os.listdir(parent)) + 1_000_000):
+            run = parent / f'run_{k}'
+            try:
+                run.mkdir()
+            except FileExistsError:
+                continue
+            return run
+    except OSError as error:
+        raise RunError(f'no run folder can be made in {parent}: {error.strerror}') from error
+
+
+def write_json(path, content):
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    partial.write_text(json.dumps(content, indent=2) + '\n')
+    os.replace(partial, path)
+
+
+def append_log(run, record):
+    """Adds an epoch's line to log.jsonl."""
+    with open(run / 'log.jsonl', 'a') as file:
+        file.write(json.dumps(record) + '\n')
+
+
+def read_config(run):
+    """The configuration that train.py wrote, a dict. Raises RunError."""
+    path = Path(run) / 'config.json'
+    if not path.exists():
+        raise RunError(
+            f'{run} is not a run folder: it holds no config.json (name the folder run_K that train.py printed)'
+        )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f'{path} is damaged: {error}') from error
+
+
+def environment():
+    """Versions, git commit and device of this process, for the record."""
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    device = jax.devices()[0]
+    return {
+        'python': platform.python_version(),
+        'versions': {package: metadata.version(package) for package in packages},
+        'git_commit': _git_commit(),
+        'device': f'{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores',
+    }
+
+
+def _git_commit():
+    try:
+        describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--match=']
+        folder = Path(__file__).parent
+        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def open_checkpoints(run):
+    """An Orbax manager of the run's checkpoints, a context manager; it keeps the last two."""
+    folder = Path(run).absolute() / 'checkpoints'
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+
+def save(checkpoints, epoch, state):
+    """Copies the state and writes it in the background, so that the state may be donated at once."""
+    checkpoints.save(epoch, args=ocp.args.StandardSave(state))
+
+
+def restore(run, like):
+    """The newest checkpoint as (epoch, state), in the structure, shapes and dtypes of `like`. Raises RunError."""
+    folder = Path(run).absolute() / 'checkpoints'
+    if not folder.is_dir():
+        raise RunError(f'{run} holds no checkpoint: no epoch of it was completed')
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
+        epoch = checkpoints.latest_step()
+        if epoch is None:
+            raise RunError(f'{run} holds no checkpoint: no epoch of it was completed')
+        try:
+            return epoch, checkpoints.restore(epoch, args=ocp.args.StandardRestore(like))
+        except (ValueError, KeyError, TypeError) as error:
+            reason = str(error).split('. ')[0]
+            raise RunError(
+                f'{folder / str(epoch)} does not fit the model and optimizer of config.json: {reason}'
+            ) from error

@@ -1,0 +1,66 @@
+"""Evaluate a run: accuracy, NLL, ECE and AUROC at the mean of its posterior and averaged over samples of it.
+
+python test.py --resultsfolder results/cifar10_resnet18/bsam/run_0 --testmc 32
+"""
+
+from pathlib import Path
+
+import flags
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.splitlines()[0])
+    parser.add_argument('--resultsfolder', type=Path, required=True, help='the run folder run_K that train.py printed')
+    help = 'samples from the posterior over which probabilities are averaged; SGD and SAM only have its mean'
+    parser.add_argument('--testmc', type=flags.integer(1), default=1, help=help)
+    parser.add_argument('--testbatchsize', type=flags.integer(1), default=200, help='images per batch')
+    parser.add_argument('--datasetfolder', help='folder of the data sets, where it is not the one of the training')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+
+    # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
+    import jax
+
+    import data
+    import evaluation
+    import experiments
+    import metrics
+    import models
+    import runs
+
+    with flags.one_line_errors('test.py', data.DataError, models.ModelError, runs.RunError):
+        config = runs.read_config(args.resultsfolder)
+        experiment = experiments.create(config)
+        epoch, state = runs.restore(args.resultsfolder, jax.eval_shape(experiment.init, jax.random.key(0)))
+        dataset = data.dataset(config['flags']['dataset'], args.datasetfolder or config['flags']['datasetfolder'])
+        images, labels = dataset.read('test')
+
+    images = jax.device_put(images)
+    sample = jax.jit(lambda key: experiment.optimizer.sample(state, key))
+    _, _, sample_key = experiments.keys(config['flags']['randomseed'])
+
+    def predict(params):
+        return experiment.probs(params, state.batch_stats, images, args.testbatchsize)
+
+    at_mean = metrics.summary(predict(state.params), labels)
+    print('results at mean of distribution:')
+    print_metrics(at_mean)
+    averaged = metrics.summary(evaluation.posterior_probs(predict, sample, sample_key, args.testmc), labels)
+    print(f'results at model average ({args.testmc} samples):')
+    print_metrics(averaged)
+
+    results = {'epoch': epoch, 'testmc': args.testmc, 'mean': at_mean, 'average': averaged}
+    runs.write_json(args.resultsfolder / 'metrics.json', results | runs.environment())
+
+
+def print_metrics(summary):
+    """The reference's line, whose auroc is that of the grid, and the exact one."""
+    line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})'
+    print(line.format(**summary), flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,161 @@
+"""The networks against the reference's own logits, parameter counts, initial distributions and running averages."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+
+import models
+
+GOLDEN = {entry['model']: entry for entry in json.loads((Path(__file__).parent / 'golden' / 'models.json').read_text())}
+
+
+def golden_images(entry):
+    shape = (entry['batch'], entry['image_size'], entry['image_size'], entry['channels'])
+    return np.sin(0.37 * np.arange(np.prod(shape))).reshape(shape).astype(np.float32)
+
+
+def golden_params(entry):
+    """Parameter i from the generator of seed i: kernels z·√(2/fan_in), scales 1 + 0.1 z, all else 0.1 z."""
+    params = {}
+    for i, (name, shape) in enumerate(entry['parameters']):
+        z = np.random.default_rng(i).standard_normal(shape)
+        kind = name.rsplit('/', 1)[1]
+        value = {'kernel': z * np.sqrt(2 / np.prod(shape[:-1])), 'scale': 1 + 0.1 * z}.get(kind, 0.1 * z)
+        params[name] = value.astype(np.float32)
+    return unflatten_dict(params, sep='/')
+
+
+def abstract_variables(model, shape):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False))
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_golden_logits(name):
+    entry = GOLDEN[name]
+    model, images = models.create(name, entry['num_classes']), golden_images(entry)
+    variables = abstract_variables(model, images.shape)
+    shapes = {name: list(leaf.shape) for name, leaf in flatten_dict(variables['params'], sep='/').items()}
+    assert shapes == dict(entry['parameters'])
+    assert sum(np.prod(shape) for shape in shapes.values()) == entry['num_parameters']
+
+    running = {'mean': 0.05, 'var': 1.2, 'count': 1}
+    batch_stats = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.full(leaf.shape, running[path[-1].key]), variables.get('batch_stats', {})
+    )
+    variables = {'params': golden_params(entry), 'batch_stats': batch_stats}
+    train, _ = jax.jit(lambda v: model.apply(v, images, train=True, mutable=['batch_stats']))(variables)
+    np.testing.assert_allclose(train, entry['logits_train'], atol=5e-5)
+    np.testing.assert_allclose(model.apply(variables, images, train=False), entry['logits_eval'], atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'num_classes', 'count'),
+    [
+        ('resnet18', (1, 32, 32, 3), 10, 11_173_962),
+        ('resnet20', (1, 32, 32, 3), 10, 274_042),
+        ('resnet20', (1, 64, 64, 3), 200, 324_792),
+        ('lenet', (1, 28, 28, 1), 10, 6 * 26 + 16 * 151 + 120 * 401 + (3 * 3 // 9 * 2 * 2 * 120 + 1) * 64 + 650),
+        ('mlp', (1, 28, 28, 1), 10, 545_810),
+    ],
+)
+def test_parameter_counts(name, shape, num_classes, count):
+    variables = abstract_variables(models.create(name, num_classes), shape)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == count
+
+
+@pytest.fixture(scope='module')
+def initial():
+    """Initial variables of the networks, flat, by name."""
+    shapes = {'resnet18': (1, 32, 32, 3), 'resnet20': (1, 32, 32, 3), 'lenet': (1, 32, 32, 1), 'mlp': (1, 32, 32, 3)}
+    flat = {}
+    for name, shape in shapes.items():
+        variables = models.create(name, 10).init(jax.random.key(1), jnp.zeros(shape), train=False)
+        flat[name] = flatten_dict(variables['params'], sep='/')
+    return flat
+
+
+@pytest.mark.parametrize(
+    ('name', 'kernel', 'fan_in'),
+    [
+        ('resnet18', 'stage3/block2/layer1/conv/kernel', 2304),
+        ('lenet', 'conv3/kernel', 400),
+        ('mlp', 'dense1/kernel', 3072),
+    ],
+)
+def test_truncated_kernels(name, kernel, fan_in, initial):
+    """Cut at two standard deviations and not corrected for it: the real standard deviation is 0.8796/√fan_in."""
+    z = np.asarray(initial[name][kernel]).ravel() * np.sqrt(fan_in)
+    assert np.abs(z).max() <= 2 and np.abs(z).max() > 1.99
+    np.testing.assert_allclose(z.std(), 0.8796, rtol=0.01)
+
+
+def test_he_kernels(initial):
+    """ResNet-20's are cut too, but corrected: their standard deviation is √(2/fan_in)."""
+    kernel = np.asarray(initial['resnet20']['stage3/block2/layer1/conv/kernel'])
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 576), rtol=0.02)
+
+
+def test_initial_constants(initial):
+    assert not np.any(initial['resnet18']['head/kernel'])
+    assert np.all(initial['mlp']['dense2/bias'] == np.float32(0.05))
+    assert not np.any(initial['resnet20']['stage1/block1/layer1/conv/bias'])
+    assert np.all(initial['resnet20']['stem/frn/scale'] == 1) and not np.any(initial['resnet20']['stem/frn/threshold'])
+
+
+def test_running_averages_are_zero_debiased():
+    """After the updates x₁, x₂ the running mean is (0.9·x₁ + x₂)/(0.9 + 1): no trace of the initial 0."""
+    norm = models.BatchNorm()
+    x = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 2)) + 5
+    variables = norm.init(jax.random.key(0), x[0], train=True)
+    assert variables['batch_stats']['count'] == 0
+    for batch in x:
+        _, updates = norm.apply(variables, batch, train=True, mutable=['batch_stats'])
+        variables = variables | updates
+    means, variances = x.mean(axis=(1, 2, 3)), x.var(axis=(1, 2, 3))
+    np.testing.assert_allclose(variables['batch_stats']['mean'], (0.9 * means[0] + means[1]) / 1.9, rtol=1e-5)
+    np.testing.assert_allclose(variables['batch_stats']['var'], (0.9 * variances[0] + variances[1]) / 1.9, rtol=1e-4)
+    normalised = norm.apply(variables, x[1], train=True, mutable=['batch_stats'])[0]
+    np.testing.assert_allclose(normalised.mean(axis=(0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(normalised.std(axis=(0, 1, 2)), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
+@pytest.mark.parametrize(
+    ('pixels', 'size', 'stride'), [(8, 3, 1), (8, 3, 2), (9, 3, 2), (8, 1, 2), (9, 5, 1), (7, 2, 3)]
+)
+def test_convolution_gradient(pixels, size, stride, padding, x64):
+    """The gradient written by hand is JAX's own."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, pixels, pixels + 1, 3))
+    kernel = jax.random.normal(keys[1], (size, size, 3, 4))
+
+    def jax_convolution(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+
+    expected, expected_gradient = jax.vjp(jax_convolution, x, kernel)
+    value, gradient = jax.vjp(lambda x, k: models.convolution(x, k, (stride, stride), padding), x, kernel)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    cotangent = jax.random.normal(keys[2], value.shape)
+    for ours, jaxs in zip(gradient(cotangent), expected_gradient(cotangent), strict=True):
+        np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(('name', 'pixels'), [('resnet20', 29), ('lenet', 15)])
+def test_smallest_image(name, pixels):
+    model = models.create(name, 10)
+    assert abstract_variables(model, (1, pixels, pixels, 1))
+    with pytest.raises(models.ModelError, match=f'{name} needs images of {pixels}×{pixels} pixels or more'):
+        abstract_variables(model, (1, pixels - 1, pixels, 1))
+
+
+def test_unknown_model():
+    with pytest.raises(models.ModelError, match='unknown model'):
+        models.create('resnet19', 10)

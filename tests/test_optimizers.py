@@ -1,0 +1,260 @@
+"""The three optimizers against closed forms, the paper's equations in NumPy, and the reference's own numbers."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import tree
+
+import optimizers
+import reference
+
+GOLDEN = np.load(Path(__file__).parent / 'golden' / 'optimizers.npz')
+SETTINGS = {
+    'sgd': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01},
+    'sam': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'rho': 0.05, 'batchsplit': 4},
+    'bsam': {
+        'alpha': 0.5,
+        'beta1': 0.9,
+        'beta2': 0.99,
+        'weight_decay': 0.002,
+        'rho': 0.02,
+        'batchsplit': 4,
+        'num_data': 200,
+        'custominit': 1.0,
+        'damping': 0.1,
+    },
+}
+
+
+def toy_loss(params, batch_stats, batch):
+    """The network of the golden values, whose `mean` stands for batch statistics."""
+    x, y = batch
+    hidden = jnp.tanh(x @ params['W1'] + params['b1'][None])
+    logits = hidden @ params['W2'] + params['b2'][None]
+    stats = {'mean': 0.9 * batch_stats['mean'] + 0.1 * hidden.mean(axis=0)}
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), stats
+
+
+def logistic_loss(params, batch_stats, batch):
+    """`reference.logistic_gradient`'s loss for JAX."""
+    x, y = batch
+    score = x @ params
+    return optax.sigmoid_binary_cross_entropy(score, y).mean(), 0.9 * batch_stats + 0.1 * score.mean()
+
+
+def quadratic_loss(params, batch_stats, batch):
+    """|w|²/2, whatever the batch is."""
+    return sum(jnp.sum(w**2) for w in tree.leaves(params)) / 2, batch_stats
+
+
+def golden_noise(monkeypatch, key, steps, batchsplit):
+    """Makes bSAM draw the golden noise: a sub-batch's noise is found by its key, as bSAM derives keys."""
+    names = ('W1', 'b1', 'W2', 'b2')
+    noise = {name: GOLDEN[f'noise_{name}'] for name in names}
+    noise = {name: jnp.asarray(n.reshape(-1, *n.shape[2:])) for name, n in noise.items()}
+    keys = []
+    for _ in range(steps):
+        key, step_key = jax.random.split(key)
+        keys.append(jax.random.key_data(jax.random.split(step_key, batchsplit)))
+    known = jnp.concatenate(keys)
+
+    def lookup(key, params):
+        matches = (known == jax.random.key_data(key)[None]).all(axis=1)
+        return tree.map(lambda n: n[jnp.argmax(matches)], noise)
+
+    monkeypatch.setattr(optimizers, '_normal_like', lookup)
+
+
+@pytest.mark.parametrize(('name', 'label'), [('sgd', 'sgd_m1'), ('sam', 'sam_m4'), ('bsam', 'bsam_m4')])
+def test_golden_values(name, label, x64, monkeypatch):
+    """Twelve steps with the reference's own update functions: weights, momentum, precision, statistics, losses."""
+    steps, key = len(GOLDEN['lr']), jax.random.key(0)
+    golden_noise(monkeypatch, key, steps, batchsplit=4)
+    optimizer = optimizers.OPTIMIZERS[name](toy_loss, **SETTINGS[name])
+    params = {name: jnp.asarray(GOLDEN[f'w0_{name}']) for name in ('W1', 'b1', 'W2', 'b2')}
+    state = optimizer.init(params, {'mean': jnp.zeros(5)}, key)
+    step = jax.jit(optimizer.step)
+    for t in range(steps):
+        batch = jnp.asarray(GOLDEN['data_X'][t]), jnp.asarray(GOLDEN['data_y'][t])
+        state, loss = step(state, batch, GOLDEN['lr'][t])
+        for leaf in params:
+            np.testing.assert_allclose(state.params[leaf], GOLDEN[f'{label}_w_{leaf}'][t], rtol=1e-10, atol=1e-14)
+            np.testing.assert_allclose(state.momentum[leaf], GOLDEN[f'{label}_gm_{leaf}'][t], rtol=1e-9, atol=1e-13)
+            if name == 'bsam':
+                np.testing.assert_allclose(state.precision[leaf], GOLDEN[f'{label}_s_{leaf}'][t], rtol=1e-10)
+        np.testing.assert_allclose(state.batch_stats['mean'], GOLDEN[f'{label}_netstate'][t], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(loss, GOLDEN[f'{label}_loss'][t], rtol=1e-10)
+
+
+@pytest.fixture
+def problem():
+    """Logistic regression in float64: 5 batches of 12 examples with 3 features, start weights."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 12, 3)), rng.integers(0, 2, size=(5, 12)).astype(float)
+    return x, y, rng.normal(size=3)
+
+
+def sub_batches(x, y, batchsplit):
+    return list(zip(np.split(x, batchsplit), np.split(y, batchsplit), strict=True))
+
+
+def test_sgd_equals_the_equations(problem, x64):
+    x, y, w = problem
+    optimizer = optimizers.sgd(logistic_loss, alpha=0.4, beta1=0.8, weight_decay=0.03)
+    state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
+    m, stats = np.zeros(3), 0.0
+    for t in range(5):
+        state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
+        step = reference.sgd_step(w, m, stats, (x[t], y[t]), reference.logistic_gradient, 0.2, 0.8, 0.03)
+        w, m, stats, expected = step
+        np.testing.assert_allclose(state.params, w, rtol=1e-12)
+        np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
+
+
+@pytest.mark.parametrize('batchsplit', [1, 3])
+def test_sam_equals_the_equations(batchsplit, problem, x64):
+    x, y, w = problem
+    optimizer = optimizers.sam(logistic_loss, alpha=0.4, beta1=0.8, weight_decay=0.03, rho=0.2, batchsplit=batchsplit)
+    state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
+    m, stats = np.zeros(3), 0.0
+    for t in range(5):
+        state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
+        parts = sub_batches(x[t], y[t], batchsplit)
+        w, m, stats, expected = reference.sam_step(
+            w, m, stats, parts, reference.logistic_gradient, 0.2, 0.8, 0.03, rho=0.2
+        )
+        np.testing.assert_allclose(state.params, w, rtol=1e-12)
+        np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
+
+
+@pytest.mark.parametrize('batchsplit', [1, 3])
+def test_bsam_equals_the_equations(batchsplit, problem, x64):
+    """With the noise that `sample` draws for the keys of the sub-batches."""
+    x, y, w = problem
+    settings = {'rho': 0.1, 'damping': 0.05, 'num_data': 60}
+    optimizer = optimizers.bsam(
+        logistic_loss,
+        alpha=0.4,
+        beta1=0.8,
+        beta2=0.9,
+        weight_decay=0.03,
+        custominit=2.0,
+        batchsplit=batchsplit,
+        **settings,
+    )
+    state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(7))
+    m, s, stats = np.zeros(3), np.full(3, 2.0), 0.0
+    for t in range(5):
+        keys = jax.random.split(jax.random.split(state.key)[1], batchsplit)
+        noises = [np.asarray(jax.random.normal(key, (3,), jnp.float64)) for key in keys]
+        state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
+        parts = sub_batches(x[t], y[t], batchsplit)
+        w, m, s, stats, expected = reference.bsam_step(
+            w, m, s, stats, parts, noises, reference.logistic_gradient, 0.2, 0.8, 0.9, 0.03, **settings
+        )
+        np.testing.assert_allclose(state.params, w, rtol=1e-12)
+        np.testing.assert_allclose(state.precision, s, rtol=1e-12)
+        np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
+
+
+def test_sam_gradient_of_a_quadratic(x64):
+    """|w|²/2 has gradient w, so SAM's is w + ρ w/‖w‖: (3, 4)·1.02, over two leaves, as the norm is the global one."""
+    optimizer = optimizers.sam(quadratic_loss, alpha=1.0, beta1=0.0, weight_decay=0.0, rho=0.1, batchsplit=2)
+    state = optimizer.init({'a': jnp.array([3.0]), 'b': jnp.array(4.0)}, {}, jax.random.key(0))
+    state, loss = optimizer.step(state, jnp.zeros(4))
+    np.testing.assert_allclose(state.momentum['a'], [3.06], rtol=1e-12)
+    np.testing.assert_allclose(state.momentum['b'], 4.08, rtol=1e-12)
+    np.testing.assert_allclose(loss, 25 * 1.02**2 / 2, rtol=1e-12)
+
+
+def test_sam_at_a_minimum_stays_there():
+    """The gradient is 0, the perturbation 0/0 by the book."""
+    optimizer = optimizers.sam(quadratic_loss, alpha=1.0, beta1=0.9, weight_decay=0.0, rho=0.1, batchsplit=1)
+    state, loss = optimizer.step(optimizer.init(jnp.zeros(3), {}, jax.random.key(0)), jnp.zeros(1))
+    assert np.array_equal(state.params, np.zeros(3)) and loss == 0
+
+
+def test_bsam_precision_of_a_constant_gradient(x64):
+    """ℓ = c·w has |g| = c everywhere, so that s tends to the root of s = √s c + γ + δ, from any start."""
+    c = jnp.array([0.5, 2.0])
+    optimizer = optimizers.bsam(
+        lambda params, batch_stats, batch: (params @ c, batch_stats),
+        alpha=0.0, beta1=0.9, beta2=0.9, weight_decay=0.02, rho=0.1, batchsplit=1, num_data=10, custominit=5.0,
+    )  # fmt: skip
+    state = optimizer.init(jnp.ones(2), {}, jax.random.key(0))
+    step = jax.jit(optimizer.step)
+    for _ in range(600):
+        state, _ = step(state, jnp.zeros(1))
+    root = (c + jnp.sqrt(c**2 + 4 * (0.1 + 0.02))) / 2
+    np.testing.assert_allclose(state.precision, root**2, rtol=1e-9)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'sam'])
+def test_sample_of_a_point_estimate_is_the_mean(name):
+    optimizer = optimizers.OPTIMIZERS[name](toy_loss, **SETTINGS[name])
+    params = {'W1': jnp.ones((4, 5))}
+    state = optimizer.init(params, {}, jax.random.key(0))
+    assert optimizer.sample(state, jax.random.key(1)) is state.params
+
+
+def test_moments_of_bsam_samples():
+    """N(w, 1/(N s)), independent between leaves and elements: 40,000 draws, five standard errors."""
+    optimizer = optimizers.bsam(quadratic_loss, **SETTINGS['bsam'])
+    state = optimizer.init({'a': jnp.array([1.0, -2.0]), 'b': jnp.array(0.5)}, {}, jax.random.key(0))
+    state = state._replace(precision={'a': jnp.array([0.5, 4.0]), 'b': jnp.array(2.0)})
+    draws = jax.vmap(lambda key: optimizer.sample(state, key))(jax.random.split(jax.random.key(1), 40_000))
+    draws = np.column_stack([draws['a'], draws['b']])
+    variance = 1 / (200 * np.array([0.5, 4.0, 2.0]))
+    assert np.all(np.abs(draws.mean(axis=0) - [1, -2, 0.5]) < 5 * np.sqrt(variance / 40_000))
+    assert np.all(np.abs(draws.var(axis=0) / variance - 1) < 5 * np.sqrt(2 / 40_000))
+    assert np.all(np.abs(np.corrcoef(draws.T) - np.eye(3)) < 5 / np.sqrt(40_000))
+
+
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_second_step_neither_recompiles_nor_repeats_noise(name):
+    """One compilation; the state can be donated; the key moves on where it is used."""
+    traces = []
+
+    def loss(params, batch_stats, batch):
+        traces.append(1)
+        return toy_loss(params, batch_stats, batch)
+
+    optimizer = optimizers.OPTIMIZERS[name](loss, **SETTINGS[name])
+    step = jax.jit(optimizer.step, donate_argnums=0)
+    params = {'W1': jnp.ones((4, 5)), 'b1': jnp.zeros(5), 'W2': jnp.ones((5, 3)), 'b2': jnp.zeros(3)}
+    first = optimizer.init(params, {'mean': jnp.zeros(5)}, jax.random.key(0))
+    key_before = jax.random.key_data(first.key).tolist()
+    batch = jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    state, _ = step(first, batch, jnp.float32(1.0))
+    assert first.params['W1'].is_deleted() and first.momentum['W1'].is_deleted()
+    traced = len(traces)
+    state, _ = step(state, batch, jnp.float32(0.5))
+    assert len(traces) == traced
+    assert (jax.random.key_data(state.key).tolist() != key_before) == (name != 'sgd')
+
+
+def test_batch_that_does_not_divide():
+    optimizer = optimizers.sam(quadratic_loss, **SETTINGS['sam'])
+    state = optimizer.init(jnp.ones(2), {}, jax.random.key(0))
+    with pytest.raises(ValueError, match='a batch of 10 examples cannot be cut into 4 equal sub-batches'):
+        optimizer.step(state, jnp.zeros(10))
+
+
+def test_lr_factor():
+    """181 epochs of the reference: five of warm-up, then half a cosine over the other 176."""
+    factors = [optimizers.lr_factor(epoch, epochs=180, warmup=5) for epoch in range(181)]
+    np.testing.assert_allclose(factors[:6], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    np.testing.assert_allclose(factors[5 + 88], 0.5, atol=1e-12)
+    e = np.arange(5, 181)
+    np.testing.assert_allclose(factors[5:], 0.5 * (1 + np.cos(np.pi * (e - 5) / 176)), rtol=1e-12)
+    assert optimizers.lr_factor(0, epochs=0, warmup=0) == 1
+
+
+def test_lr_factor_against_optax():
+    schedule = optax.join_schedules([optax.linear_schedule(0.2, 1, 4), optax.cosine_decay_schedule(1, 176)], [5])
+    for epoch in (0, 3, 4, 5, 50, 180):
+        np.testing.assert_allclose(optimizers.lr_factor(epoch, 180, 5), schedule(epoch), atol=1e-7)
