@@ -5,6 +5,7 @@ images uint8 [N, H, W, C] and labels int32 [N]. What it cannot find, or finds da
 DataError whose message says which file and what to do.
 """
 
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -89,13 +90,13 @@ def dataset(name, folder):
 
 def describe(dataset, train_images):
     """What networks need to know of an image set, as plain values: sizes, and mean and std of every channel."""
-    measured = channel_statistics(train_images) if dataset.mean is None else (dataset.mean, dataset.std)
+    mean, std = channel_statistics(train_images) if dataset.mean is None else (dataset.mean, dataset.std)
     return {
         'num_train': len(train_images),
         'num_classes': dataset.num_classes,
         'image_shape': list(train_images.shape[1:]),
-        'mean': list(measured[0]),
-        'std': list(measured[1]),
+        'mean': list(mean),
+        'std': list(std),
     }
 
 
@@ -340,9 +341,9 @@ def _read_tinyimagenet(folder, split):
     if len(set(labels)) != 200:
         raise DataError(f'{split_folder} holds images of {len(set(labels))} classes, not 200')
     cache = root / f'{split}-{fingerprint}.npy'
-    if not cache.exists():
-        return _cached(cache, _decode(paths, (64, 64, 3))), labels
-    return np.load(cache, mmap_mode='r'), labels
+    with contextlib.suppress(OSError, ValueError):  # no cache, or a damaged one
+        return np.load(cache, mmap_mode='r'), labels
+    return _cached(cache, _decode(paths, (64, 64, 3))), labels
 
 
 def _list_image_folders(folder):
@@ -372,10 +373,16 @@ def _decode(paths, shape):
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(_damaged(paths[i], error)) from error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(decode, range(len(paths))), 'decoding', len(paths), unit=' images', leave=False):
-            pass
+    _for_each(decode, len(paths))
     return images
+
+
+def _for_each(decode, num_images):
+    """Calls decode(i) for every image, on all cores, under a progress bar."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        calls = pool.map(decode, range(num_images))
+        for _ in tqdm(calls, 'decoding', num_images, unit=' images', leave=False, disable=None):
+            pass
 
 
 def _cached(path, images):
@@ -402,7 +409,8 @@ def _tfds_dataset(name, folder):
     builder = _tfds_builder(tfds, name, folder)
     image_key, label_key = builder.info.supervised_keys or ('image', 'label')
     features = builder.info.features
-    if not isinstance(features.get(label_key), tfds.features.ClassLabel) or 'train' not in builder.info.splits:
+    is_classification = image_key in features and isinstance(features[label_key], tfds.features.ClassLabel)
+    if not is_classification or 'train' not in builder.info.splits:
         raise DataError(f'tfds/{name} is no image classification set with a split "train"')
     read = partial(_read_tfds, builder, image_key, label_key)
     in_colour = features[image_key].shape[-1] == 3
@@ -434,13 +442,18 @@ def _read_tfds(builder, image_key, label_key, split):
         raise DataError(
             f"{builder.info.full_name} was not prepared with file_format='array_record': {error}"
         ) from error
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        examples = list(tqdm(pool.map(source.__getitem__, range(len(source))), 'decoding', len(source), leave=False))
-    shapes = {example[image_key].shape for example in examples}
-    if len(shapes) != 1:
-        raise DataError(f'{builder.info.full_name} has images of {len(shapes)} different sizes; one size is needed')
-    labels = np.array([example[label_key] for example in examples])
-    return np.stack([example[image_key] for example in examples]), labels.astype(np.int32)
+    shape = source[0][image_key].shape
+    images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
+
+    def decode(i):
+        example = source[i]
+        if example[image_key].shape != shape:
+            sizes = f'{shape} and {example[image_key].shape}'
+            raise DataError(f'{builder.info.full_name} has images of different sizes, {sizes}; one size is needed')
+        images[i], labels[i] = example[image_key], example[label_key]
+
+    _for_each(decode, len(source))
+    return images, labels
 
 
 # The digits that scikit-learn ships: no file, no network.
@@ -503,7 +516,7 @@ def _fetch(official, path):
     with (
         _open_url(official.url) as response,
         open(path, 'wb') as file,
-        tqdm(desc=path.name.split('.')[0], total=official.num_bytes, unit='B', unit_scale=True) as progress,
+        tqdm(None, path.name, official.num_bytes, unit='B', unit_scale=True, disable=None) as progress,
     ):
         while chunk := response.read(1 << 20):
             file.write(chunk)
@@ -540,15 +553,15 @@ def _read_file(path):
 
 
 def _read_members(archive, names, official):
-    """The named files of a .tar.gz, in one pass."""
+    """The named files of a .tar.gz, which is read to its end."""
     members = {}
     try:
-        with tarfile.open(archive, 'r:gz') as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode='r:') as tar:
             for member in tar:
                 if member.name in names and member.isfile():
                     members[member.name] = tar.extractfile(member).read()
-                if len(members) == len(names):
-                    break
+            while stream.read(1 << 20):
+                pass  # gzip's checksum is behind the last byte
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(_damaged(archive, error, official)) from error
     missing = [name for name in names if name not in members]

@@ -11,6 +11,7 @@ Nothing in it is a pickle.
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -46,14 +47,21 @@ def create(results_folder, dataset, model, optim):
 def write_json(path, content):
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-    partial.write_text(json.dumps(content, indent=2) + '\n')
+    partial.write_text(json.dumps(_finite(content), indent=2) + '\n')
     os.replace(partial, path)
 
 
 def append_log(run, record):
     """Adds an epoch's line to log.jsonl."""
     with open(run / 'log.jsonl', 'a') as file:
-        file.write(json.dumps(record) + '\n')
+        file.write(json.dumps(_finite(record)) + '\n')
+
+
+def _finite(content):
+    """NaN and infinity as null: JSON has no numbers for them."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_config(run):

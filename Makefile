@@ -1,0 +1,27 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN = results/digits_lenet/bsam
+
+# Trains bSAM on scikit-learn's digits and evaluates it over 32 samples of its posterior.
+train: $(VENV)/requirements
+	$(BIN)/python train.py --dataset digits --model lenet --optim bsam --alpha 0.5 --rho 0.01 --priorprec 1 \
+	    --batchsize 50 --batchsplit 5 --epochs 40
+	$(BIN)/python test.py --testmc 32 --resultsfolder "$$(ls -dv $(RUN)/run_* | tail -n 1)"
+
+test: $(VENV)/test-requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+$(VENV)/requirements: requirements.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/test-requirements: $(VENV)/requirements tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
+	touch $@
+
+.PHONY: train test

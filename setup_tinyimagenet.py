@@ -1,0 +1,88 @@
+"""Make TinyImageNet ready: unpack the official zip, sort its validation images into class folders, decode once.
+
+    python setup_tinyimagenet.py --datasetfolder datasets
+
+It may be interrupted at any point and run again.
+"""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import flags
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.splitlines()[0])
+    help = 'where tiny-imagenet-200.zip or the folder tiny-imagenet-200 is, or will be downloaded to'
+    parser.add_argument('--datasetfolder', type=Path, default=Path('datasets'), help=help)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import data
+
+    root = args.datasetfolder / 'tiny-imagenet-200'
+    archive = args.datasetfolder / 'tiny-imagenet-200.zip'
+    with flags.one_line_errors('setup_tinyimagenet.py', data.DataError):
+        if not root.exists():
+            if not archive.exists():
+                data.download(data.TINYIMAGENET, archive)
+            unpack(archive, root)
+        sort_validation_images(root / 'val')
+        dataset = data.dataset('tinyimagenet', args.datasetfolder)
+        for split in ('train', 'test'):
+            images, labels = dataset.read(split)
+            print(f'{split}: {len(images)} images of {len(set(labels.tolist()))} classes')
+
+
+def unpack(archive, root):
+    """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
+    from tqdm import tqdm
+
+    from data import DataError
+
+    partial = root.with_name(f'{root.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as members:
+            wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
+            for name in tqdm(wanted, 'unpacking', unit=' files', leave=False, disable=None):
+                members.extract(name, partial)
+        os.replace(partial / root.name, root)
+    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, OSError) as error:
+        raise DataError(f'{archive} is damaged, or {root} cannot be written: {error}') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_wanted(path):
+    return path.parts[:1] == ('tiny-imagenet-200',) and path.parts[1:2] in (('train',), ('val',), ('wnids.txt',))
+
+
+def sort_validation_images(val):
+    """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says; images that are there already stay."""
+    from data import DataError
+
+    annotations, unsorted = val / 'val_annotations.txt', val / 'images'
+    if not unsorted.exists():
+        return
+    if not annotations.exists():
+        raise DataError(f'{annotations} is missing, so the images in {unsorted} cannot be sorted')
+    for line in annotations.read_text().splitlines():
+        name, class_name = line.split('\t')[:2]
+        (val / class_name).mkdir(exist_ok=True)
+        if (unsorted / name).exists():
+            os.replace(unsorted / name, val / class_name / name)
+        elif not (val / class_name / name).exists():
+            raise DataError(f'{unsorted / name} is missing: delete {val.parent} and start again from the zip')
+    leftover = sorted(os.listdir(unsorted))
+    if leftover:
+        raise DataError(f'{unsorted / leftover[0]} is not in {annotations}')
+    unsorted.rmdir()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,263 @@
+"""train.py, test.py and demo2d.py as their users run them, on a few made images."""
+
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import archives
+import data
+import demo2d
+import experiments
+import models
+import optimizers
+import runs
+import test as evaluate
+import train
+
+LINE = re.compile(
+    r'  > testacc=(\d+\.\d\d)%, nll=(\d+\.\d{4}), ece=(\d\.\d{4}), auroc=(\d\.\d{4}|nan) \(exact (\d\.\d{4}|nan)\)'
+)
+
+
+@pytest.fixture(scope='module')
+def datasets(tmp_path_factory):
+    """A folder with 40 training and 20 test images as MNIST, and 40 and 8 as CIFAR-10."""
+    folder = tmp_path_factory.mktemp('datasets')
+    archives.write_idx_set(folder / 'mnist', num_train=40, num_test=20)
+    archives.write_tar(folder / 'cifar-10-binary.tar.gz', archives.cifar10_record_files(n=8)[0])
+    return folder
+
+
+@pytest.fixture
+def flags_of(datasets, tmp_path):
+    """The flags of a short run, with others added or in place of them."""
+
+    def build(**changes):
+        flags = {
+            'dataset': 'mnist', 'model': 'mlp', 'optim': 'bsam', 'alpha': 0.1, 'batchsize': 20, 'batchsplit': 2,
+            'dafactor': 100, 'epochs': 1, 'warmup': 0, 'datasetfolder': datasets, 'resultsfolder': tmp_path / 'results',
+        } | changes  # fmt: skip
+        return [f'--{name}={value}' for name, value in flags.items()]
+
+    return build
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def restored(run):
+    experiment = experiments.create(runs.read_config(run))
+    return runs.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)))[1]
+
+
+@pytest.mark.parametrize('model', models.MODELS)
+@pytest.mark.parametrize('optim', optimizers.OPTIMIZERS)
+def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
+    dataset = 'cifar10' if model.startswith('resnet') else 'mnist'
+    train.main(flags_of(dataset=dataset, model=model, optim=optim))
+    run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
+    log = read_log(run)
+    assert [record['epoch'] for record in log] == [0, 1]
+    assert [record['learning_rate'] for record in log] == [0.1, 0.05]
+    assert all(np.isfinite(record['loss']) and record['images_per_second'] > 0 for record in log)
+    config = json.loads((run / 'config.json').read_text())
+    assert (
+        config['num_data'] == 4000 and config['versions']['jax'] == jax.__version__ and config['flags']['alpha'] == 0.1
+    )
+    assert sorted(path.name for path in run.iterdir()) == ['checkpoints', 'config.json', 'log.jsonl']
+
+    before = contents(run)
+    capsys.readouterr()
+    evaluate.main(['--resultsfolder', str(run), '--testmc', '3'])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == 'results at mean of distribution:' and lines[2] == 'results at model average (3 samples):'
+    assert LINE.fullmatch(lines[1]) and LINE.fullmatch(lines[3]) and len(lines) == 4
+    results = json.loads((run / 'metrics.json').read_text())
+    assert results['mean']['accuracy'] == log[-1]['test_accuracy'] and results['epoch'] == 1
+    nlls = [results[of]['nll'] for of in ('mean', 'average')]
+    assert (nlls[0] == pytest.approx(nlls[1], rel=1e-12)) == (optim != 'bsam')
+    after = contents(run)
+    assert after.pop(run / 'metrics.json') and after == before
+
+    if model == 'resnet18':
+        updates_a_step = {'sgd': 1, 'sam': 2, 'bsam': 2}[optim]
+        assert restored(run).batch_stats['stem']['norm']['count'] == 2 * 2 * updates_a_step
+
+
+def test_every_batch_size_gives_the_same_metrics(flags_of):
+    """7 does not divide the 20 test images: the last, smaller batch counts as much as it should."""
+    run = train.main(flags_of())
+    results = []
+    for size in (1, 7, 20, 1000):
+        evaluate.main([f'--resultsfolder={run}', '--testmc=4', f'--testbatchsize={size}'])
+        metrics = json.loads((run / 'metrics.json').read_text())
+        results.append([*metrics['mean'].values(), *metrics['average'].values()])
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], rtol=1e-5)
+
+
+def test_same_flags_same_run_and_another_seed_another_run(flags_of):
+    def losses(**changes):
+        return [record['loss'] for record in read_log(train.main(flags_of(**changes)))]
+
+    first = losses(randomseed=1)
+    assert losses(randomseed=1) == first and losses(randomseed=2) != first
+
+
+def test_noaugment_changes_the_images(flags_of):
+    def losses(*more):
+        run = train.main([*flags_of(dataset='cifar10', model='mlp', optim='sgd', alpha=0.01), *more])
+        return [record['loss'] for record in read_log(run)]
+
+    assert losses() != losses('--noaugment')
+
+
+def test_digits_are_learned(flags_of):
+    run = train.main(
+        flags_of(
+            dataset='digits', model='lenet', alpha=0.5, rho=0.01, priorprec=1, epochs=7, batchsize=50, batchsplit=5
+        )
+    )
+    assert read_log(run)[-1]['test_accuracy'] > 0.9
+
+
+def test_runs_started_together_get_different_folders(tmp_path):
+    with ThreadPoolExecutor(20) as pool:
+        folders = list(pool.map(lambda _: runs.create(tmp_path, 'tfds/toy', 'mlp', 'sgd'), range(20)))
+    assert {str(folder.relative_to(tmp_path)) for folder in folders} == {f'tfds_toy_mlp/sgd/run_{k}' for k in range(20)}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'dataset': 'cifar'}, "--dataset: unknown: 'cifar'; did you mean cifar10? choose from cifar10, cifar100"),
+        ({'dataset': 'tfds/'}, "unknown: 'tfds/'"),
+        ({'model': 'resnet-18'}, "--model: unknown: 'resnet-18'; did you mean resnet18?"),
+        ({'optim': 'bsm'}, "--optim: unknown: 'bsm'; did you mean bsam? choose from sgd, sam, bsam"),
+        ({'batchsplit': 3}, '--batchsize 20 does not divide into --batchsplit 3 sub-batches'),
+        ({'batchsize': 60}, '--batchsize 60 exceeds the 40 training images'),
+        ({'batchsize': 0}, "--batchsize: '0' is not a whole number of 1 or more"),
+        ({'alpha': -1}, "--alpha: '-1' is not a number > 0"),
+        ({'alpha': 'nan'}, "--alpha: 'nan' is not a number > 0"),
+        ({'beta1': 1}, "--beta1: '1' is not a number >= 0 and < 1"),
+        ({'rho': 'inf'}, "--rho: 'inf' is not a number >= 0"),
+        ({'custominit': 0}, "--custominit: '0' is not a number > 0"),
+        ({'damping': 0, 'priorprec': 0}, 'bsam needs --damping or --priorprec above 0'),
+        ({'epochs': 1.5}, "--epochs: '1.5' is not a whole number of 0 or more"),
+        ({'model': 'resnet20'}, 'resnet20 needs images of 29×29 pixels or more for its 8×8 pool, not 28×28'),
+        ({'dataset': 'tinyimagenet'}, 'run python setup_tinyimagenet.py --datasetfolder'),
+        ({'resultsfolder': '/proc/results'}, 'no run folder can be made in /proc/results/mnist_mlp/bsam: '),
+    ],
+)
+def test_bad_flags(changes, message, flags_of, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(**changes))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and message in error
+    assert not (tmp_path / 'results').exists()
+
+
+def test_names_in_any_case(flags_of):
+    args = train.parse_args(flags_of(dataset='CIFAR10', model='ResNet18', optim='bSAM'))
+    assert (args.dataset, args.model, args.optim) == ('cifar10', 'resnet18', 'bsam')
+
+
+def test_flags_offer_what_the_tables_hold():
+    assert tuple(data.DATASETS) == train.DATASETS
+    assert tuple(models.MODELS) == train.MODELS
+    assert tuple(optimizers.OPTIMIZERS) == train.OPTIMIZERS
+
+
+def test_defaults_are_those_of_the_reference():
+    assert vars(train.parse_args([])) == {
+        'randomseed': 0, 'alpha': 1.0, 'rho': 0.1, 'optim': 'sgd', 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0,
+        'dafactor': 1.0, 'batchsize': 200, 'testbatchsize': 200, 'epochs': 180, 'warmup': 5, 'dataset': 'cifar10',
+        'batchsplit': 8, 'noaugment': False, 'model': 'resnet18', 'datasetfolder': 'datasets',
+        'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('script', ['train', 'test', 'setup_tinyimagenet'])
+def test_help_and_usage_errors_import_nothing_heavy(script):
+    code = f'import sys, {script}\ntry: {script}.main(sys.argv[1:])\nexcept SystemExit as stop: print(stop.code)\n'
+    code += "print([name for name in ('jax', 'flax', 'numpy') if name in sys.modules])"
+    root = Path(__file__).parent.parent
+    for arguments, status in ((['--help'], 0), (['--nonsense'], 2)):
+        output = subprocess.run(
+            [sys.executable, '-c', code, *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout
+        assert output.endswith(f'{status}\n[]\n')
+
+
+def evaluation_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    return error
+
+
+def test_bad_evaluations(flags_of, tmp_path, capsys):
+    assert "--testmc: '0' is not a whole number of 1 or more" in evaluation_error(
+        ['--resultsfolder=x', '--testmc=0'], capsys
+    )
+    assert 'nowhere is not a run folder: it holds no config.json' in evaluation_error(
+        [f'--resultsfolder={tmp_path}/nowhere'], capsys
+    )
+
+    run = train.main(flags_of())
+    config = (run / 'config.json').read_text()
+    (run / 'config.json').write_text(config.replace('"mlp"', '"lenet"'))
+    error = evaluation_error([f'--resultsfolder={run}'], capsys)
+    assert 'does not fit the model and optimizer of config.json: Structure mismatch' in error
+
+    (run / 'config.json').write_text(config[:-40])
+    assert 'config.json is damaged' in evaluation_error([f'--resultsfolder={run}'], capsys)
+
+    (run / 'config.json').write_text(config)
+    (run / 'checkpoints').rename(run / 'elsewhere')
+    error = evaluation_error([f'--resultsfolder={run}'], capsys)
+    assert 'holds no checkpoint: no epoch of it was completed' in error
+    assert not (run / 'metrics.json').exists()
+
+
+def test_evaluation_where_the_data_moved(flags_of, datasets, tmp_path, capsys):
+    moved = tmp_path / 'moved'
+    archives.write_idx_set(moved / 'mnist', num_train=40, num_test=20)
+    run = train.main(flags_of(datasetfolder=moved))
+    (moved / 'mnist' / 't10k-images-idx3-ubyte.gz').write_bytes(b'')
+    assert 't10k-images-idx3-ubyte.gz is damaged' in evaluation_error([f'--resultsfolder={run}'], capsys)
+    evaluate.main([f'--resultsfolder={run}', f'--datasetfolder={datasets}'])
+    assert LINE.fullmatch(capsys.readouterr().out.splitlines()[1])
+
+
+def test_animation(tmp_path, capsys):
+    output = tmp_path / 'moons.gif'
+    demo2d.main([f'--output={output}', '--epochs=6'])
+    assert [path.name for path in tmp_path.iterdir()] == ['moons.gif'] and '3 frames' in capsys.readouterr().out
+    with Image.open(output) as animation:
+        assert animation.n_frames == 3 and animation.info['duration'] == 50 and animation.info['loop'] == 0
+        colours = {colour for _, colour in animation.convert('RGB').getcolors()}
+    assert {(255, 255, 255), (0, 0, 0), (0xB0, 0xB0, 0xB0), (0x8F, 0x5F, 0x3F), (0x43, 0x55, 0x71)} <= colours
+    assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize('output', ['nowhere/a.gif', 'a.png'])
+def test_animation_that_cannot_be_written(output, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo2d.main([f'--output={tmp_path / output}'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and output in error

@@ -1,0 +1,332 @@
+"""The readers on archives in the official layouts, whole and damaged; augmentation; batches; downloads."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import pickle
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import archives
+import data
+
+
+def read(name, folder, split):
+    return data.dataset(name, folder).read(split)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Fails at once what would fetch a file."""
+
+    def refuse(url, timeout=None):
+        raise OSError('no network in tests')
+
+    monkeypatch.setattr(urllib.request, 'urlopen', refuse)
+
+
+@pytest.mark.parametrize('layout', ['folder', 'archive', 'python folder', 'python archive'])
+def test_cifar10(layout, tmp_path):
+    files, contents = archives.cifar10_record_files()
+    if 'python' in layout:
+        files = {f'cifar-10-batches-py/{name}': archives.cifar_pickle(*part) for name, part in contents.items()}
+    if 'folder' in layout:
+        archives.write_files(tmp_path, files)
+    else:
+        name = 'cifar-10-python.tar.gz' if 'python' in layout else 'cifar-10-binary.tar.gz'
+        archives.write_tar(tmp_path / name, files)
+    images, labels = read('cifar10', tmp_path, 'train')
+    expected = [contents[name] for name in archives.CIFAR10_TRAIN]
+    assert images.dtype == np.uint8 and labels.dtype == np.int32 and images.flags['C_CONTIGUOUS']
+    np.testing.assert_array_equal(images, np.concatenate([part[0] for part in expected]))
+    np.testing.assert_array_equal(labels, np.concatenate([part[1] for part in expected]))
+    np.testing.assert_array_equal(read('cifar10', tmp_path, 'test')[0], contents['test_batch'][0])
+
+
+def test_cifar100_has_fine_labels(tmp_path):
+    archives.write_tar(tmp_path / 'cifar-100-binary.tar.gz', archives.cifar100_record_files())
+    _, labels = read('cifar100', tmp_path, 'train')
+    np.testing.assert_array_equal(labels, np.arange(200) % 100)
+    expected, labels = archives.cifar_images(1, 200, 100)
+    np.testing.assert_array_equal(read('cifar100', tmp_path, 'test')[0], expected)
+    payload = archives.cifar_pickle(expected, labels, label_key=b'fine_labels')
+    archives.write_files(tmp_path / 'python', {'cifar-100-python/train': payload, 'cifar-100-python/test': payload})
+    np.testing.assert_array_equal(read('cifar100', tmp_path / 'python', 'train')[1], labels)
+
+
+def damage_truncated(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def damage_flipped(path):
+    payload = bytearray(path.read_bytes())
+    payload[len(payload) // 2] ^= 0xFF
+    path.write_bytes(payload)
+
+
+def damage_other_kind(path):
+    path.write_bytes(b'<html>not an archive</html>')
+
+
+@pytest.mark.parametrize('damage', [damage_truncated, damage_flipped, damage_other_kind])
+def test_damaged_cifar_archive_is_named_with_its_checksum(damage, tmp_path):
+    path = tmp_path / 'cifar-10-binary.tar.gz'
+    archives.write_tar(path, archives.cifar10_record_files()[0])
+    damage(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(data.DataError, match=f'{path} is damaged .* its SHA-256 is {sha256}, the published one c4a38c'):
+        read('cifar10', tmp_path, 'test')
+
+
+def test_incomplete_cifar(tmp_path):
+    files, _ = archives.cifar10_record_files()
+    del files['cifar-10-batches-bin/data_batch_3.bin']
+    archives.write_tar(tmp_path / 'cifar-10-binary.tar.gz', files)
+    with pytest.raises(data.DataError, match=r'it holds no cifar-10-batches-bin/data_batch_3\.bin'):
+        read('cifar10', tmp_path, 'train')
+    archives.write_files(tmp_path, files)
+    with pytest.raises(data.DataError, match=r'data_batch_3\.bin cannot be read: No such file'):
+        read('cifar10', tmp_path, 'train')
+
+
+@pytest.mark.parametrize(
+    ('payload', 'message'),
+    [
+        (b'\0' * 3074, '3074 bytes are not a number of records'),
+        (b'\x0b' + b'\0' * 3072, 'labels from 11 to 11'),
+    ],
+)
+def test_bad_cifar_records(payload, message, tmp_path):
+    archives.write_files(tmp_path, {'cifar-10-batches-bin/test_batch.bin': payload})
+    with pytest.raises(data.DataError, match=message):
+        read('cifar10', tmp_path, 'test')
+
+
+class _Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), 'w'))
+
+
+def test_pickle_with_code_is_refused_and_not_run(tmp_path):
+    payload = pickle.dumps({b'data': _Code(tmp_path / 'ran'), b'labels': []}, protocol=2)
+    archives.write_files(tmp_path, {'cifar-10-batches-py/test_batch': payload})
+    with pytest.raises(data.DataError, match='only arrays and plain containers are admitted'):
+        read('cifar10', tmp_path, 'test')
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('content', [{b'labels': [0]}, {b'data': np.zeros((1, 9), np.uint8), b'labels': [0]}, [1, 2]])
+def test_pickle_without_images(content, tmp_path):
+    archives.write_files(tmp_path, {'cifar-10-batches-py/test_batch': pickle.dumps(content, protocol=2)})
+    with pytest.raises(data.DataError, match='test_batch is damaged'):
+        read('cifar10', tmp_path, 'test')
+
+
+@pytest.mark.parametrize('compressed', [True, False])
+@pytest.mark.parametrize(
+    ('name', 'folder'), [('mnist', 'MNIST/raw'), ('fashion', 'fashion'), ('fashion', 'FashionMNIST/raw')]
+)
+def test_idx_sets(name, folder, compressed, tmp_path):
+    archives.write_idx_set(tmp_path / folder, compressed=compressed)
+    images, labels = read(name, tmp_path, 'train')
+    assert images.shape == (20, 28, 28, 1) and images.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.arange(20) % 10)
+    assert np.all(images[np.arange(20), :, 2 * labels] == 255)
+    assert len(read(name, tmp_path, 'test')[0]) == 10
+
+
+@pytest.mark.parametrize(
+    ('payload', 'message'),
+    [
+        (b'', 'does not start like an idx file'),
+        (b'\0\0\x0d\x01' + b'\0\0\0\x01' + b'\0' * 4, 'does not start like an idx file'),
+        (archives.idx(np.zeros((3, 28, 28), np.uint8))[:-1], '2351 bytes follow a header that promises 2352'),
+        (b'\0\0\x08\x03' + b'\xff' * 12, 'promises 79228162458924105385300197375'),
+    ],
+)
+def test_damaged_idx(payload, message, tmp_path):
+    path = tmp_path / 'file'
+    path.write_bytes(payload)
+    with pytest.raises(data.DataError, match=message):
+        data.read_idx(path)
+
+
+def test_damaged_gzip(tmp_path):
+    path = tmp_path / 'file.gz'
+    path.write_bytes(gzip.compress(archives.idx(np.zeros((3, 28, 28), np.uint8)))[:-9])
+    with pytest.raises(data.DataError, match='is damaged'):
+        data.read_idx(path)
+
+
+def test_images_and_labels_that_do_not_match(tmp_path):
+    archives.write_idx_set(tmp_path / 'mnist', compressed=False)
+    (tmp_path / 'mnist' / 't10k-labels-idx1-ubyte').write_bytes(archives.idx(np.zeros(9, np.uint8)))
+    with pytest.raises(data.DataError, match='not N images, N labels'):
+        read('mnist', tmp_path, 'test')
+
+
+def test_digits(tmp_path):
+    images, labels = read('digits', tmp_path, 'train')
+    test_images, test_labels = read('digits', tmp_path, 'test')
+    assert images.shape == (1437, 32, 32, 1) and test_images.shape == (360, 32, 32, 1)
+    assert images.dtype == np.uint8 and images.max() == 255
+    shares = np.bincount(labels) / 1437 - np.bincount(test_labels) / 360
+    assert np.abs(shares).max() < 0.003
+    joint = {image.tobytes() for image in images} & {image.tobytes() for image in test_images}
+    assert not joint
+
+
+def prepare_tfds(folder, channels=3, sizes=(8,)):
+    """A data set prepared by TFDS itself; PNG files let it do so without tensorflow."""
+    import tensorflow_datasets as tfds
+
+    def png(i):
+        file = io.BytesIO()
+        pixels = np.full((sizes[i % len(sizes)], 8, channels), 10 * i, np.uint8).squeeze()
+        Image.fromarray(pixels).save(file, 'PNG')
+        file.seek(0)
+        return file
+
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            image = tfds.features.Image(shape=(None, 8, channels))
+            features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(num_classes=3)})
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=('image', 'label'))
+
+        def _split_generators(self, manager):
+            return {'train': self._generate_examples(6), 'test': self._generate_examples(3)}
+
+        def _generate_examples(self, n):
+            for i in range(n):
+                yield i, {'image': png(i), 'label': i % 3}
+
+    Toy(data_dir=folder, file_format='array_record').download_and_prepare()
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
+def test_tfds(channels, tmp_path):
+    prepare_tfds(tmp_path, channels)
+    dataset = data.dataset('tfds/toy', tmp_path)
+    images, labels = dataset.read('train')
+    assert images.shape == (6, 8, 8, channels) and images.dtype == np.uint8 and labels.dtype == np.int32
+    levels = images[:, 0, 0, 0]
+    assert sorted(levels) == [0, 10, 20, 30, 40, 50] and np.array_equal(levels // 10 % 3, labels)
+    assert sorted(dataset.read('test')[1]) == [0, 1, 2]
+    assert dataset.num_classes == 3 and dataset.augment == (channels == 3)
+    description = data.describe(dataset, images)
+    np.testing.assert_allclose(description['mean'], [25 / 255] * channels)
+    np.testing.assert_allclose(description['std'], [np.std([0, 10, 20, 30, 40, 50]) / 255] * channels)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
+def test_tfds_images_of_different_sizes(tmp_path):
+    prepare_tfds(tmp_path, sizes=(8, 9))
+    with pytest.raises(data.DataError, match=r'images of different sizes, \(8, 8, 3\) and \(9, 8, 3\)'):
+        data.dataset('tfds/toy', tmp_path).read('train')
+
+
+def test_tfds_that_is_not_prepared(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorflow', None)
+    with pytest.raises(data.DataError, match=r"run tfds.builder\('mnist', data_dir="):
+        data.dataset('tfds/mnist', tmp_path)
+
+
+def test_shuffled_batches_hold_every_image_at_most_once():
+    batches = np.asarray(data.shuffled_batches(jax.random.key(0), 23, 5))
+    assert batches.shape == (4, 5)
+    assert len(set(batches.ravel().tolist())) == 20 and set(batches.ravel().tolist()) <= set(range(23))
+    assert batches.ravel().tolist() != sorted(batches.ravel().tolist())
+
+
+def test_augment_crops_and_flips():
+    """Every result is one of the 9 × 9 crops of the padded image, or its mirror; all of them come up."""
+    image = np.random.default_rng(0).integers(1, 256, (6, 6, 2), np.uint8)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    crops = [padded[y : y + 6, x : x + 6] for y in range(9) for x in range(9)]
+    possible = {variant.tobytes() for crop in crops for variant in (crop, crop[:, ::-1])}
+    results = np.asarray(data.augment(jax.random.key(1), jnp.asarray(np.repeat(image[None], 3000, axis=0))))
+    assert results.dtype == np.uint8
+    assert {result.tobytes() for result in results} == possible
+
+
+def test_normalise():
+    images = np.array([[[[0, 255, 51]]]], np.uint8)
+    expected = [[[[-0.5 / 0.2, 0.6 / 0.25, 0.0]]]]
+    np.testing.assert_allclose(data.normalise(images, (0.5, 0.4, 0.2), (0.2, 0.25, 1.0)), expected, atol=1e-7)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of tmp_path/served on this machine, in place of the official ones."""
+    monkeypatch.undo()
+    folder = tmp_path / 'served'
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f'http://127.0.0.1:{httpd.server_port}/'
+        httpd.shutdown()
+
+
+def test_download(server, tmp_path):
+    folder, url = server
+    payload = b'abc' * 1_000_000
+    (folder / 'file').write_bytes(payload)
+    official = data.OfficialFile(url + 'file', hashlib.sha256(payload).hexdigest(), len(payload))
+    data.download(official, tmp_path / 'new' / 'file')
+    assert (tmp_path / 'new' / 'file').read_bytes() == payload
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['file']
+
+
+def test_download_of_something_else_is_not_kept(server, tmp_path):
+    folder, url = server
+    (folder / 'file').write_bytes(b'<html>log in first</html>')
+    with pytest.raises(data.DataError, match=r'has the SHA-256 [0-9a-f]{64}, not 0000: not kept'):
+        data.download(data.OfficialFile(url + 'file', '0000', 9), tmp_path / 'new' / 'file')
+    assert not list((tmp_path / 'new').iterdir())
+
+
+def test_download_without_a_network_says_which_file_to_put_where(tmp_path):
+    with pytest.raises(data.DataError) as error:
+        read('cifar10', tmp_path, 'train')
+    path, url = tmp_path / 'cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+    expected = f'{path} is missing and could not be fetched (no network in tests): download {url} and put it there'
+    assert str(error.value) == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_network_that_never_answers(monkeypatch):
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: time.sleep(5))
+    with pytest.raises(TimeoutError, match=r'no answer in 0\.1 seconds'):
+        data._open_url('http://example.org', seconds=0.1)
+
+
+def test_official_addresses_are_whole():
+    for layout in (data._CIFAR10, data._CIFAR100):
+        assert layout.official.url.startswith('https://') and len(layout.official.sha256) == 64
+    for layout in (data._MNIST, data._FASHION):
+        assert all(len(sha256) == 64 for sha256, _ in layout.sha256.values())
+        assert all(Path(name).suffix == '.gz' for name in layout.sha256)

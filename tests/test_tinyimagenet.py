@@ -1,0 +1,122 @@
+"""setup_tinyimagenet.py from the zip to sorted folders and the cache, interrupted anywhere, and its errors."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import archives
+import data
+import setup_tinyimagenet
+
+
+@pytest.fixture
+def folder(tmp_path):
+    archives.write_tinyimagenet_zip(tmp_path / 'tiny-imagenet-200.zip')
+    return tmp_path
+
+
+def check(folder):
+    for split in ('train', 'test'):
+        images, labels = data.dataset('tinyimagenet', folder).read(split)
+        assert images.shape == (200, 64, 64, 3) and images.dtype == np.uint8
+        np.testing.assert_array_equal(labels, np.arange(200))
+        assert np.abs(images[:, 0, 0, 0].astype(int) - labels).max() <= 2
+        grey = images[labels % 10 == 0]
+        assert np.all(grey == grey[..., :1])
+    root = folder / 'tiny-imagenet-200'
+    assert not (root / 'val' / 'images').exists() and not (root / 'test').exists()
+    assert sorted(os.listdir(folder)) == ['tiny-imagenet-200', 'tiny-imagenet-200.zip']
+
+
+def test_from_the_zip_and_again(folder, capsys):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    check(folder)
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    check(folder)
+    assert capsys.readouterr().out.count('train: 200 images of 200 classes') == 2
+
+
+def test_later_starts_decode_nothing(folder, monkeypatch):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    monkeypatch.setattr(Image, 'open', None)
+    check(folder)
+
+
+def test_damaged_cache_is_made_again(folder):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    for cache in (folder / 'tiny-imagenet-200').glob('*.npy'):
+        cache.write_bytes(cache.read_bytes()[:1000])
+    check(folder)
+
+
+def test_changed_images_are_decoded_again(folder):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    changed = folder / 'tiny-imagenet-200' / 'train' / 'n00000007' / 'images' / 'n00000007_0.JPEG'
+    changed.write_bytes(archives.jpeg(255, 'L'))
+    images, _ = data.dataset('tinyimagenet', folder).read('train')
+    assert images[7].min() >= 253
+    assert len(list((folder / 'tiny-imagenet-200').glob('train-*.npy'))) == 1
+
+
+class Interrupt(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize('calls', [1, 2, 3, 100, 202])
+def test_interrupted_anywhere(calls, folder, monkeypatch):
+    """Ends the first run at the n-th file that is moved: the unpacked folder, 200 validation images, two caches."""
+    replace, count = os.replace, 0
+
+    def interrupted(source, target):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise Interrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', interrupted)
+    with pytest.raises(Interrupt):
+        setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    monkeypatch.undo()
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    assert not [path for path in folder.rglob('*.partial') if path.is_dir()]
+    for leftover in folder.rglob('*.partial'):
+        leftover.unlink()
+    check(folder)
+
+
+def test_from_an_unpacked_folder(folder):
+    shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
+    shutil.rmtree(folder / 'tiny-imagenet-200' / 'test')
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    check(folder)
+
+
+def error_of(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        setup_tinyimagenet.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    return error
+
+
+def test_damaged_zip(folder, capsys):
+    path = folder / 'tiny-imagenet-200.zip'
+    path.write_bytes(path.read_bytes()[:-100])
+    assert f'{path} is damaged' in error_of(['--datasetfolder', str(folder)], capsys)
+    assert os.listdir(folder) == ['tiny-imagenet-200.zip']
+
+
+def test_damaged_image(folder, capsys):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    image = folder / 'tiny-imagenet-200' / 'val' / 'n00000003' / 'val_197.JPEG'
+    image.write_bytes(image.read_bytes()[:200])
+    assert f'{image} is damaged' in error_of(['--datasetfolder', str(folder)], capsys)
+
+
+def test_training_before_the_setup(folder):
+    with pytest.raises(data.DataError, match=f'run python setup_tinyimagenet.py --datasetfolder {folder}'):
+        data.dataset('tinyimagenet', folder).read('train')
