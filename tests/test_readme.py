@@ -1,0 +1,37 @@
+"""What the README shows works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import train
+
+README = (Path(__file__).parent.parent / 'README.md').read_text()
+
+
+def test_example_of_the_optimizers():
+    """Runs, and finds the line that its data lie on."""
+    (code,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    names = {}
+    exec(code, names)
+    np.testing.assert_allclose(names['state'].params['w'], [1.0, -2.0, 0.5], atol=0.02)
+    np.testing.assert_allclose(names['state'].params['b'], 3.0, atol=0.02)
+    assert jax.tree.map(np.shape, names['sampled']) == {'w': (3,), 'b': ()}
+
+
+def test_published_commands_are_understood():
+    """Every set of flags in a table, and every whole command of train.py."""
+    tables = re.findall(r'\| `(--[^`]*--optim [^`]*|--optim [^`]*)` \|', README)
+    whole = re.findall(r'python train\.py (--dataset [^`\n]*)', README.replace('\\\n', ' '))
+    assert len(tables) == 7 and len(whole) == 1
+    for flags in [*tables, *whole]:
+        assert train.parse_args(shlex.split(flags)).optim in train.OPTIMIZERS
+
+
+def test_files_are_all_listed():
+    root = Path(__file__).parent.parent
+    listed = set(re.findall(r'^    (\w+\.py) ', README, re.MULTILINE))
+    assert listed == {path.name for path in root.glob('*.py')}
