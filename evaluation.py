@@ -6,22 +6,18 @@ import jax
 import jax.numpy as jnp
 
 
-@partial(jax.jit, static_argnames=('model', 'prepare', 'batch_size'))
-def logits(model, variables, images, prepare, batch_size):
+@partial(jax.jit, static_argnames=('apply', 'batch_size'))
+def logits(apply, params, batch_stats, images, batch_size):
     """float32 [N, K] for images uint8 [N, H, W, C], in batches; the last may be smaller, and every image counts once.
 
-    prepare(images) normalises. Batch normalisation uses the statistics in `variables`.
+    apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
     """
-
-    def apply(batch):
-        return model.apply(variables, prepare(batch), train=False)
-
     batch_size = min(batch_size, len(images))
     full = len(images) // batch_size * batch_size
-    whole = jax.lax.map(apply, images[:full].reshape(-1, batch_size, *images.shape[1:]))
+    whole = jax.lax.map(partial(apply, params, batch_stats), images[:full].reshape(-1, batch_size, *images.shape[1:]))
     parts = [whole.reshape(full, -1)]
     if full < len(images):
-        parts.append(apply(images[full:]))
+        parts.append(apply(params, batch_stats, images[full:]))
     return jnp.concatenate(parts)
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 import data
 import evaluation
@@ -22,24 +21,26 @@ import training
 class Experiment(NamedTuple):
     """The parts of a run.
 
-    init(key) returns the optimizer's first state; normalise(images uint8) what the network takes.
+    init(key) returns the optimizer's first state, normalise(images uint8 [B, H, W, C]) what the network takes, and
+    apply(params, batch_stats, images uint8 [B, H, W, C]) its logits [B, K].
     """
 
-    model: nn.Module
     optimizer: optimizers.Optimizer
     num_data: float
     init: Callable
     normalise: Callable
+    apply: Callable
 
     def probs(self, params, batch_stats, images, batch_size):
         """Class probabilities, float64 [N, K] on the host, of images uint8 [N, H, W, C]."""
-        variables = {'params': params, 'batch_stats': batch_stats}
-        return metrics.softmax(evaluation.logits(self.model, variables, images, self.normalise, batch_size))
+        logits = evaluation.logits(self.apply, params, batch_stats, images, batch_size)
+        return metrics.softmax(jax.device_get(logits))
 
 
+@partial(jax.jit, static_argnames='seed')
 def keys(seed):
     """The independent keys of a run's first state, of its batches and of test.py's posterior samples."""
-    return jax.random.split(jax.random.key(seed), 3)
+    return tuple(jax.random.split(jax.random.key(seed), 3))
 
 
 def create(config):
@@ -47,16 +48,20 @@ def create(config):
     flags, dataset = config['flags'], config['dataset']
     num_data = dataset['num_train'] * flags['dafactor']
     model = models.create(flags['model'], dataset['num_classes'])
-    optimizer = _optimizer(flags, training.loss_function(model), num_data)
-    example = jnp.zeros((1, *dataset['image_shape']))
+    dtype = jnp.dtype(flags['precision'])
+    optimizer = _optimizer(flags, training.loss_function(model, dtype), num_data)
+    normalise = partial(data.normalise, mean=dataset['mean'], std=dataset['std'])
 
     def init(key):
         weights_key, state_key = jax.random.split(key)
-        variables = model.init(weights_key, example, train=False)
+        variables = model.init(weights_key, jnp.zeros((1, *dataset['image_shape'])), train=False)
         return optimizer.init(variables['params'], variables.get('batch_stats', {}), state_key)
 
-    normalise = partial(data.normalise, mean=dataset['mean'], std=dataset['std'])
-    return Experiment(model, optimizer, num_data, init, normalise)
+    def apply(params, batch_stats, images):
+        logits, _ = models.apply(model, params, batch_stats, normalise(images), train=False, dtype=dtype)
+        return logits
+
+    return Experiment(optimizer, num_data, init, normalise, apply)
 
 
 def _optimizer(flags, loss, num_data):

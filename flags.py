@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import math
+import os
 import sys
 
 
@@ -28,6 +29,22 @@ class Parser(argparse.ArgumentParser):
 
         listed = [*names, f'{also}NAME'] if also else list(names)
         self.add_argument(flag, type=choose, metavar=f'{{{",".join(listed)}}}', **options)
+
+
+def add_compilecache(parser):
+    """--compilecache, the folder where XLA keeps what it compiled for the next start."""
+    default = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'bayesian-sam')
+    help = 'folder of compiled functions, which make the next start fast; "off" for none'
+    parser.add_argument('--compilecache', default=default, help=help)
+
+
+def use_compilecache(folder):
+    """Turns JAX's persistent compilation cache on, unless folder is 'off'."""
+    import jax
+
+    if folder != 'off':
+        jax.config.update('jax_compilation_cache_dir', folder)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def integer(minimum):

@@ -176,6 +176,17 @@ def create(name, num_classes):
     return MODELS[name](num_classes)
 
 
+def apply(model, params, batch_stats, images, train, dtype=None):
+    """Runs a network with weights and images cast to `dtype`; returns its logits and its new batch statistics.
+
+    Both are float32 at least, whatever `dtype` is: normalisation takes its averages in float32.
+    """
+    params, images = jax.tree.map(lambda x: x.astype(dtype or x.dtype), (params, images))
+    variables = {'params': params, 'batch_stats': batch_stats}
+    logits, updates = model.apply(variables, images, train=train, mutable=['batch_stats'] if train else [])
+    return _at_least_float32(logits), updates.get('batch_stats', batch_stats)
+
+
 def _require_size(name, images, pixels, reason):
     height, width = images.shape[1:3]
     if min(height, width) < pixels:
@@ -204,8 +215,9 @@ class BatchNorm(nn.Module):
 
         mean, var = running_mean.value, running_var.value
         if train:
-            mean = x.mean(axis=(0, 1, 2))
-            var = jnp.maximum(jnp.square(x).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
+            wide = _at_least_float32(x)
+            mean = wide.mean(axis=(0, 1, 2))
+            var = jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
         if train and not self.is_initializing():
             count.value += 1
             weight = (1 - self.decay) / (1 - self.decay**count.value)
@@ -213,7 +225,7 @@ class BatchNorm(nn.Module):
             running_var.value += weight * (var - running_var.value)
 
         factor = scale * lax.rsqrt(var + self.epsilon)
-        return (x - _channels(mean)) * _channels(factor) + _channels(bias)
+        return ((x - _channels(mean)) * _channels(factor) + _channels(bias)).astype(x.dtype)
 
 
 class FilterResponseNorm(nn.Module):
@@ -227,8 +239,13 @@ class FilterResponseNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, shape)
         bias = self.param('bias', nn.initializers.zeros, shape)
         threshold = self.param('threshold', nn.initializers.zeros, shape)
-        x = x * lax.rsqrt(jnp.square(x).mean(axis=(1, 2), keepdims=True) + self.epsilon)
-        return jnp.maximum(_channels(scale) * x + _channels(bias), _channels(threshold))
+        mean_square = jnp.square(_at_least_float32(x)).mean(axis=(1, 2), keepdims=True)
+        y = _channels(scale) * (x * lax.rsqrt(mean_square + self.epsilon)) + _channels(bias)
+        return jnp.maximum(y, _channels(threshold)).astype(x.dtype)
+
+
+def _at_least_float32(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _channels(x):

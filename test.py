@@ -15,6 +15,7 @@ def parse_args(argv=None):
     parser.add_argument('--testmc', type=flags.integer(1), default=1, help=help)
     parser.add_argument('--testbatchsize', type=flags.integer(1), default=200, help='images per batch')
     parser.add_argument('--datasetfolder', help='folder of the data sets, where it is not the one of the training')
+    flags.add_compilecache(parser)
     return parser.parse_args(argv)
 
 
@@ -31,6 +32,7 @@ def main(argv=None):
     import models
     import runs
 
+    flags.use_compilecache(args.compilecache)
     with flags.one_line_errors('test.py', data.DataError, models.ModelError, runs.RunError):
         config = runs.read_config(args.resultsfolder)
         experiment = experiments.create(config)

@@ -11,6 +11,7 @@ import flags
 DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'mnist', 'fashion', 'digits')
 MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
 OPTIMIZERS = ('sgd', 'sam', 'bsam')
+PRECISIONS = ('float32', 'bfloat16')
 
 
 def parse_args(argv=None):
@@ -42,6 +43,9 @@ def parse_args(argv=None):
     add('--datasetfolder', default='datasets', help='folder of the data sets')
     help = 'the run is kept in RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K'
     add('--resultsfolder', default='results', help=help)
+    help = 'what networks compute in; weights, optimizer state, statistics and loss are float32'
+    parser.add_choice('--precision', PRECISIONS, default='float32', help=help)
+    flags.add_compilecache(parser)
     add('--custominit', type=flags.number(above=0), default=1.0, help='initial precision s (bsam)')
     add('--damping', type=flags.number(minimum=0), default=0.1, help='damping γ of the precision (bsam)')
     args = parser.parse_args(argv)
@@ -57,6 +61,7 @@ def main(argv=None):
 
     # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
     import jax
+    import numpy as np
 
     import data
     import experiments
@@ -66,6 +71,7 @@ def main(argv=None):
     import runs
     import training
 
+    flags.use_compilecache(args.compilecache)
     with flags.one_line_errors('train.py', data.DataError, models.ModelError, runs.RunError):
         dataset = data.dataset(args.dataset, args.datasetfolder)
         images, labels = dataset.read('train')
@@ -86,27 +92,29 @@ def main(argv=None):
 
     step = training.step_function(experiment.optimizer, prepare)
     images, labels, test_images = jax.device_put((images, labels, test_images))
-    report = Report(args.epochs + 1, len(images) // args.batchsize, args.batchsize)
+    steps = len(images) // args.batchsize
+    report = Report(args.epochs + 1, steps, args.batchsize)
     with runs.open_checkpoints(run) as checkpoints:
-        for epoch in range(args.epochs + 1):
+        for number in range(args.epochs + 1):
             start = time.perf_counter()
-            order_key, augment_key = jax.random.split(jax.random.fold_in(data_key, epoch))
-            batches = data.shuffled_batches(order_key, len(images), args.batchsize)
-            lr_factor = optimizers.lr_factor(epoch, args.epochs, args.warmup)
-            state, loss = training.train_epoch(
-                step, state, images, labels, batches, augment_key, lr_factor, report.step
-            )
+            lr_factor = optimizers.lr_factor(number, args.epochs, args.warmup)
+            sent = jax.device_put({'number': np.int32(number), 'lr_factor': np.float32(lr_factor)})
+            epoch = training.start_epoch(data_key, sent['number'], len(images), args.batchsize)
+            for i in range(steps):
+                state, epoch = step(state, epoch, images, labels, sent['lr_factor'])
+                report.step(i + 1, epoch.loss)
+            loss = float(jax.device_get(epoch.loss)) / steps  # waits until the device has done the epoch
             seconds = time.perf_counter() - start
-            runs.save(checkpoints, epoch, state)
+            runs.save(checkpoints, number, state)
 
             probs = experiment.probs(state.params, state.batch_stats, test_images, args.testbatchsize)
             record = {
-                'epoch': epoch,
+                'epoch': number,
                 'loss': loss,
                 'test_accuracy': metrics.accuracy(probs, test_labels),
                 'learning_rate': args.alpha * lr_factor,
                 'seconds': round(seconds, 3),
-                'images_per_second': round(batches.size / seconds, 1),
+                'images_per_second': round(steps * args.batchsize / seconds, 1),
             }
             runs.append_log(run, record)
             report.epoch(record)
@@ -126,11 +134,11 @@ class Report:
         self.bar = tqdm(total=total, unit=' images', disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.accuracy, self.steps_before, self.refreshed = '', 0, time.monotonic()
 
-    def step(self, steps_done, progress):
+    def step(self, steps_done, loss_sum):
         if self.bar.disable or time.monotonic() - self.refreshed < 1:
             return
-        loss = float(progress.loss) / steps_done  # waits for the device, once a second, so that the bar tells the truth
-        self._show(steps_done, loss)
+        # Waits for the device, once a second, so that the bar tells the truth.
+        self._show(steps_done, float(loss_sum) / steps_done)
 
     def epoch(self, record):
         self.accuracy = f', test accuracy {record["test_accuracy"]:.2%}'

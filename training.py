@@ -1,57 +1,56 @@
-"""Training: the loss of a network, the jitted step, an epoch."""
+"""Training: the loss of a network, an epoch on the device, the jitted step."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+import data
+import models
 
-class Progress(NamedTuple):
-    """How far an epoch is, on the device: the number of steps done and the sum of their losses."""
 
+class Epoch(NamedTuple):
+    """An epoch on the device: its batches, int [steps, B], its key, the steps done and the sum of their losses."""
+
+    batches: jax.Array
+    key: jax.Array
     step: jax.Array
     loss: jax.Array
 
 
-def loss_function(model):
+@partial(jax.jit, static_argnames=('num_images', 'batch_size'))
+def start_epoch(key, number, num_images, batch_size):
+    """Epoch `number` of a run: the same key and number give the same batches and augmentation."""
+    order_key, augment_key = jax.random.split(jax.random.fold_in(key, number))
+    batches = data.shuffled_batches(order_key, num_images, batch_size)
+    return Epoch(batches, augment_key, step=jnp.zeros((), jnp.int32), loss=jnp.zeros(()))
+
+
+def loss_function(model, dtype):
     """An optimizer's loss: the mean negative log-likelihood of a batch (images float [B, H, W, C], labels int [B])."""
 
     def loss(params, batch_stats, batch):
         images, labels = batch
-        variables = {'params': params, 'batch_stats': batch_stats}
-        logits, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), updates.get('batch_stats', {})
+        logits, batch_stats = models.apply(model, params, batch_stats, images, train=True, dtype=dtype)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), batch_stats
 
     return loss
 
 
 def step_function(optimizer, prepare):
-    """One training step, jitted; the state and the progress are donated.
+    """The jitted step(state, epoch, images, labels, lr_factor) -> (state, epoch); it takes the memory of the first two.
 
-    prepare(key, images uint8 [B, H, W, C]) augments and normalises. A step picks its batch from all images by its
-    number, so that nothing is sent to the device for it.
+    images: uint8 [N, H, W, C], labels: int [N], all of them: a step finds its batch by the epoch's count, so that
+    nothing is sent to the device for it. prepare(key, images uint8 [B, H, W, C]) augments and normalises.
     """
 
-    def step(state, progress, images, labels, batches, key, lr_factor):
-        indices = batches[progress.step]
-        batch = prepare(jax.random.fold_in(key, progress.step), images[indices]), labels[indices]
+    @partial(jax.jit, donate_argnames=('state', 'epoch'))
+    def step(state, epoch, images, labels, lr_factor):
+        chosen = epoch.batches[epoch.step]
+        batch = prepare(jax.random.fold_in(epoch.key, epoch.step), images[chosen]), labels[chosen]
         state, loss = optimizer.step(state, batch, lr_factor)
-        return state, Progress(progress.step + 1, progress.loss + loss)
+        return state, epoch._replace(step=epoch.step + 1, loss=epoch.loss + loss)
 
-    return jax.jit(step, donate_argnums=(0, 1))
-
-
-def train_epoch(step, state, images, labels, batches, key, lr_factor, report):
-    """Goes through `batches`, int [steps, B]; report(steps done, progress) is called after every step.
-
-    Returns the new state and the mean loss of the steps, a float.
-    """
-    progress = Progress(jnp.zeros((), jnp.int32), jnp.zeros(()))
-    lr_factor = jax.device_put(jnp.float32(lr_factor))
-    for i in range(len(batches)):
-        state, progress = step(state, progress, images, labels, batches, key, lr_factor)
-        report(i + 1, progress)
-    mean_loss = float(progress.loss) / len(batches)  # waits until the device has done the epoch
-    return state, mean_loss
+    return step

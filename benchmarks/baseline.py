@@ -1,0 +1,73 @@
+"""The formulation of the published scripts, in our own words, as the yardstick of benchmarks/run.py.
+
+bSAM with `vmap` over sub-batches and a draw of noise for every leaf; the loss fetched after every step;
+augmentation on the host and a transfer for every batch; evaluation without `jit`; AUROC by a loop over thresholds.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree
+
+
+def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, damping):
+    """step (params, momentum, precision, batch_stats, key, batch), jitted; returns all but the batch, and the loss."""
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def noise_like(key, params):
+        leaves, structure = tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        return tree.unflatten(
+            structure, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+        )
+
+    @jax.jit
+    def step(params, momentum, precision, batch_stats, key, batch):
+        def of_sub_batch(key, sub_batch):
+            noise = noise_like(key, params)
+            sampled = tree.map(lambda w, e, s: w + e / jnp.sqrt(num_data * s), params, noise, precision)
+            (_, stats), g = value_and_grad(sampled, batch_stats, sub_batch)
+            perturbed = tree.map(lambda w, g, s: w + rho * g / s, params, g, precision)
+            (value, stats), g_perturbed = value_and_grad(perturbed, stats, sub_batch)
+            return value, stats, g_perturbed, tree.map(lambda s, g: jnp.sqrt(s) * jnp.abs(g), precision, g)
+
+        key, noise_key = jax.random.split(key)
+        sub_batches = tree.map(lambda x: x.reshape(batchsplit, -1, *x.shape[1:]), batch)
+        results = jax.vmap(of_sub_batch)(jax.random.split(noise_key, batchsplit), sub_batches)
+        value, g, magnitude = (tree.map(lambda x: x.mean(axis=0), results[i]) for i in (0, 2, 3))
+        stats = tree.map(lambda x: x[0], results[1])
+        momentum = tree.map(lambda m, g, w: beta1 * m + (1 - beta1) * (g + weight_decay * w), momentum, g, params)
+        params = tree.map(lambda w, m, s: w - alpha * m / s, params, momentum, precision)
+        precision = tree.map(lambda s, h: beta2 * s + (1 - beta2) * (h + damping + weight_decay), precision, magnitude)
+        return params, momentum, precision, stats, key, value
+
+    return step
+
+
+def host_batch(rng, images, labels, batch_size, mean, std):
+    """A random batch, padded, cropped, flipped and normalised image by image on the host, and sent to the device."""
+    chosen = rng.choice(len(images), batch_size, replace=False)
+    batch = np.empty((batch_size, *images.shape[1:]), np.float32)
+    for i, image in enumerate(images[chosen]):
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        y, x = rng.integers(0, 9, 2)
+        crop = padded[y : y + image.shape[0], x : x + image.shape[1]]
+        batch[i] = crop[:, ::-1] if rng.random() < 0.5 else crop
+    return jax.device_put(((batch / 255 - mean) / std, labels[chosen]))
+
+
+def logits(model, variables, images, batch_size):
+    """A forward pass over images float [N, H, W, C], without `jit`."""
+    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    return np.concatenate([model.apply(variables, batch, train=False) for batch in batches])
+
+
+def auroc(probs, labels):
+    """The grid AUROC by a loop over 2,499 thresholds, each with arrays of its own shape."""
+    confidence, correct = jnp.max(probs, axis=1), jnp.argmax(probs, axis=1) == labels
+    points = [(0.0, 0.0)]
+    for threshold in np.arange(2499, 0, -1) / 2500:
+        chosen = correct[confidence >= threshold]
+        points.append((float((~chosen).sum()), float(chosen.sum())))
+    false_positives, true_positives = np.array(points).T
+    return np.trapezoid([*(true_positives / correct.sum()), 1], [*(false_positives / (~correct).sum()), 1])
