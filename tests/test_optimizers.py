@@ -150,7 +150,7 @@ def test_bsam_equals_the_equations(batchsplit, problem, x64):
     m, s, stats = np.zeros(3), np.full(3, 2.0), 0.0
     for t in range(5):
         keys = jax.random.split(jax.random.split(state.key)[1], batchsplit)
-        noises = [np.asarray(jax.random.normal(key, (3,), jnp.float64)) for key in keys]
+        noises = [(optimizer.sample(state, key) - w) * np.sqrt(60 * s) for key in keys]
         state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
         parts = sub_batches(x[t], y[t], batchsplit)
         w, m, s, stats, expected = reference.bsam_step(
