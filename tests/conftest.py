@@ -1,7 +1,19 @@
 import jax
 import pytest
 
+import flags
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilecache(tmp_path_factory):
+    """Commands in tests share a cache of compiled functions that is not the user's."""
+    folder = tmp_path_factory.mktemp('cache')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(folder))
+        flags.use_compilecache(str(folder / 'bayesian-sam'))
+        yield folder / 'bayesian-sam'
 
 
 @pytest.fixture

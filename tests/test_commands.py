@@ -1,6 +1,7 @@
 """train.py, test.py and demo2d.py as their users run them, on a few made images."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -134,6 +135,29 @@ def test_digits_are_learned(flags_of):
     assert read_log(run)[-1]['test_accuracy'] > 0.9
 
 
+def test_no_hidden_transfers(flags_of):
+    """A whole run sends nothing to the device but what it means to: no scalar a step, no batch."""
+    with jax.transfer_guard('disallow'):
+        train.main(flags_of(dataset='cifar10', model='lenet'))
+
+
+def test_bfloat16_trains_and_keeps_float32_state(flags_of):
+    run = train.main(flags_of(dataset='cifar10', model='resnet18', optim='sgd', precision='bfloat16', epochs=0))
+    state = restored(run)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state._replace(key=()))}
+    assert dtypes == {'float32'} and np.isfinite(read_log(run)[0]['loss'])
+
+
+def test_compiled_functions_are_kept_where_the_flag_says(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, 'train.py', '--dataset=digits', '--model=mlp', '--epochs=0', '--alpha=0.01']
+    command += [f'--resultsfolder={tmp_path / "results"}', f'--datasetfolder={tmp_path}']
+    for folder, exists in (('off', False), (str(tmp_path / 'compiled'), True)):
+        subprocess.run([*command, f'--compilecache={folder}'], cwd=root, check=True, capture_output=True)
+        assert (tmp_path / 'compiled').exists() == exists
+    assert any((tmp_path / 'compiled').iterdir()) and not (root / 'off').exists()
+
+
 def test_runs_started_together_get_different_folders(tmp_path):
     with ThreadPoolExecutor(20) as pool:
         folders = list(pool.map(lambda _: runs.create(tmp_path, 'tfds/toy', 'mlp', 'sgd'), range(20)))
@@ -186,7 +210,8 @@ def test_defaults_are_those_of_the_reference():
         'randomseed': 0, 'alpha': 1.0, 'rho': 0.1, 'optim': 'sgd', 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0,
         'dafactor': 1.0, 'batchsize': 200, 'testbatchsize': 200, 'epochs': 180, 'warmup': 5, 'dataset': 'cifar10',
         'batchsplit': 8, 'noaugment': False, 'model': 'resnet18', 'datasetfolder': 'datasets',
-        'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1,
+        'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1, 'precision': 'float32',
+        'compilecache': os.path.join(os.environ['XDG_CACHE_HOME'], 'bayesian-sam'),
     }  # fmt: skip
 
 

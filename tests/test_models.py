@@ -148,6 +148,24 @@ def test_convolution_gradient(pixels, size, stride, padding, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'resnet20'])
+def test_bfloat16(name):
+    """The logits are those of float32 but for bfloat16's rounding; they and the batch statistics are float32."""
+    entry = GOLDEN[name]
+    model, images = models.create(name, entry['num_classes']), golden_images(entry)
+    batch_stats = model.init(jax.random.key(0), images, train=False).get('batch_stats', {})
+    params = golden_params(entry)
+    results = {
+        dtype: models.apply(model, params, batch_stats, images, train=True, dtype=dtype)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    }
+    (logits, stats), (rounded, rounded_stats) = results.values()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((rounded, rounded_stats))} == {'float32'}
+    assert 0 < np.abs(rounded - logits).max() < 0.05 * np.abs(logits).max()
+    for ours, exact in zip(jax.tree.leaves(rounded_stats), jax.tree.leaves(stats), strict=True):
+        assert np.linalg.norm(ours - exact) <= 0.05 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize(('name', 'pixels'), [('resnet20', 29), ('lenet', 15)])
 def test_smallest_image(name, pixels):
     model = models.create(name, 10)
