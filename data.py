@@ -8,6 +8,7 @@ DataError whose message says which file and what to do.
 import contextlib
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import io
 import os
@@ -337,22 +338,26 @@ def _read_tinyimagenet(folder, split):
         raise DataError(
             f'{split_folder} is missing or not sorted: run python setup_tinyimagenet.py --datasetfolder {folder}'
         )
-    paths, labels, fingerprint = _list_image_folders(split_folder)
-    if len(set(labels)) != 200:
-        raise DataError(f'{split_folder} holds images of {len(set(labels))} classes, not 200')
+    classes = sorted(entry.name for entry in os.scandir(root / 'train') if entry.is_dir() and entry.name[0] == 'n')
+    paths, labels, fingerprint = _list_image_folders(split_folder, classes)
+    if len(classes) != 200 or len(set(labels)) != 200:
+        raise DataError(f'{split_folder} holds images of {len(set(labels))} of {len(classes)} classes, not of 200')
     cache = root / f'{split}-{fingerprint}.npy'
-    with contextlib.suppress(OSError, ValueError):  # no cache, or a damaged one
-        return np.load(cache, mmap_mode='r'), labels
+    with contextlib.suppress(OSError, ValueError, EOFError):  # no cache, or a damaged one
+        images = np.load(cache, mmap_mode='r')
+        if images.shape == (len(paths), 64, 64, 3) and images.dtype == np.uint8:
+            return images, labels
     return _cached(cache, _decode(paths, (64, 64, 3))), labels
 
 
-def _list_image_folders(folder):
-    """Paths of the JPEGs below each class folder, their labels in the order of the folders' names, and a
-    fingerprint of names and sizes that changes with the images."""
+def _list_image_folders(folder, classes):
+    """Paths of the JPEGs below each class folder, their labels in the order of `classes`, and a fingerprint of
+    names and sizes that changes with the images."""
     paths, labels, fingerprint = [], [], hashlib.sha256()
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     for label, name in enumerate(classes):
         inner = folder / name / 'images'
+        if not (folder / name).is_dir():
+            raise DataError(f'{folder / name} is missing: delete {folder.parent} and run setup_tinyimagenet.py again')
         entries = os.scandir(inner if inner.is_dir() else folder / name)
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.endswith('.JPEG'):
@@ -387,13 +392,14 @@ def _for_each(decode, num_images):
 
 def _cached(path, images):
     """Keeps decoded images for the next start where the folder can be written; returns them."""
-    for stale in path.parent.glob(f'{path.name.split("-")[0]}-*.npy'):
-        stale.unlink(missing_ok=True)
     partial_path = path.with_name(f'{path.name}.{os.getpid()}.partial')
     try:
         with open(partial_path, 'wb') as file:
             np.save(file, images)
         os.replace(partial_path, path)
+        for stale in path.parent.glob(f'{path.name.split("-")[0]}-*.npy'):
+            if stale != path:
+                stale.unlink(missing_ok=True)
     except OSError as error:
         partial_path.unlink(missing_ok=True)
         print(f'{path} could not be written ({error.strerror}): images are decoded at every start', file=sys.stderr)
@@ -453,7 +459,7 @@ def _read_tfds(builder, image_key, label_key, split):
         images[i], labels[i] = example[image_key], example[label_key]
 
     _for_each(decode, len(source))
-    return images, labels
+    return images, _checked_labels(labels, builder.info.features[label_key].num_classes, builder.info.full_name)
 
 
 # The digits that scikit-learn ships: no file, no network.
@@ -502,7 +508,7 @@ def download(official, path):
         if sha256 != official.sha256:
             raise DataError(f'what {official.url} sent has the SHA-256 {sha256}, not {official.sha256}: not kept')
         os.replace(partial_path, path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error
         raise DataError(
             f'{path} is missing and could not be fetched ({reason}): download {official.url} and put it there'
@@ -532,7 +538,7 @@ def _open_url(url, seconds=10):
     def connect():
         try:
             answers.put(urllib.request.urlopen(url, timeout=seconds))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             answers.put(error)
 
     threading.Thread(target=connect, daemon=True).start()
@@ -540,7 +546,7 @@ def _open_url(url, seconds=10):
         answer = answers.get(timeout=seconds)
     except queue.Empty:
         raise TimeoutError(f'no answer in {seconds} seconds') from None
-    if isinstance(answer, OSError):
+    if isinstance(answer, Exception):
         raise answer
     return answer
 
@@ -574,12 +580,17 @@ def _damaged(path, reason, official=None):
     message = f'{path} is damaged ({reason})'
     if official is None or Path(path).name != official.url.rsplit('/', 1)[1]:
         return message
-    with open(path, 'rb') as file:
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    try:
+        with open(path, 'rb') as file:
+            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError:
+        return f'{path} cannot be read ({reason})'
     return f'{message}: its SHA-256 is {sha256}, the published one {official.sha256}; delete it to download it again'
 
 
 def _checked_labels(labels, num_classes, where):
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    if not len(labels):
+        raise DataError(f'{where} holds no images')
+    if not 0 <= labels.min() <= labels.max() < num_classes:
         raise DataError(f'{where} has labels from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}')
     return labels.astype(np.int32)

@@ -24,7 +24,9 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('--output', type=Path, default=Path('animation.gif'), help='the GIF to write')
     parser.add_argument('--epochs', type=flags.integer(1), default=251, help='epochs; every second one is a frame')
-    parser.add_argument('--randomseed', type=flags.integer(0), default=0, help='seed of weights, batches and samples')
+    parser.add_argument(
+        '--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of weights, batches and samples'
+    )
     args = parser.parse_args(argv)
     if args.output.suffix != '.gif':
         parser.error(f'--output {args.output} is not the name of a .gif')

@@ -47,14 +47,15 @@ def use_compilecache(folder):
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
-def integer(minimum):
-    """A flag type: whole numbers from `minimum` on."""
+def integer(minimum, below=math.inf):
+    """A flag type: whole numbers from `minimum` on and less than `below`."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if int(text) >= minimum:
+            if minimum <= int(text) < below:
                 return int(text)
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {minimum} or more')
+        bound = '' if below == math.inf else f' and less than {below}'
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {minimum} or more{bound}')
 
     return parse
 

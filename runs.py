@@ -9,6 +9,7 @@
 Nothing in it is a pickle.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ def create(results_folder, dataset, model, optim):
     parent = Path(results_folder) / f'{dataset}_{model}'.replace('/', '_') / optim
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for k in range(len(os.listdir(parent)) + 1_000_000):
+        for k in itertools.count():
             run = parent / f'run_{k}'
             try:
                 run.mkdir()
@@ -45,10 +46,14 @@ def create(results_folder, dataset, model, optim):
 
 
 def write_json(path, content):
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    """Writes JSON so that a reader sees the old file or the new one, never a part. Raises RunError."""
     partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-    partial.write_text(json.dumps(_finite(content), indent=2) + '\n')
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(_finite(content), indent=2) + '\n')
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f'{path} cannot be written: {error.strerror}') from error
 
 
 def append_log(run, record):
@@ -72,9 +77,22 @@ def read_config(run):
             f'{run} is not a run folder: it holds no config.json (name the folder run_K that train.py printed)'
         )
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f'{path} is damaged: {error}') from error
+        config = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise RunError(f'{path} is damaged or cannot be read: {error}') from error
+    needed = {'flags': _NEEDED_FLAGS, 'dataset': ('num_train', 'num_classes', 'image_shape', 'mean', 'std')}
+    for part, names in needed.items():
+        held = config.get(part) if isinstance(config, dict) else None
+        missing = [name for name in names if not isinstance(held, dict) or name not in held]
+        if missing:
+            raise RunError(f'{path} lacks {part}.{missing[0]}: it is incomplete, or of another version of train.py')
+    return config
+
+
+_NEEDED_FLAGS = (
+    'alpha', 'batchsplit', 'beta1', 'beta2', 'custominit', 'dafactor', 'damping', 'dataset', 'datasetfolder', 'model',
+    'optim', 'precision', 'priorprec', 'randomseed', 'rho',
+)  # fmt: skip
 
 
 def environment():
@@ -110,7 +128,12 @@ def save(checkpoints, epoch, state):
 
 
 def restore(run, like):
-    """The newest checkpoint as (epoch, state), in the structure, shapes and dtypes of `like`. Raises RunError."""
+    """The newest checkpoint as (epoch, state) on this machine's first device, in the structure of `like`.
+
+    like: jax.ShapeDtypeStructs. Raises RunError.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     folder = Path(run).absolute() / 'checkpoints'
     if not folder.is_dir():
         raise RunError(f'{run} holds no checkpoint: no epoch of it was completed')
@@ -120,8 +143,7 @@ def restore(run, like):
             raise RunError(f'{run} holds no checkpoint: no epoch of it was completed')
         try:
             return epoch, checkpoints.restore(epoch, args=ocp.args.StandardRestore(like))
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).split('. ')[0]
-            raise RunError(
-                f'{folder / str(epoch)} does not fit the model and optimizer of config.json: {reason}'
-            ) from error
+        except Exception as error:  # what Orbax raises for damaged files is not documented
+            lines = str(error).splitlines() or [type(error).__name__]
+            where = f'{folder / str(epoch)} is damaged, or does not fit the model and optimizer of config.json'
+            raise RunError(f'{where}: {lines[0].split(". ")[0][:200]}') from error

@@ -3,6 +3,8 @@
 python test.py --resultsfolder results/cifar10_resnet18/bsam/run_0 --testmc 32
 """
 
+import os
+from functools import partial
 from pathlib import Path
 
 import flags
@@ -35,13 +37,19 @@ def main(argv=None):
     flags.use_compilecache(args.compilecache)
     with flags.one_line_errors('test.py', data.DataError, models.ModelError, runs.RunError):
         config = runs.read_config(args.resultsfolder)
+        if not os.access(args.resultsfolder, os.W_OK):
+            raise runs.RunError(f'{args.resultsfolder} cannot be written, so metrics.json has no place')
         experiment = experiments.create(config)
         epoch, state = runs.restore(args.resultsfolder, jax.eval_shape(experiment.init, jax.random.key(0)))
         dataset = data.dataset(config['flags']['dataset'], args.datasetfolder or config['flags']['datasetfolder'])
         images, labels = dataset.read('test')
+        if list(images.shape[1:]) != config['dataset']['image_shape']:
+            raise data.DataError(
+                f'the test images are {images.shape[1:]}, not {config["dataset"]["image_shape"]} as in training'
+            )
 
     images = jax.device_put(images)
-    sample = jax.jit(lambda key: experiment.optimizer.sample(state, key))
+    sample = partial(jax.jit(experiment.optimizer.sample), state)
     _, _, sample_key = experiments.keys(config['flags']['randomseed'])
 
     def predict(params):
@@ -55,7 +63,8 @@ def main(argv=None):
     print_metrics(averaged)
 
     results = {'epoch': epoch, 'testmc': args.testmc, 'mean': at_mean, 'average': averaged}
-    runs.write_json(args.resultsfolder / 'metrics.json', results | runs.environment())
+    with flags.one_line_errors('test.py', runs.RunError):
+        runs.write_json(args.resultsfolder / 'metrics.json', results | runs.environment())
 
 
 def print_metrics(summary):

@@ -3,6 +3,7 @@
 python train.py --dataset cifar10 --model resnet18 --optim bsam --alpha 0.5 --priorprec 40 --rho 0.01 --dafactor 4
 """
 
+import os
 import sys
 import time
 
@@ -18,7 +19,7 @@ def parse_args(argv=None):
     """The flags of the reference, with its defaults. Needs neither JAX nor the tables that it lists the names of."""
     parser = flags.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--randomseed', type=flags.integer(0), default=0, help='seed of everything that is random')
+    add('--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of everything that is random')
     parser.add_choice('--optim', OPTIMIZERS, default='sgd', help='optimizer')
     add('--alpha', type=flags.number(above=0), default=1.0, help='learning rate α, before the schedule')
     add('--rho', type=flags.number(minimum=0), default=0.1, help='ρ: sam evaluates at w + ρ g/‖g‖, bsam at w + ρ g/s')
@@ -72,6 +73,7 @@ def main(argv=None):
     import training
 
     flags.use_compilecache(args.compilecache)
+    args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
     with flags.one_line_errors('train.py', data.DataError, models.ModelError, runs.RunError):
         dataset = data.dataset(args.dataset, args.datasetfolder)
         images, labels = dataset.read('train')

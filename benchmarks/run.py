@@ -207,7 +207,7 @@ def evaluation_times(model, precision, num_images):
     experiment = experiments.create(configuration(model, 'bsam', precision))
     state = jax.jit(experiment.init)(jax.random.key(0))
     images = jax.device_put(synthetic_images(num_images)[0])
-    sample = jax.jit(lambda key: experiment.optimizer.sample(state, key))
+    sample = partial(jax.jit(experiment.optimizer.sample), state)
 
     def predict(params):
         return experiment.probs(params, state.batch_stats, images, BATCH)

@@ -180,6 +180,10 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'rho': 'inf'}, "--rho: 'inf' is not a number >= 0"),
         ({'custominit': 0}, "--custominit: '0' is not a number > 0"),
         ({'damping': 0, 'priorprec': 0}, 'bsam needs --damping or --priorprec above 0'),
+        (
+            {'randomseed': 2**32},
+            "--randomseed: '4294967296' is not a whole number of 0 or more and less than",
+        ),
         ({'epochs': 1.5}, "--epochs: '1.5' is not a whole number of 0 or more"),
         ({'model': 'resnet20'}, 'resnet20 needs images of 29×29 pixels or more for its 8×8 pool, not 28×28'),
         ({'dataset': 'tinyimagenet'}, 'run python setup_tinyimagenet.py --datasetfolder'),
@@ -247,10 +251,13 @@ def test_bad_evaluations(flags_of, tmp_path, capsys):
     config = (run / 'config.json').read_text()
     (run / 'config.json').write_text(config.replace('"mlp"', '"lenet"'))
     error = evaluation_error([f'--resultsfolder={run}'], capsys)
-    assert 'does not fit the model and optimizer of config.json: Structure mismatch' in error
+    assert 'does not fit the model and optimizer of config.json: ' in error
+
+    (run / 'config.json').write_text('{}')
+    assert 'config.json lacks flags.alpha: it is incomplete' in evaluation_error([f'--resultsfolder={run}'], capsys)
 
     (run / 'config.json').write_text(config[:-40])
-    assert 'config.json is damaged' in evaluation_error([f'--resultsfolder={run}'], capsys)
+    assert 'config.json is damaged or cannot be read' in evaluation_error([f'--resultsfolder={run}'], capsys)
 
     (run / 'config.json').write_text(config)
     (run / 'checkpoints').rename(run / 'elsewhere')

@@ -52,6 +52,21 @@ def test_damaged_cache_is_made_again(folder):
     check(folder)
 
 
+def test_stray_folders_do_not_shift_labels(folder):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    for split in ('train', 'val'):
+        (folder / 'tiny-imagenet-200' / split / '.ipynb_checkpoints').mkdir()
+    check(folder)
+
+
+@pytest.mark.parametrize('payload', [b'', None])
+def test_cache_of_something_else_is_made_again(payload, folder):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    for cache in (folder / 'tiny-imagenet-200').glob('*.npy'):
+        np.save(cache, np.zeros((3, 2))) if payload is None else cache.write_bytes(payload)
+    check(folder)
+
+
 def test_changed_images_are_decoded_again(folder):
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
     changed = folder / 'tiny-imagenet-200' / 'train' / 'n00000007' / 'images' / 'n00000007_0.JPEG'
