@@ -7,7 +7,7 @@ RUN = results/digits_lenet/bsam
 train: $(VENV)/requirements
 	$(BIN)/python train.py --dataset digits --model lenet --optim bsam --alpha 0.5 --rho 0.01 --priorprec 1 \
 	    --batchsize 50 --batchsplit 5 --epochs 40
-	$(BIN)/python test.py --testmc 32 --resultsfolder "$$(ls -dv $(RUN)/run_* | tail -n 1)"
+	$(BIN)/python test.py --testmc 32 --resultsfolder "$$(ls -td $(RUN)/run_* | head -n 1)"
 
 test: $(VENV)/test-requirements
 	$(BIN)/ruff check .

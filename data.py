@@ -209,7 +209,7 @@ def _parse_cifar_pickle(payload, layout, where):
 
 
 def _gather_cifar(parts, layout, path):
-    """The batches as one array of images, channels last, without a second copy of the whole."""
+    """The batches as one array of images, channels last."""
     num_images = sum(len(labels) for _, labels in parts)
     images = np.empty((num_images, 32, 32, 3), np.uint8)
     start = 0
@@ -287,7 +287,7 @@ def _read_idx_set(layout, folder, split):
     prefix = {'train': 'train', 'test': 't10k'}[split]
     images_path = _idx_file(layout, folder, f'{prefix}-images-idx3-ubyte')
     labels_path = _idx_file(layout, folder, f'{prefix}-labels-idx1-ubyte')
-    images, labels = read_idx(images_path), read_idx(labels_path)
+    images, labels = (read_idx(path, _official_idx(layout, path.name)) for path in (images_path, labels_path))
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise DataError(f'{images_path} holds {images.shape} and {labels_path} {labels.shape}, not N images, N labels')
     return images[..., None], _checked_labels(labels, 10, labels_path)
@@ -299,18 +299,22 @@ def _idx_file(layout, folder, name):
             if path.exists():
                 return path
     path = folder / layout.folders[0] / f'{name}.gz'
-    download(OfficialFile(layout.url + path.name, *layout.sha256[path.name]), path)
+    download(_official_idx(layout, path.name), path)
     return path
 
 
-def read_idx(path):
+def _official_idx(layout, name):
+    return OfficialFile(layout.url + name, *layout.sha256[name]) if name in layout.sha256 else None
+
+
+def read_idx(path, official=None):
     """The unsigned bytes of an idx file, plain or .gz, in the shape that its header gives; DataError if damaged."""
     payload = _read_file(path)
     if path.suffix == '.gz':
         try:
             payload = gzip.decompress(payload)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(_damaged(path, error)) from error
+            raise DataError(damaged(path, error, official)) from error
     rank = payload[3] if len(payload) >= 4 else 0
     header = 4 + 4 * rank
     if payload[:3] != b'\0\0\x08' or not rank or len(payload) < header:
@@ -376,7 +380,7 @@ def _decode(paths, shape):
             with Image.open(paths[i]) as image:
                 images[i] = np.asarray(image.convert('RGB'))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(_damaged(paths[i], error)) from error
+            raise DataError(damaged(paths[i], error)) from error
 
     _for_each(decode, len(paths))
     return images
@@ -412,13 +416,18 @@ def _cached(path, images):
 def _tfds_dataset(name, folder):
     import tensorflow_datasets as tfds
 
-    builder = _tfds_builder(tfds, name, folder)
+    try:
+        builder = _tfds_builder(tfds, name, folder)
+    except DataError:
+        raise
+    except Exception as error:  # TFDS has no error of its own for unknown names and damaged folders
+        raise DataError(f'{folder / name} cannot be read by TFDS: {_first_line(error)}') from error
     image_key, label_key = builder.info.supervised_keys or ('image', 'label')
     features = builder.info.features
     is_classification = image_key in features and isinstance(features[label_key], tfds.features.ClassLabel)
     if not is_classification or 'train' not in builder.info.splits:
         raise DataError(f'tfds/{name} is no image classification set with a split "train"')
-    read = partial(_read_tfds, builder, image_key, label_key)
+    read = partial(_read_tfds, builder, image_key, label_key, folder / name)
     in_colour = features[image_key].shape[-1] == 3
     return Dataset(read, features[label_key].num_classes, mean=None, std=None, augment=in_colour)
 
@@ -438,7 +447,7 @@ def _tfds_builder(tfds, name, folder):
     return builder
 
 
-def _read_tfds(builder, image_key, label_key, split):
+def _read_tfds(builder, image_key, label_key, folder, split):
     splits = [s for s in ((split,) if split == 'train' else ('test', 'validation')) if s in builder.info.splits]
     if not splits:
         raise DataError(f'{builder.info.full_name} has neither a split "test" nor "validation"')
@@ -448,11 +457,17 @@ def _read_tfds(builder, image_key, label_key, split):
         raise DataError(
             f"{builder.info.full_name} was not prepared with file_format='array_record': {error}"
         ) from error
-    shape = source[0][image_key].shape
+    try:
+        shape = source[0][image_key].shape
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
+        raise DataError(f'{folder}: its split "{splits[0]}" is empty or damaged: {_first_line(error)}') from error
     images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
 
     def decode(i):
-        example = source[i]
+        try:
+            example = source[i]
+        except (RuntimeError, OSError, ValueError) as error:
+            raise DataError(f'{folder}: image {i} is damaged: {_first_line(error)}') from error
         if example[image_key].shape != shape:
             sizes = f'{shape} and {example[image_key].shape}'
             raise DataError(f'{builder.info.full_name} has images of different sizes, {sizes}; one size is needed')
@@ -569,14 +584,15 @@ def _read_members(archive, names, official):
             while stream.read(1 << 20):
                 pass  # gzip's checksum is behind the last byte
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(_damaged(archive, error, official)) from error
+        raise DataError(damaged(archive, error, official)) from error
     missing = [name for name in names if name not in members]
     if missing:
-        raise DataError(_damaged(archive, f'it holds no {missing[0]}', official))
+        raise DataError(damaged(archive, f'it holds no {missing[0]}', official))
     return [members[name] for name in names]
 
 
-def _damaged(path, reason, official=None):
+def damaged(path, reason, official=None):
+    """The line on a damaged file: its checksum beside the published one, where that is known."""
     message = f'{path} is damaged ({reason})'
     if official is None or Path(path).name != official.url.rsplit('/', 1)[1]:
         return message
@@ -586,6 +602,10 @@ def _damaged(path, reason, official=None):
     except OSError:
         return f'{path} cannot be read ({reason})'
     return f'{message}: its SHA-256 is {sha256}, the published one {official.sha256}; delete it to download it again'
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _checked_labels(labels, num_classes, where):

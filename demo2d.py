@@ -28,7 +28,7 @@ def parse_args(argv=None):
         '--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of weights, batches and samples'
     )
     args = parser.parse_args(argv)
-    if args.output.suffix != '.gif':
+    if args.output.suffix != '.gif' or args.output.is_dir():
         parser.error(f'--output {args.output} is not the name of a .gif')
     if not args.output.absolute().parent.is_dir() or not os.access(args.output.absolute().parent, os.W_OK):
         parser.error(f'--output {args.output}: the folder is missing or cannot be written')

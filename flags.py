@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import math
 import os
 import sys
@@ -13,6 +14,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors='replace')  # the formulas in --help are not ASCII
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message} (see --help)\n')

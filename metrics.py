@@ -67,8 +67,10 @@ def auroc_grid(probs, labels):
 
 
 def summary(probs, labels):
-    """The metrics that test.py prints, by name."""
-    return {metric.__name__: metric(probs, labels) for metric in (accuracy, nll, ece, auroc_grid, auroc)}
+    """The metrics that test.py prints, by name; all are nan if a probability is, as after a divergence."""
+    diverged = not np.isfinite(probs).all()
+    metrics = (accuracy, nll, ece, auroc_grid, auroc)
+    return {metric.__name__: float('nan') if diverged else metric(probs, labels) for metric in metrics}
 
 
 def _confidence(probs):
@@ -76,7 +78,7 @@ def _confidence(probs):
 
 
 def _correct(probs, labels):
-    return np.argmax(probs, axis=1) == labels
+    return np.argmax(probs, axis=1) == np.asarray(labels)
 
 
 def _split_by_correctness(probs, labels):

@@ -151,7 +151,7 @@ def bsam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, 
         momentum = tree.map(
             lambda m, g, w: beta1 * m + (1 - beta1) * (g + weight_decay * w), state.momentum, grads, state.params
         )
-        params = tree.map(lambda w, m, s: w - rate * m / s, state.params, momentum, state.precision)
+        params = tree.map(lambda w, m, s: (w - rate * m / s).astype(w.dtype), state.params, momentum, state.precision)
         precision = tree.map(
             lambda s, h: beta2 * s + (1 - beta2) * (jnp.sqrt(s) * h + damping + weight_decay),
             state.precision,
@@ -174,7 +174,7 @@ def _init_momentum(params, batch_stats, key):
 
 def _momentum_step(state, grads, rate, beta1, weight_decay):
     momentum = tree.map(lambda m, g, w: beta1 * m + g + weight_decay * w, state.momentum, grads, state.params)
-    params = tree.map(lambda w, m: w - rate * m, state.params, momentum)
+    params = tree.map(lambda w, m: (w - rate * m).astype(w.dtype), state.params, momentum)
     return state._replace(params=params, momentum=momentum)
 
 

@@ -8,6 +8,7 @@ It may be interrupted at any point and run again.
 import os
 import shutil
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 import flags
@@ -31,7 +32,10 @@ def main(argv=None):
             if not archive.exists():
                 data.download(data.TINYIMAGENET, archive)
             unpack(archive, root)
-        sort_validation_images(root / 'val')
+        try:
+            sort_validation_images(root / 'val')
+        except (OSError, ValueError) as error:
+            raise data.DataError(f'{root / "val"} cannot be sorted: {error}') from error
         dataset = data.dataset('tinyimagenet', args.datasetfolder)
         for split in ('train', 'test'):
             images, labels = dataset.read(split)
@@ -42,7 +46,7 @@ def unpack(archive, root):
     """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
     from tqdm import tqdm
 
-    from data import DataError
+    from data import TINYIMAGENET, DataError, damaged
 
     partial = root.with_name(f'{root.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
@@ -52,8 +56,10 @@ def unpack(archive, root):
             for name in tqdm(wanted, 'unpacking', unit=' files', leave=False, disable=None):
                 members.extract(name, partial)
         os.replace(partial / root.name, root)
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, OSError) as error:
-        raise DataError(f'{archive} is damaged, or {root} cannot be written: {error}') from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise DataError(damaged(archive, error, TINYIMAGENET)) from error
+    except OSError as error:
+        raise DataError(f'{archive} cannot be unpacked to {partial}: {error}') from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

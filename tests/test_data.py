@@ -1,6 +1,5 @@
 """The readers on archives in the official layouts, whole and damaged; augmentation; batches; downloads."""
 
-import gzip
 import hashlib
 import http.server
 import io
@@ -164,11 +163,28 @@ def test_damaged_idx(payload, message, tmp_path):
         data.read_idx(path)
 
 
-def test_damaged_gzip(tmp_path):
-    path = tmp_path / 'file.gz'
-    path.write_bytes(gzip.compress(archives.idx(np.zeros((3, 28, 28), np.uint8)))[:-9])
-    with pytest.raises(data.DataError, match='is damaged'):
-        data.read_idx(path)
+def test_damaged_gzip_is_named_with_its_checksum(tmp_path):
+    archives.write_idx_set(tmp_path / 'mnist')
+    path = tmp_path / 'mnist' / 't10k-images-idx3-ubyte.gz'
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(data.DataError, match=f'{path} is damaged .* the published one 8d422c7b'):
+        read('mnist', tmp_path, 'test')
+
+
+def test_empty_sets_are_refused(tmp_path):
+    archives.write_idx_set(tmp_path / 'mnist', num_test=0)
+    with pytest.raises(data.DataError, match='holds no images'):
+        read('mnist', tmp_path, 'test')
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
+@pytest.mark.parametrize('name', ['dataset_info.json', 'toy-train.array_record-00000-of-00001'])
+def test_damaged_tfds(name, tmp_path):
+    prepare_tfds(tmp_path)
+    path = tmp_path / 'toy' / '1.0.0' / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(data.DataError, match=r'toy.*damaged|toy cannot be read by TFDS'):
+        data.dataset('tfds/toy', tmp_path).read('train')
 
 
 def test_images_and_labels_that_do_not_match(tmp_path):

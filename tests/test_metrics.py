@@ -79,5 +79,11 @@ def test_nll_of_an_impossible_class():
     assert metrics.nll(np.array([[1.0, 0.0]]), np.array([1])) == np.inf
 
 
+def test_summary_of_a_diverged_network():
+    """argmax of NaN is class 0: an accuracy of a tenth would look like a result."""
+    summary = metrics.summary(np.full((4, 10), np.nan), np.zeros(4, int))
+    assert len(summary) == 5 and np.isnan(list(summary.values())).all()
+
+
 def test_softmax_of_large_logits():
     np.testing.assert_allclose(metrics.softmax([[1000, 999]]), [[1 / (1 + np.exp(-1)), 1 / (1 + np.e)]])

@@ -240,6 +240,15 @@ def test_second_step_neither_recompiles_nor_repeats_noise(name):
     assert (jax.random.key_data(state.key).tolist() != key_before) == (name != 'sgd')
 
 
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_step_keeps_dtypes(name):
+    """bfloat16 weights stay so under a float32 rate, or a second step would compile again."""
+    optimizer = optimizers.OPTIMIZERS[name](quadratic_loss, **SETTINGS[name])
+    state = optimizer.init({'w': jnp.ones(3, jnp.bfloat16)}, {}, jax.random.key(0))
+    stepped, _ = optimizer.step(state, jnp.zeros(4), jnp.float32(0.5))
+    assert [leaf.dtype for leaf in jax.tree.leaves(stepped)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+
+
 def test_batch_that_does_not_divide():
     optimizer = optimizers.sam(quadratic_loss, **SETTINGS['sam'])
     state = optimizer.init(jnp.ones(2), {}, jax.random.key(0))

@@ -121,8 +121,16 @@ def error_of(arguments, capsys):
 def test_damaged_zip(folder, capsys):
     path = folder / 'tiny-imagenet-200.zip'
     path.write_bytes(path.read_bytes()[:-100])
-    assert f'{path} is damaged' in error_of(['--datasetfolder', str(folder)], capsys)
+    error = error_of(['--datasetfolder', str(folder)], capsys)
+    assert f'{path} is damaged' in error and f'the published one {data.TINYIMAGENET.sha256}' in error
     assert os.listdir(folder) == ['tiny-imagenet-200.zip']
+
+
+def test_damaged_annotations(folder, capsys):
+    shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
+    (folder / 'tiny-imagenet-200' / 'val' / 'val_annotations.txt').write_text('one word a line\n')
+    assert 'cannot be sorted' in error_of(['--datasetfolder', str(folder)], capsys)
+    assert len(os.listdir(folder / 'tiny-imagenet-200' / 'val' / 'images')) == 200
 
 
 def test_damaged_image(folder, capsys):
