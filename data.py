@@ -10,7 +10,8 @@ import gzip
 import hashlib
 import http.client
 import importlib.util
-import io
+import math
+import multiprocessing
 import os
 import pickle
 import queue
@@ -20,7 +21,7 @@ import threading
 import urllib.request
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -104,7 +105,10 @@ def describe(dataset, train_images):
 def channel_statistics(images):
     """Mean and standard deviation of every channel of uint8 [N, H, W, C], on the scale [0, 1]."""
     values = np.arange(256) / 255
-    counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), 1000):  # bincount makes its input eight times as large
+        for channel, count in enumerate(counts):
+            count += np.bincount(images[start : start + 1000, ..., channel].ravel(), minlength=256)
     means = [np.average(values, weights=count) for count in counts]
     variances = [np.average((values - m) ** 2, weights=count) for m, count in zip(means, counts, strict=True)]
     return [float(m) for m in means], [float(np.sqrt(v)) for v in variances]
@@ -138,6 +142,8 @@ class _Cifar(NamedTuple):
     def python_archive(self):
         return self.binary_archive.replace('binary', 'python')
 
+
+_CIFAR_FILE_LIMIT = 1 << 28  # bytes; the largest official file has 154 million
 
 _CIFAR10 = _Cifar(
     'cifar-10-batches-bin',
@@ -181,49 +187,63 @@ def _read_cifar(layout, folder, split):
         download(layout.official, folder / layout.binary_archive)
         found = [places[1]]
     path, inner_folder, names, parse = found[0]
+    parts = _parse_members(path, inner_folder, names, partial(parse, layout), layout.official)
+    labels = _checked_labels(np.concatenate([labels for _, labels in parts]), layout.num_classes, path)
+    images = [images for images, _ in parts]
+    del parts
+    return _joined(images), labels
+
+
+def _parse_members(path, inner_folder, names, parse, official):
+    """parse(file, num_bytes, where) of each of the named files in a folder or in a .tar.gz, in the order of names."""
     if path.is_dir():
-        payloads = [_read_file(path / name) for name in names]
+        parts = {name: _parse_file(path / name, parse) for name in names}
     else:
-        payloads = _read_members(path, [f'{inner_folder}/{name}' for name in names], layout.official)
-    parts = [parse(payload, layout, f'{path}: {name}') for payload, name in zip(payloads, names, strict=True)]
-    return _gather_cifar(parts, layout, path)
+        parts = _parse_archive(path, {f'{inner_folder}/{name}': name for name in names}, parse, official)
+    return [parts.pop(name) for name in names]
 
 
-def _parse_cifar_records(payload, layout, where):
+def _parse_cifar_records(layout, file, num_bytes, where):
     record = layout.label_bytes + 3072
-    if not payload or len(payload) % record:
-        raise DataError(f'{where} is damaged: {len(payload)} bytes are not a number of records of {record} bytes')
-    records = np.frombuffer(payload, np.uint8).reshape(-1, record)
-    return records[:, layout.label_bytes :], records[:, layout.label_bytes - 1]
+    if not 0 < num_bytes < _CIFAR_FILE_LIMIT or num_bytes % record:
+        raise DataError(f'{where} is damaged: {num_bytes} bytes are not a number of CIFAR records of {record} bytes')
+    images, labels = np.empty((num_bytes // record, 32, 32, 3), np.uint8), np.empty(num_bytes // record, np.uint8)
+    for start in range(0, len(images), 1000):
+        block = slice(start, min(start + 1000, len(images)))
+        records = np.frombuffer(file.read(record * (block.stop - start)), np.uint8).reshape(-1, record)
+        images[block] = _channels_last(records[:, layout.label_bytes :])
+        labels[block] = records[:, layout.label_bytes - 1]
+    return images, labels
 
 
-def _parse_cifar_pickle(payload, layout, where):
+def _parse_cifar_pickle(layout, file, num_bytes, where):
+    del num_bytes
     try:
-        batch = _ArraysOnlyUnpickler(payload).load()
+        batch = _ArraysOnlyUnpickler(file, encoding='bytes').load()
         pixels, labels = np.asarray(batch[b'data']), np.asarray(batch[layout.label_key])
     except Exception as error:  # a damaged pickle can raise anything
         raise DataError(f'{where} is damaged or not a CIFAR batch: {error}') from error
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or labels.dtype.kind not in 'iu':
         raise DataError(f'{where} is damaged: data is {pixels.dtype} {pixels.shape}, not uint8 [N, 3072] with N labels')
-    return pixels, labels
+    return _channels_last(pixels), labels
 
 
-def _gather_cifar(parts, layout, path):
-    """The batches as one array of images, channels last."""
-    num_images = sum(len(labels) for _, labels in parts)
-    images = np.empty((num_images, 32, 32, 3), np.uint8)
-    start = 0
-    for pixels, labels in parts:
-        images[start : start + len(labels)] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        start += len(labels)
-    return images, _checked_labels(np.concatenate([labels for _, labels in parts]), layout.num_classes, path)
+def _channels_last(pixels):
+    return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def _joined(parts):
+    """np.concatenate that empties the list of parts on its way and grows in place, so that nothing is held twice."""
+    joined = parts.pop(0)
+    while parts:
+        part, end = parts.pop(0), len(joined)
+        joined.resize((end + len(part), *part.shape[1:]), refcheck=False)
+        joined[end:] = part
+    return joined
 
 
 class _ArraysOnlyUnpickler(pickle.Unpickler):
     """Reads pickles of NumPy arrays, strings and plain containers; anything else in them is refused, not run."""
-
-    def __init__(self, payload):
-        super().__init__(io.BytesIO(payload), encoding='bytes')
 
     def find_class(self, module, name):
         admitted = {
@@ -307,23 +327,39 @@ def _official_idx(layout, name):
     return OfficialFile(layout.url + name, *layout.sha256[name]) if name in layout.sha256 else None
 
 
+_DEFLATE_LIMIT = 1032  # the most bytes that a byte of a .gz file can stand for
+
+
 def read_idx(path, official=None):
     """The unsigned bytes of an idx file, plain or .gz, in the shape that its header gives; DataError if damaged."""
-    payload = _read_file(path)
-    if path.suffix == '.gz':
-        try:
-            payload = gzip.decompress(payload)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(damaged(path, error, official)) from error
-    rank = payload[3] if len(payload) >= 4 else 0
-    header = 4 + 4 * rank
-    if payload[:3] != b'\0\0\x08' or not rank or len(payload) < header:
+    try:
+        with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
+            return _parse_idx(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(damaged(path, error, official)) from error
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error.strerror}') from error
+
+
+def _parse_idx(file, path):
+    magic = file.read(4)
+    rank = magic[3] if len(magic) == 4 else 0
+    header = file.read(4 * rank)
+    if magic[:3] != b'\0\0\x08' or not rank or len(header) < 4 * rank:
         raise DataError(f'{path} is damaged: it does not start like an idx file of bytes')
-    shape = [int(n) for n in np.frombuffer(payload[4:header], '>u4')]
-    expected = int(np.prod(shape, dtype=object))
-    if len(payload) - header != expected:
-        raise DataError(f'{path} is damaged: {len(payload) - header} bytes follow a header that promises {expected}')
-    return np.frombuffer(payload, np.uint8, offset=header).reshape(shape)
+    shape = [int(n) for n in np.frombuffer(header, '>u4')]
+    expected = math.prod(shape)
+    if expected > _DEFLATE_LIMIT * path.stat().st_size:
+        raise DataError(f'{path} is damaged: its header promises {expected} bytes, more than the file can hold')
+    values, num_bytes = np.empty(expected, np.uint8), 0
+    while block := file.read(1 << 20):
+        if num_bytes + len(block) > expected:
+            raise DataError(f'{path} is damaged: more bytes follow a header that promises {expected}')
+        values[num_bytes : num_bytes + len(block)] = np.frombuffer(block, np.uint8)
+        num_bytes += len(block)
+    if num_bytes < expected:
+        raise DataError(f'{path} is damaged: {num_bytes} bytes follow a header that promises {expected}')
+    return values.reshape(shape)
 
 
 # TinyImageNet: 200 folders of 64×64 JPEGs, decoded once.
@@ -354,6 +390,9 @@ def _read_tinyimagenet(folder, split):
     return _cached(cache, _decode(paths, (64, 64, 3))), labels
 
 
+_DECODED_AT_ONCE = 500
+
+
 def _list_image_folders(folder, classes):
     """Paths of the JPEGs below each class folder, their labels in the order of `classes`, and a fingerprint of
     names and sizes that changes with the images."""
@@ -374,15 +413,30 @@ def _list_image_folders(folder, classes):
 def _decode(paths, shape):
     """Image files as one array uint8 [N, *shape], grey ones as RGB, on all cores."""
     images = np.empty((len(paths), *shape), np.uint8)
+    starts = range(0, len(paths), _DECODED_AT_ONCE)
+    blocks = [paths[start : start + _DECODED_AT_ONCE] for start in starts]
+    with _decoders(len(blocks)) as pool, tqdm(None, 'decoding', len(paths), unit=' images', disable=None) as progress:
+        for start, block in zip(starts, pool.map(partial(_decode_block, shape), blocks), strict=True):
+            images[start : start + len(block)] = block
+            progress.update(len(block))
+    return images
 
-    def decode(i):
+
+def _decoders(num_blocks):
+    """Processes, as Pillow leaves its threads little to do at once; a few images are not worth starting them."""
+    if num_blocks <= 2:
+        return ThreadPoolExecutor(num_blocks)
+    return ProcessPoolExecutor(min(num_blocks, os.cpu_count()), multiprocessing.get_context('spawn'))
+
+
+def _decode_block(shape, paths):
+    images = np.empty((len(paths), *shape), np.uint8)
+    for i, path in enumerate(paths):
         try:
-            with Image.open(paths[i]) as image:
+            with Image.open(path) as image:
                 images[i] = np.asarray(image.convert('RGB'))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(damaged(paths[i], error)) from error
-
-    _for_each(decode, len(paths))
+            raise DataError(damaged(path, error)) from error
     return images
 
 
@@ -566,29 +620,32 @@ def _open_url(url, seconds=10):
     return answer
 
 
-def _read_file(path):
+def _parse_file(path, parse):
     try:
-        return path.read_bytes()
+        with open(path, 'rb') as file:
+            return parse(file, path.stat().st_size, path)
     except OSError as error:
         raise DataError(f'{path} cannot be read: {error.strerror}') from error
 
 
-def _read_members(archive, names, official):
-    """The named files of a .tar.gz, which is read to its end."""
-    members = {}
+def _parse_archive(archive, wanted, parse, official):
+    """parse(file, num_bytes, where) of members of a .tar.gz, {member: name}, by name; it is read to its end."""
+    parts = {}
     try:
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode='r:') as tar:
             for member in tar:
-                if member.name in names and member.isfile():
-                    members[member.name] = tar.extractfile(member).read()
+                if member.name in wanted and member.isfile():
+                    parts[wanted[member.name]] = parse(
+                        tar.extractfile(member), member.size, f'{archive}: {member.name}'
+                    )
             while stream.read(1 << 20):
                 pass  # gzip's checksum is behind the last byte
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(damaged(archive, error, official)) from error
-    missing = [name for name in names if name not in members]
+    missing = [member for member, name in wanted.items() if name not in parts]
     if missing:
         raise DataError(damaged(archive, f'it holds no {missing[0]}', official))
-    return [members[name] for name in names]
+    return parts
 
 
 def damaged(path, reason, official=None):

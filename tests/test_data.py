@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.request
 from pathlib import Path
 
@@ -63,6 +64,25 @@ def test_cifar100_has_fine_labels(tmp_path):
     np.testing.assert_array_equal(read('cifar100', tmp_path / 'python', 'train')[1], labels)
 
 
+@pytest.mark.parametrize(
+    ('name', 'archive', 'files'),
+    [
+        ('cifar10', 'cifar-10-binary.tar.gz', archives.cifar10_record_files(2000)[0]),
+        ('cifar100', 'cifar-100-binary.tar.gz', archives.cifar100_record_files(8000)),
+    ],
+)
+def test_memory_of_reading(name, archive, files, tmp_path):
+    """At its peak half as much again as the images that are returned, whether a split is one file or five."""
+    archives.write_tar(tmp_path / archive, files)
+    tracemalloc.start()
+    try:
+        images, _ = read(name, tmp_path, 'train')
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert images.nbytes < peak < 1.5 * images.nbytes
+
+
 def damage_truncated(path):
     path.write_bytes(path.read_bytes()[:-3000])
 
@@ -101,7 +121,7 @@ def test_incomplete_cifar(tmp_path):
 @pytest.mark.parametrize(
     ('payload', 'message'),
     [
-        (b'\0' * 3074, '3074 bytes are not a number of records'),
+        (b'\0' * 3074, '3074 bytes are not a number of CIFAR records'),
         (b'\x0b' + b'\0' * 3072, 'labels from 11 to 11'),
     ],
 )
@@ -153,7 +173,8 @@ def test_idx_sets(name, folder, compressed, tmp_path):
         (b'', 'does not start like an idx file'),
         (b'\0\0\x0d\x01' + b'\0\0\0\x01' + b'\0' * 4, 'does not start like an idx file'),
         (archives.idx(np.zeros((3, 28, 28), np.uint8))[:-1], '2351 bytes follow a header that promises 2352'),
-        (b'\0\0\x08\x03' + b'\xff' * 12, 'promises 79228162458924105385300197375'),
+        (archives.idx(np.zeros((3, 28, 28), np.uint8)) + b'1', 'more bytes follow a header that promises 2352'),
+        (b'\0\0\x08\x03' + b'\xff' * 12, 'promises 79228162458924105385300197375 bytes, more than the file can hold'),
     ],
 )
 def test_damaged_idx(payload, message, tmp_path):

@@ -143,3 +143,12 @@ def test_damaged_image(folder, capsys):
 def test_training_before_the_setup(folder):
     with pytest.raises(data.DataError, match=f'run python setup_tinyimagenet.py --datasetfolder {folder}'):
         data.dataset('tinyimagenet', folder).read('train')
+
+
+def test_decoding_in_processes(folder, monkeypatch, capsys):
+    monkeypatch.setattr(data, '_DECODED_AT_ONCE', 30)
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    check(folder)
+    image = folder / 'tiny-imagenet-200' / 'train' / 'n00000199' / 'images' / 'n00000199_0.JPEG'
+    image.write_bytes(image.read_bytes()[:200])
+    assert f'{image} is damaged' in error_of(['--datasetfolder', str(folder)], capsys)
