@@ -1,0 +1,146 @@
+"""How the cost grows with the batch, its sub-batches, Monte-Carlo samples and parameters.
+
+    python benchmarks/growth.py --json results/growth.json
+    python benchmarks/growth.py --plot results/growth.json results/growth.png
+
+Seconds are medians. The network is ResNet-20, but for the parameters: there the loss is |w|²/2, so that the optimizer
+itself is all that costs.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import run
+
+import evaluation
+import experiments
+import optimizers
+import runs
+
+BATCHES, SUB_BATCHES, SAMPLES = (25, 50, 100, 200, 400), (1, 2, 4, 8, 20), (1, 2, 4, 8, 16, 32)
+PARAMETERS = (10_000, 100_000, 1_000_000, 10_000_000, 40_000_000)
+NETWORK, SUB_BATCH, TEST_IMAGES = 'resnet20', 25, 200
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.plot:
+        source, picture = args.plot
+        plot(json.loads(source.read_text()), picture)
+        return
+    print('this takes some ten minutes on two cores', file=sys.stderr)
+    results = {
+        'command': ' '.join(['python benchmarks/growth.py', *(sys.argv[1:] if argv is None else argv)]),
+        'environment': runs.environment(),
+        'batch': curves(step_of_batch, optimizers.OPTIMIZERS, BATCHES),
+        'sub_batches': curves(step_in_sub_batches, ('sam', 'bsam'), SUB_BATCHES),
+        'samples': curves(evaluation_over, ('bsam',), SAMPLES),
+        'parameters': curves(bare_step, optimizers.OPTIMIZERS, PARAMETERS),
+    }
+    runs.write_json(args.json, results)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument('--json', type=Path, help='measure, and write the figures here')
+    action.add_argument('--plot', type=Path, nargs=2, metavar=('JSON', 'PNG'), help='plot figures measured before')
+    return parser.parse_args(argv)
+
+
+def curves(make, optims, sizes):
+    """{optimizer: {size: median seconds of what make(optimizer, size) returned}}."""
+    return {optim: {size: median_seconds(make(optim, size)) for size in sizes} for optim in optims}
+
+
+def median_seconds(function):
+    """The median of three calls, or of as many as fit into half a second."""
+    function()
+    times = []
+    while len(times) < 3 or sum(times) < 0.5:
+        times.append(run.seconds(function))
+    return statistics.median(times)
+
+
+def step_of_batch(optim, batch_size):
+    return run.Trainer(NETWORK, optim, 'float32', batch_size, batchsplit=batch_size // SUB_BATCH)
+
+
+def step_in_sub_batches(optim, batchsplit):
+    return run.Trainer(NETWORK, optim, 'float32', batchsplit=batchsplit)
+
+
+def evaluation_over(optim, num_samples):
+    experiment = experiments.create(run.configuration(NETWORK, optim, 'float32'))
+    state = jax.jit(experiment.init)(jax.random.key(0))
+    images = jax.device_put(run.synthetic_images(TEST_IMAGES)[0])
+    sample = partial(jax.jit(experiment.optimizer.sample), state)
+
+    def predict(params):
+        return experiment.probs(params, state.batch_stats, images, TEST_IMAGES)
+
+    return partial(evaluation.posterior_probs, predict, sample, jax.random.key(0), num_samples)
+
+
+def bare_step(optim, num_params):
+    """A step of 8 sub-batches whose gradient, w itself, costs nothing."""
+
+    def loss(params, batch_stats, batch):
+        del batch
+        return jnp.square(params).sum() / 2, batch_stats
+
+    settings = {'alpha': 0.1, 'beta1': 0.9, 'weight_decay': 1e-4}
+    if optim != 'sgd':
+        settings |= {'rho': 0.01, 'batchsplit': run.SPLIT}
+    if optim == 'bsam':
+        settings |= {'beta2': 0.999, 'num_data': 50_000}
+    optimizer = optimizers.OPTIMIZERS[optim](loss, **settings)
+    step = jax.jit(optimizer.step, donate_argnums=0)
+    held = {'state': optimizer.init(jnp.ones(num_params), {}, jax.random.key(0))}
+
+    def call():
+        held['state'], value = step(held['state'], jnp.zeros(run.SPLIT), 1.0)
+        return value
+
+    return call
+
+
+def plot(results, picture):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot, ticker
+
+    panels = [
+        ('batch', 'images in a batch', f'a training step, sub-batches of {SUB_BATCH}'),
+        ('sub_batches', 'sub-batches m', f'a training step, batch of {run.BATCH}'),
+        ('samples', 'posterior samples', f'evaluation of {TEST_IMAGES} images'),
+        ('parameters', 'parameters', 'an optimizer without a network, m = 8'),
+    ]
+    labels = {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM'}
+    colours = {'sgd': '#8F5F3F', 'sam': '#6FA060', 'bsam': '#435571'}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.2), layout='constrained')
+    for axis, (name, size, title) in zip(axes, panels, strict=True):
+        for optim, curve in results[name].items():
+            sizes = [int(n) for n in curve]
+            axis.loglog(sizes, list(curve.values()), 'o-', label=labels[optim], color=colours[optim], markersize=4)
+        axis.set(xlabel=size)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if name != 'parameters':
+            axis.set_xticks(sizes, sizes)
+            axis.set(ylim=(0.1, 10), yticks=(0.1, 1, 10), yticklabels=('0.1', '1', '10'))
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axes[0].set_ylabel('seconds')
+    axes[0].legend(frameon=False)
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == '__main__':
+    main()
