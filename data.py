@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import http.client
 import importlib.util
+import io
 import math
 import multiprocessing
 import os
@@ -18,7 +19,9 @@ import queue
 import sys
 import tarfile
 import threading
+import time
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -102,6 +105,24 @@ def describe(dataset, train_images):
     }
 
 
+def check_description(description, where):
+    """Raises a DataError if what a file holds cannot be what `describe` returned."""
+
+    def whole(value):
+        return isinstance(value, int) and 0 < value < 2**31
+
+    def finite(values):
+        return isinstance(values, list) and all(isinstance(x, float) and math.isfinite(x) for x in values)
+
+    names = ('num_train', 'num_classes', 'image_shape', 'mean', 'std')
+    held = {name: description.get(name) if isinstance(description, dict) else None for name in names}
+    num_train, num_classes, shape, mean, std = held.values()
+    sizes = isinstance(shape, list) and len(shape) == 3 and all(whole(n) for n in shape)
+    channels = finite(mean) and finite(std) and sizes and len(mean) == len(std) and len(mean) in (1, shape[2])
+    if not (whole(num_train) and whole(num_classes) and channels):
+        raise DataError(f'{where} does not describe images that train.py could have read: {held}')
+
+
 def channel_statistics(images):
     """Mean and standard deviation of every channel of uint8 [N, H, W, C], on the scale [0, 1]."""
     values = np.arange(256) / 255
@@ -143,7 +164,7 @@ class _Cifar(NamedTuple):
         return self.binary_archive.replace('binary', 'python')
 
 
-_CIFAR_FILE_LIMIT = 1 << 28  # bytes; the largest official file has 154 million
+_CIFAR_LIMIT = 1 << 28  # bytes; the official archives hold 186 million
 
 _CIFAR10 = _Cifar(
     'cifar-10-batches-bin',
@@ -205,7 +226,7 @@ def _parse_members(path, inner_folder, names, parse, official):
 
 def _parse_cifar_records(layout, file, num_bytes, where):
     record = layout.label_bytes + 3072
-    if not 0 < num_bytes < _CIFAR_FILE_LIMIT or num_bytes % record:
+    if not 0 < num_bytes < _CIFAR_LIMIT or num_bytes % record:
         raise DataError(f'{where} is damaged: {num_bytes} bytes are not a number of CIFAR records of {record} bytes')
     images, labels = np.empty((num_bytes // record, 32, 32, 3), np.uint8), np.empty(num_bytes // record, np.uint8)
     for start in range(0, len(images), 1000):
@@ -219,7 +240,7 @@ def _parse_cifar_records(layout, file, num_bytes, where):
 def _parse_cifar_pickle(layout, file, num_bytes, where):
     del num_bytes
     try:
-        batch = _ArraysOnlyUnpickler(file, encoding='bytes').load()
+        batch = _ArraysOnlyUnpickler(io.BytesIO(file.read(_CIFAR_LIMIT)), encoding='bytes').load()
         pixels, labels = np.asarray(batch[b'data']), np.asarray(batch[layout.label_key])
     except Exception as error:  # a damaged pickle can raise anything
         raise DataError(f'{where} is damaged or not a CIFAR batch: {error}') from error
@@ -242,8 +263,11 @@ def _joined(parts):
     return joined
 
 
-class _ArraysOnlyUnpickler(pickle.Unpickler):
-    """Reads pickles of NumPy arrays, strings and plain containers; anything else in them is refused, not run."""
+class _ArraysOnlyUnpickler(pickle._Unpickler):
+    """Reads pickles of NumPy arrays, strings and plain containers; anything else in them is refused, not run.
+
+    It is the unpickler in Python, since the one in C takes as much memory as a damaged pickle claims to need.
+    """
 
     def find_class(self, module, name):
         admitted = {
@@ -431,12 +455,16 @@ def _decoders(num_blocks):
 
 def _decode_block(shape, paths):
     images = np.empty((len(paths), *shape), np.uint8)
-    for i, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                images[i] = np.asarray(image.convert('RGB'))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(damaged(path, error)) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        for i, path in enumerate(paths):
+            try:
+                with Image.open(path, formats=('JPEG',)) as image:
+                    if image.size != (shape[1], shape[0]):
+                        raise ValueError(f'{image.size[0]}×{image.size[1]} pixels instead of {shape[1]}×{shape[0]}')
+                    images[i] = np.asarray(image.convert('RGB'))
+            except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                raise DataError(damaged(path, error)) from error
     return images
 
 
@@ -450,7 +478,7 @@ def _for_each(decode, num_images):
 
 def _cached(path, images):
     """Keeps decoded images for the next start where the folder can be written; returns them."""
-    partial_path = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    partial_path = _partial_path(path)
     try:
         with open(partial_path, 'wb') as file:
             np.save(file, images)
@@ -570,7 +598,7 @@ def download(official, path):
 
     Raises a DataError that says which file to put where if the network does not answer within 10 seconds.
     """
-    partial_path = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    partial_path = _partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sha256 = _fetch(official, partial_path)
@@ -584,6 +612,15 @@ def download(official, path):
         ) from error
     finally:
         partial_path.unlink(missing_ok=True)
+
+
+def _partial_path(path):
+    """Where this process writes what is to become `path`; what killed ones left there an hour ago is removed."""
+    for left in path.parent.glob(f'{path.name}.*.partial'):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    return path.with_name(f'{path.name}.{os.getpid()}.partial')
 
 
 def _fetch(official, path):
@@ -634,12 +671,15 @@ def _parse_archive(archive, wanted, parse, official):
     try:
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode='r:') as tar:
             for member in tar:
+                if member.offset_data + member.size > _CIFAR_LIMIT:
+                    raise tarfile.ReadError(f'it goes on beyond {_CIFAR_LIMIT} bytes')
                 if member.name in wanted and member.isfile():
                     parts[wanted[member.name]] = parse(
                         tar.extractfile(member), member.size, f'{archive}: {member.name}'
                     )
-            while stream.read(1 << 20):
-                pass  # gzip's checksum is behind the last byte
+            while stream.read(1 << 20):  # gzip's checksum is behind the last byte
+                if stream.tell() > _CIFAR_LIMIT:
+                    raise tarfile.ReadError(f'it goes on beyond {_CIFAR_LIMIT} bytes')
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(damaged(archive, error, official)) from error
     missing = [member for member, name in wanted.items() if name not in parts]

@@ -34,6 +34,37 @@ class Parser(argparse.ArgumentParser):
         listed = [*names, f'{also}NAME'] if also else list(names)
         self.add_argument(flag, type=choose, metavar=f'{{{",".join(listed)}}}', **options)
 
+    def given(self, argv=None):
+        """The flags that are given in argv, by name, without those that have their default."""
+        names = [action.dest for action in self._actions if action.dest != 'help']
+        unset = object()
+        args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+        return {name: value for name, value in vars(args).items() if value is not unset}
+
+    def from_values(self, values, without=()):
+        """A Namespace of all flags but those named, from plain values held to the bounds of each. Raises ValueError."""
+        actions = [action for action in self._actions if action.dest not in ('help', *without)]
+        unknown = sorted(set(values) - {action.dest for action in actions})
+        if unknown:
+            raise ValueError(f'there is no --{unknown[0]}')
+        return argparse.Namespace(**{action.dest: _checked_value(action, values) for action in actions})
+
+
+def _checked_value(action, values):
+    if action.dest not in values:
+        raise ValueError(f'--{action.dest} is missing')
+    value = values[action.dest]
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0 and isinstance(value, bool):
+        return value
+    if action.nargs == 0 or isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f'--{action.dest} is {value!r}')
+    try:
+        return action.type(str(value)) if action.type else str(value)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f'--{action.dest}: {error}') from error
+
 
 def add_compilecache(parser):
     """--compilecache, the folder where XLA keeps what it compiled for the next start."""
@@ -84,6 +115,19 @@ def number(above=None, minimum=None, below=None):
         raise argparse.ArgumentTypeError(f'{text!r} is not a number {" and ".join(bounds)}')
 
     return parse
+
+
+def steps_or_minutes(text):
+    """A flag type: steps, a whole number like 500, as an int, or minutes like 30min, as a str."""
+    if text.endswith('min'):
+        number(above=0)(text.removesuffix('min'))
+        return text
+    try:
+        return integer(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is neither a number of steps like 500 nor minutes like 30min'
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,17 +1,20 @@
-"""Run folders: configuration, log, checkpoints, metrics.
+"""Run folders: configuration, log, metrics; `checkpoints` has the states of training.
 
     RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K/
         config.json     all flags, the data set's properties, versions, git commit, device
         log.jsonl       a line an epoch
-        checkpoints/    the state after the last two epochs (Orbax)
+        checkpoints/    the last two states, or those that were asked for
         metrics.json    what test.py measured
+        lock            held by the process that trains
 
 Nothing in it is a pickle.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import platform
@@ -20,9 +23,6 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-import orbax.checkpoint as ocp
-
-logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns of the options that it was given
 
 
 class RunError(Exception):
@@ -45,28 +45,104 @@ def create(results_folder, dataset, model, optim):
         raise RunError(f'no run folder can be made in {parent}: {error.strerror}') from error
 
 
+@contextlib.contextmanager
+def locked(run):
+    """Keeps a run folder for this process. Raises RunError if another one has it, or it cannot be written."""
+    path = Path(run) / 'lock'
+    if not path.parent.is_dir():
+        raise RunError(f'{run} is not a run folder (name the folder run_K that train.py printed)')
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    except OSError as error:
+        raise RunError(f'{path} cannot be written: {error.strerror}') from error
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            _lock(descriptor, run)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor, run):
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f'{run} is being trained by another process: wait for it, or stop it') from error
+
+
 def write_json(path, content):
     """Writes JSON so that a reader sees the old file or the new one, never a part. Raises RunError."""
+    _write_text(path, json.dumps(finite(content), indent=2) + '\n')
+
+
+def write_log(run, records):
+    """Writes log.jsonl, a line an epoch, whole. Raises RunError; the old log stays then."""
+    _write_text(Path(run) / 'log.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in records))
+
+
+def read_log(run):
+    """The records of log.jsonl, an empty list if there is none; RunError if it is damaged."""
+    path = Path(run) / 'log.jsonl'
+    if not path.exists():
+        return []
+    try:
+        return [_parse_json(line) for line in _read_text(path).splitlines()]
+    except (ValueError, OSError) as error:
+        raise RunError(f'{path} is damaged or cannot be read: {error}') from error
+
+
+def _write_text(path, text):
     partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
     try:
-        partial.write_text(json.dumps(_finite(content), indent=2) + '\n')
+        partial.write_text(text)
+        flush(partial)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
 
 
-def append_log(run, record):
-    """Adds an epoch's line to log.jsonl."""
-    with open(run / 'log.jsonl', 'a') as file:
-        file.write(json.dumps(_finite(record)) + '\n')
+def flush(path):
+    """Waits until a file or folder is on the disk, and not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _finite(content):
+def read_json(path):
+    """What a JSON file of ours holds. Raises OSError, and ValueError for what is no JSON or larger than any of them."""
+    return _parse_json(_read_text(path))
+
+
+def _read_text(path, limit=1 << 24):
+    if os.path.getsize(path) > limit:
+        raise ValueError(f'it is larger than {limit} bytes')
+    return Path(path).read_text()
+
+
+def _parse_json(text):
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError('it is nested too deeply') from error
+
+
+def finite(content):
     """NaN and infinity as null: JSON has no numbers for them."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_config(run, content):
+    """Writes config.json with a checksum of itself. Raises RunError."""
+    content = json.loads(json.dumps(finite(content)))
+    write_json(Path(run) / 'config.json', content | {'sha256': _digest(content)})
 
 
 def read_config(run):
@@ -77,22 +153,19 @@ def read_config(run):
             f'{run} is not a run folder: it holds no config.json (name the folder run_K that train.py printed)'
         )
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (ValueError, OSError) as error:
         raise RunError(f'{path} is damaged or cannot be read: {error}') from error
-    needed = {'flags': _NEEDED_FLAGS, 'dataset': ('num_train', 'num_classes', 'image_shape', 'mean', 'std')}
-    for part, names in needed.items():
-        held = config.get(part) if isinstance(config, dict) else None
-        missing = [name for name in names if not isinstance(held, dict) or name not in held]
-        if missing:
-            raise RunError(f'{path} lacks {part}.{missing[0]}: it is incomplete, or of another version of train.py')
+    sha256 = config.pop('sha256', None) if isinstance(config, dict) else None
+    if sha256 is None:
+        raise RunError(f'{path} lacks its checksum: it is incomplete, or of another version of train.py')
+    if sha256 != _digest(config):
+        raise RunError(f'{path} is damaged: its SHA-256 is {_digest(config)}, not {sha256} as it was written')
     return config
 
 
-_NEEDED_FLAGS = (
-    'alpha', 'batchsplit', 'beta1', 'beta2', 'custominit', 'dafactor', 'damping', 'dataset', 'datasetfolder', 'model',
-    'optim', 'precision', 'priorprec', 'randomseed', 'rho',
-)  # fmt: skip
+def _digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def environment():
@@ -114,36 +187,3 @@ def _git_commit():
         return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def open_checkpoints(run):
-    """An Orbax manager of the run's checkpoints, a context manager; it keeps the last two."""
-    folder = Path(run).absolute() / 'checkpoints'
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-
-
-def save(checkpoints, epoch, state):
-    """Copies the state and writes it in the background, so that the state may be donated at once."""
-    checkpoints.save(epoch, args=ocp.args.StandardSave(state))
-
-
-def restore(run, like):
-    """The newest checkpoint as (epoch, state) on this machine's first device, in the structure of `like`.
-
-    like: jax.ShapeDtypeStructs. Raises RunError.
-    """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    folder = Path(run).absolute() / 'checkpoints'
-    if not folder.is_dir():
-        raise RunError(f'{run} holds no checkpoint: no epoch of it was completed')
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
-        epoch = checkpoints.latest_step()
-        if epoch is None:
-            raise RunError(f'{run} holds no checkpoint: no epoch of it was completed')
-        try:
-            return epoch, checkpoints.restore(epoch, args=ocp.args.StandardRestore(like))
-        except Exception as error:  # what Orbax raises for damaged files is not documented
-            lines = str(error).splitlines() or [type(error).__name__]
-            where = f'{folder / str(epoch)} is damaged, or does not fit the model and optimizer of config.json'
-            raise RunError(f'{where}: {lines[0].split(". ")[0][:200]}') from error

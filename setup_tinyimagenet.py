@@ -6,6 +6,7 @@ It may be interrupted at any point and run again.
 """
 
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -42,6 +43,9 @@ def main(argv=None):
             print(f'{split}: {len(images)} images of {len(set(labels.tolist()))} classes')
 
 
+_LARGEST_MEMBER = 1 << 20  # bytes; the annotations, the largest of the official zip, have 300 thousand
+
+
 def unpack(archive, root):
     """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
     from tqdm import tqdm
@@ -54,6 +58,8 @@ def unpack(archive, root):
         with zipfile.ZipFile(archive) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
             for name in tqdm(wanted, 'unpacking', unit=' files', leave=False, disable=None):
+                if members.getinfo(name).file_size > _LARGEST_MEMBER:
+                    raise zipfile.BadZipFile(f'{name} has more than {_LARGEST_MEMBER} bytes')
                 members.extract(name, partial)
         os.replace(partial / root.name, root)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
@@ -68,6 +74,9 @@ def _is_wanted(path):
     return path.parts[:1] == ('tiny-imagenet-200',) and path.parts[1:2] in (('train',), ('val',), ('wnids.txt',))
 
 
+_FILE_NAME = re.compile(r'\w[\w.]*')
+
+
 def sort_validation_images(val):
     """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says; images that are there already stay."""
     from data import DataError
@@ -79,6 +88,8 @@ def sort_validation_images(val):
         raise DataError(f'{annotations} is missing, so the images in {unsorted} cannot be sorted')
     for line in annotations.read_text().splitlines():
         name, class_name = line.split('\t')[:2]
+        if not _FILE_NAME.fullmatch(name) or not _FILE_NAME.fullmatch(class_name):
+            raise DataError(f'{annotations} is damaged: {name[:50]!r} in {class_name[:50]!r} are not plain names')
         (val / class_name).mkdir(exist_ok=True)
         if (unsorted / name).exists():
             os.replace(unsorted / name, val / class_name / name)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import flags
+from train import flags_of
 
 
 def parse_args(argv=None):
@@ -17,6 +18,8 @@ def parse_args(argv=None):
     parser.add_argument('--testmc', type=flags.integer(1), default=1, help=help)
     parser.add_argument('--testbatchsize', type=flags.integer(1), default=200, help='images per batch')
     parser.add_argument('--datasetfolder', help='folder of the data sets, where it is not the one of the training')
+    help = 'the checkpoint after so many steps, instead of the newest'
+    parser.add_argument('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     flags.add_compilecache(parser)
     return parser.parse_args(argv)
 
@@ -27,6 +30,7 @@ def main(argv=None):
     # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
     import jax
 
+    import checkpoints
     import data
     import evaluation
     import experiments
@@ -36,12 +40,17 @@ def main(argv=None):
 
     flags.use_compilecache(args.compilecache)
     with flags.one_line_errors('test.py', data.DataError, models.ModelError, runs.RunError):
-        config = runs.read_config(args.resultsfolder)
-        if not os.access(args.resultsfolder, os.W_OK):
-            raise runs.RunError(f'{args.resultsfolder} cannot be written, so metrics.json has no place')
+        run = args.resultsfolder
+        config = runs.read_config(run)
+        trained_with = flags_of(config, run)
+        config['flags'] = vars(trained_with)
+        data.check_description(config['dataset'], run / 'config.json')
+        if not os.access(run, os.W_OK):
+            raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
         experiment = experiments.create(config)
-        epoch, state = runs.restore(args.resultsfolder, jax.eval_shape(experiment.init, jax.random.key(0)))
-        dataset = data.dataset(config['flags']['dataset'], args.datasetfolder or config['flags']['datasetfolder'])
+        like = jax.eval_shape(experiment.init, jax.random.key(0))
+        _, state, progress = checkpoints.restore(run, like, args.checkpoint)
+        dataset = data.dataset(trained_with.dataset, args.datasetfolder or trained_with.datasetfolder)
         images, labels = dataset.read('test')
         if list(images.shape[1:]) != config['dataset']['image_shape']:
             raise data.DataError(
@@ -50,7 +59,7 @@ def main(argv=None):
 
     images = jax.device_put(images)
     sample = partial(jax.jit(experiment.optimizer.sample), state)
-    _, _, sample_key = experiments.keys(config['flags']['randomseed'])
+    _, _, sample_key = experiments.keys(trained_with.randomseed)
 
     def predict(params):
         return experiment.probs(params, state.batch_stats, images, args.testbatchsize)
@@ -62,9 +71,10 @@ def main(argv=None):
     print(f'results at model average ({args.testmc} samples):')
     print_metrics(averaged)
 
-    results = {'epoch': epoch, 'testmc': args.testmc, 'mean': at_mean, 'average': averaged}
+    trained = {'epoch': progress.epoch, 'steps_of_epoch': progress.step}
+    results = {'trained': trained, 'testmc': args.testmc, 'mean': at_mean, 'average': averaged}
     with flags.one_line_errors('test.py', runs.RunError):
-        runs.write_json(args.resultsfolder / 'metrics.json', results | runs.environment())
+        runs.write_json(run / 'metrics.json', results | runs.environment())
 
 
 def print_metrics(summary):

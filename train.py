@@ -1,24 +1,74 @@
 """Train an image classifier with SGD, SAM or bSAM and leave a run folder for test.py.
 
 python train.py --dataset cifar10 --model resnet18 --optim bsam --alpha 0.5 --priorprec 40 --rho 0.01 --dafactor 4
+python train.py --resume results/cifar10_resnet18/bsam/run_0
 """
 
+import argparse
+import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 
 import flags
+import signals
 
 DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'mnist', 'fashion', 'digits')
 MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
 OPTIMIZERS = ('sgd', 'sam', 'bsam')
 PRECISIONS = ('float32', 'bfloat16')
 
+# Flags that may be given with --resume and another value than the run has.
+MAY_CHANGE = ('epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'testbatchsize')
+
 
 def parse_args(argv=None):
     """The flags of the reference, with its defaults. Needs neither JAX nor the tables that it lists the names of."""
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    if args.checkpoint is not None and args.resume is None:
+        parser.error('--checkpoint goes with --resume')
+    if args.optim != 'sgd' and args.batchsize % args.batchsplit:
+        parser.error(f'--batchsize {args.batchsize} does not divide into --batchsplit {args.batchsplit} sub-batches')
+    if args.optim == 'bsam' and args.damping == args.priorprec == 0:
+        parser.error('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
+    return args
+
+
+def flags_of(config, run):
+    """The flags of a run from its configuration, held to the same bounds as on the command line. Raises RunError."""
+    import runs
+
+    try:
+        return create_parser().from_values(config['flags'], without=('resume', 'checkpoint'))
+    except (ValueError, KeyError, TypeError) as error:
+        raise runs.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
+
+
+def continued(args, given, run):
+    """The flags `args` of a run, with those that were given now, if they may differ. Raises RunError."""
+    import runs
+
+    given = {name: value for name, value in given.items() if name not in ('resume', 'checkpoint')}
+    if 'datasetfolder' in given:
+        given['datasetfolder'] = os.path.abspath(given['datasetfolder'])
+    for name, value in given.items():
+        held = getattr(args, name)
+        if value != held and name not in MAY_CHANGE:
+            raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
+        if name == 'epochs' and value < held:
+            raise runs.RunError(f'--epochs {value}: {run} was begun with {held}; only more are possible')
+    return argparse.Namespace(**vars(args) | given)
+
+
+def create_parser():
     parser = flags.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
+    help = 'go on with the run in this folder; its flags hold, and --epochs may be more'
+    add('--resume', type=Path, metavar='RUN', help=help)
+    help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
+    add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     add('--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of everything that is random')
     parser.add_choice('--optim', OPTIMIZERS, default='sgd', help='optimizer')
     add('--alpha', type=flags.number(above=0), default=1.0, help='learning rate α, before the schedule')
@@ -47,94 +97,71 @@ def parse_args(argv=None):
     help = 'what networks compute in; weights, optimizer state, statistics and loss are float32'
     parser.add_choice('--precision', PRECISIONS, default='float32', help=help)
     flags.add_compilecache(parser)
+    help = 'save within epochs too, every so many steps (500) or minutes (30min); after each epoch it is done anyway'
+    add('--checkpointevery', type=flags.steps_or_minutes, metavar='STEPS', help=help)
+    help = 'keep the checkpoint of best test accuracy besides the last two; not for choosing what you report'
+    add('--keepbest', action='store_true', help=help)
     add('--custominit', type=flags.number(above=0), default=1.0, help='initial precision s (bsam)')
     add('--damping', type=flags.number(minimum=0), default=0.1, help='damping γ of the precision (bsam)')
-    args = parser.parse_args(argv)
-    if args.optim != 'sgd' and args.batchsize % args.batchsplit:
-        parser.error(f'--batchsize {args.batchsize} does not divide into --batchsplit {args.batchsplit} sub-batches')
-    if args.optim == 'bsam' and args.damping == args.priorprec == 0:
-        parser.error('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
-    return args
+    return parser
 
 
 def main(argv=None):
     args = parse_args(argv)
+    with signals.Stop() as stop, contextlib.ExitStack() as held:
+        # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
+        import data
+        import models
+        import runs
+        import sessions
 
-    # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
-    import jax
-    import numpy as np
-
-    import data
-    import experiments
-    import metrics
-    import models
-    import optimizers
-    import runs
-    import training
-
-    flags.use_compilecache(args.compilecache)
-    args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
-    with flags.one_line_errors('train.py', data.DataError, models.ModelError, runs.RunError):
-        dataset = data.dataset(args.dataset, args.datasetfolder)
-        images, labels = dataset.read('train')
-        test_images, test_labels = dataset.read('test')
-        if args.batchsize > len(images):
-            raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images)} training images')
-        config = {'flags': vars(args), 'dataset': data.describe(dataset, images)}
-        experiment = experiments.create(config)
-        init_key, data_key, _ = experiments.keys(args.randomseed)
-        state = jax.jit(experiment.init)(init_key)
-        run = runs.create(args.resultsfolder, args.dataset, args.model, args.optim)
-        runs.write_json(run / 'config.json', config | {'num_data': experiment.num_data} | runs.environment())
-    print(f'{run}: {len(images)} training and {len(test_images)} test images', flush=True)
-
-    def prepare(key, batch):
-        batch = data.augment(key, batch) if dataset.augment and not args.noaugment else batch
-        return experiment.normalise(batch)
-
-    step = training.step_function(experiment.optimizer, prepare)
-    images, labels, test_images = jax.device_put((images, labels, test_images))
-    steps = len(images) // args.batchsize
-    report = Report(args.epochs + 1, steps, args.batchsize)
-    with runs.open_checkpoints(run) as checkpoints:
-        for number in range(args.epochs + 1):
-            start = time.perf_counter()
-            lr_factor = optimizers.lr_factor(number, args.epochs, args.warmup)
-            sent = jax.device_put({'number': np.int32(number), 'lr_factor': np.float32(lr_factor)})
-            epoch = training.start_epoch(data_key, sent['number'], len(images), args.batchsize)
-            for i in range(steps):
-                state, epoch = step(state, epoch, images, labels, sent['lr_factor'])
-                report.step(i + 1, epoch.loss)
-            loss = float(jax.device_get(epoch.loss)) / steps  # waits until the device has done the epoch
-            seconds = time.perf_counter() - start
-            runs.save(checkpoints, number, state)
-
-            probs = experiment.probs(state.params, state.batch_stats, test_images, args.testbatchsize)
-            record = {
-                'epoch': number,
-                'loss': loss,
-                'test_accuracy': metrics.accuracy(probs, test_labels),
-                'learning_rate': args.alpha * lr_factor,
-                'seconds': round(seconds, 3),
-                'images_per_second': round(steps * args.batchsize / seconds, 1),
-            }
-            runs.append_log(run, record)
-            report.epoch(record)
-    report.close()
-    print(f'evaluate it with: python test.py --resultsfolder {run} --testmc 32')
-    return run
+        flags.use_compilecache(args.compilecache)
+        with flags.one_line_errors('train.py', data.DataError, models.ModelError, runs.RunError):
+            run, step = args.resume, args.checkpoint
+            del args.resume, args.checkpoint
+            args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
+            if run:
+                config = runs.read_config(run)
+                args = continued(flags_of(config, run), create_parser().given(argv), run)
+                session = sessions.resume(run, args, config, held, step)
+            else:
+                session = sessions.begin(args, held)
+        images = session.images
+        print(f'{session.run}: {len(images.train)} training and {len(images.test)} test images', flush=True)
+        with Report(session) as report:
+            trainer = sessions.Trainer(session, stop, report)
+            stop.begin()
+            all_saved = trainer.run()
+    if not all_saved:
+        print(f'train.py: error: the last state or log of {session.run} could not be saved', file=sys.stderr)
+        sys.exit(128 + stop.signal if stop.signal else 1)
+    if stop.signal:
+        print(f'saved; go on with: python train.py --resume {session.run}', file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    print(f'evaluate it with: python test.py --resultsfolder {session.run} --testmc 32')
+    return session.run
 
 
 class Report:
     """Progress of a run: a bar on a terminal, a line an epoch elsewhere."""
 
-    def __init__(self, num_epochs, steps, batch_size):
+    def __init__(self, session):
         from tqdm import tqdm
 
-        self.num_epochs, self.steps, self.batch_size = num_epochs, steps, batch_size
-        total = num_epochs * steps * batch_size
-        self.bar = tqdm(total=total, unit=' images', disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.accuracy, self.steps_before, self.refreshed = '', 0, time.monotonic()
+        self.num_epochs, self.batch_size = session.args.epochs + 1, session.args.batchsize
+        self.steps = len(session.images.train) // self.batch_size
+        self.steps_before = session.progress.epoch * self.steps
+        total = self.num_epochs * self.steps * self.batch_size
+        begun = (self.steps_before + session.progress.step) * self.batch_size
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=begun, unit=' images', disable=hidden, dynamic_ncols=True)
+        self.accuracy, self.refreshed = '', time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
 
     def step(self, steps_done, loss_sum):
         if self.bar.disable or time.monotonic() - self.refreshed < 1:
@@ -154,8 +181,9 @@ class Report:
             self._show(self.steps, record['loss'])
         self.steps_before += self.steps
 
-    def close(self):
-        self.bar.close()
+    def warn(self, message):
+        self.bar.clear()
+        print(f'train.py: warning: {message}', file=sys.stderr, flush=True)
 
     def _show(self, steps_done, loss):
         self.bar.set_postfix_str(f'loss {loss:.4f}{self.accuracy}', refresh=False)

@@ -1,16 +1,14 @@
-"""How fast is it: steps, evaluation, start and memory, against the published formulation and the machine's bounds.
+"""How fast is it: steps, evaluation and memory, against the published formulation and the machine's bounds.
 
     python benchmarks/run.py --json results/benchmark.json
 
 Images are synthetic. What is compared is measured in turns in this process; a ratio is the median of those of the
-turns, and a time the median too. Only train.py's start is timed from outside.
+turns, and a time the median too.
 """
 
 import argparse
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -51,8 +49,6 @@ def main(argv=None):
         results[model]['memory'] = step_memory(model, args.precision)
         if args.baselinerepeats:
             results[model]['baseline'] = baseline_times(model, args.precision, args.baselinerepeats)
-        if args.start:
-            results[model]['start'] = start_times(model)
         report(f'{model} is done')
     results['metrics'] = metric_times()
     print_table(results, args.precision)
@@ -72,8 +68,6 @@ def parse_args(argv):
     add('--testmc', type=int, default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation, minutes each for ResNet-18 on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=int, default=2, help=help)
-    help = 'time train.py from the command to the end of its first step, without and with compiled functions'
-    add('--start', action=argparse.BooleanOptionalAction, default=True, help=help)
     add('--json', type=Path, help='write all figures here')
     return parser.parse_args(argv)
 
@@ -155,7 +149,7 @@ class Trainer:
         return self.state, self.epoch, self.images, self.labels, self.lr_factor
 
     def __call__(self):
-        self.state, epoch = self.step(*self.arguments())
+        self.state, epoch, _ = self.step(*self.arguments())
         self.epoch = epoch._replace(step=epoch.step % 5)
         return self.state
 
@@ -317,21 +311,6 @@ def peak_bytes(function, *arguments):
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
-def start_times(model):
-    """Seconds of a whole `train.py` run of one bSAM step, at first and with the compiled functions at hand."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        records = np.random.default_rng(0).integers(0, 10, (40, 3073), np.uint8)
-        (folder / 'cifar-10-batches-bin').mkdir()
-        for name in [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch']:
-            (folder / 'cifar-10-batches-bin' / f'{name}.bin').write_bytes(records.tobytes())
-        flags = f'--model {model} --optim bsam --alpha 0.01 --epochs 0 --datasetfolder {folder}'.split()
-        flags += ['--resultsfolder', str(folder / 'results'), '--compilecache', str(folder / 'compiled')]
-        command = [sys.executable, str(ROOT / 'train.py'), *flags]
-        run = partial(subprocess.run, command, check=True, capture_output=True)
-        return {'first': seconds(run), 'second': seconds(run)}
-
-
 def print_table(results, precision):
     """Markdown, as it stands in the README."""
     environment, bounds = results['environment'], results['machine']
@@ -346,7 +325,7 @@ def print_table(results, precision):
         print(' | '.join([f'| {label}', *(cell(pick, results[model]) for model in measured)]) + ' |')
     times = results['metrics']
     print(
-        f'\nAll metrics over 10,000 × 200 probabilities: {times["all_seconds"]:.3f} s. AUROC over 500 of them: ', end=''
+        f'\nAll metrics over 10,000 × 200 probabilities: {times["all_seconds"]:.3f} s. AUROC over 100 of them: ', end=''
     )
     print(f'{times["auroc_of_100_seconds"]:.4f} s, published {times["baseline_auroc_of_100_seconds"]:.1f} s.')
 
@@ -379,8 +358,6 @@ def rows(bounds):
         ('… of these besides one sub-batch’s gradient', lambda r: f'{r["memory"]["copies_besides_one_gradient"]:.1f}'),
         ('compilation of a bSAM step, s', lambda r: f'{r["compile_seconds"]["bsam"]:.1f}'),
         ('compilation as published, s', lambda r: f'{r["baseline"]["compile_seconds"]:.1f}'),
-        ('train.py, a bSAM step and its evaluation, s', lambda r: f'{r["start"]["first"]:.1f}'),
-        ('… the second time, s', lambda r: f'{r["start"]["second"]:.1f}'),
     ]
 
 

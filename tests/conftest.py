@@ -1,7 +1,14 @@
+import json
+
 import jax
+import numpy as np
 import pytest
 
+import archives
+import checkpoints
+import experiments
 import flags
+import runs
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -21,3 +28,43 @@ def x64():
     """float64, in which golden values and closed forms are compared."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope='session')
+def datasets(tmp_path_factory):
+    """A folder with 40 training and 20 test images as MNIST, and 40 and 8 as CIFAR-10."""
+    folder = tmp_path_factory.mktemp('datasets')
+    archives.write_idx_set(folder / 'mnist', num_train=40, num_test=20)
+    archives.write_tar(folder / 'cifar-10-binary.tar.gz', archives.cifar10_record_files(n=8)[0])
+    return folder
+
+
+@pytest.fixture
+def flags_of(datasets, tmp_path):
+    """The flags of a short run, with others added or in place of them."""
+
+    def build(**changes):
+        flags = {
+            'dataset': 'mnist', 'model': 'mlp', 'optim': 'bsam', 'alpha': 0.1, 'batchsize': 20, 'batchsplit': 2,
+            'dafactor': 100, 'epochs': 1, 'warmup': 0, 'datasetfolder': datasets, 'resultsfolder': tmp_path / 'results',
+        } | changes  # fmt: skip
+        return [f'--{name}={value}' for name, value in flags.items()]
+
+    return build
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+
+
+def restore(run, step=None):
+    """What checkpoints.restore returns for a run: (step, state, progress)."""
+    experiment = experiments.create(runs.read_config(run))
+    return checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
+
+
+def arrays(state):
+    """The leaves of a state as NumPy arrays, keys as their data."""
+    leaves = jax.tree.leaves(state)
+    is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    return [np.asarray(jax.random.key_data(leaf) if key else leaf) for leaf, key in zip(leaves, is_key, strict=True)]

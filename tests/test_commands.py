@@ -16,52 +16,20 @@ from PIL import Image
 import archives
 import data
 import demo2d
-import experiments
 import models
 import optimizers
 import runs
 import test as evaluate
 import train
+from conftest import read_log, restore
 
 LINE = re.compile(
     r'  > testacc=(\d+\.\d\d)%, nll=(\d+\.\d{4}), ece=(\d\.\d{4}), auroc=(\d\.\d{4}|nan) \(exact (\d\.\d{4}|nan)\)'
 )
 
 
-@pytest.fixture(scope='module')
-def datasets(tmp_path_factory):
-    """A folder with 40 training and 20 test images as MNIST, and 40 and 8 as CIFAR-10."""
-    folder = tmp_path_factory.mktemp('datasets')
-    archives.write_idx_set(folder / 'mnist', num_train=40, num_test=20)
-    archives.write_tar(folder / 'cifar-10-binary.tar.gz', archives.cifar10_record_files(n=8)[0])
-    return folder
-
-
-@pytest.fixture
-def flags_of(datasets, tmp_path):
-    """The flags of a short run, with others added or in place of them."""
-
-    def build(**changes):
-        flags = {
-            'dataset': 'mnist', 'model': 'mlp', 'optim': 'bsam', 'alpha': 0.1, 'batchsize': 20, 'batchsplit': 2,
-            'dafactor': 100, 'epochs': 1, 'warmup': 0, 'datasetfolder': datasets, 'resultsfolder': tmp_path / 'results',
-        } | changes  # fmt: skip
-        return [f'--{name}={value}' for name, value in flags.items()]
-
-    return build
-
-
-def read_log(run):
-    return [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
-
-
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
-
-
-def restored(run):
-    experiment = experiments.create(runs.read_config(run))
-    return runs.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)))[1]
 
 
 @pytest.mark.parametrize('model', models.MODELS)
@@ -78,7 +46,7 @@ def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
     assert (
         config['num_data'] == 4000 and config['versions']['jax'] == jax.__version__ and config['flags']['alpha'] == 0.1
     )
-    assert sorted(path.name for path in run.iterdir()) == ['checkpoints', 'config.json', 'log.jsonl']
+    assert sorted(path.name for path in run.iterdir()) == ['checkpoints', 'config.json', 'lock', 'log.jsonl']
 
     before = contents(run)
     capsys.readouterr()
@@ -87,7 +55,8 @@ def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
     assert lines[0] == 'results at mean of distribution:' and lines[2] == 'results at model average (3 samples):'
     assert LINE.fullmatch(lines[1]) and LINE.fullmatch(lines[3]) and len(lines) == 4
     results = json.loads((run / 'metrics.json').read_text())
-    assert results['mean']['accuracy'] == log[-1]['test_accuracy'] and results['epoch'] == 1
+    assert results['mean']['accuracy'] == log[-1]['test_accuracy']
+    assert results['trained'] == {'epoch': 1, 'steps_of_epoch': 2}
     nlls = [results[of]['nll'] for of in ('mean', 'average')]
     assert (nlls[0] == pytest.approx(nlls[1], rel=1e-12)) == (optim != 'bsam')
     after = contents(run)
@@ -95,7 +64,7 @@ def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
 
     if model == 'resnet18':
         updates_a_step = {'sgd': 1, 'sam': 2, 'bsam': 2}[optim]
-        assert restored(run).batch_stats['stem']['norm']['count'] == 2 * 2 * updates_a_step
+        assert restore(run)[1].batch_stats['stem']['norm']['count'] == 2 * 2 * updates_a_step
 
 
 def test_every_batch_size_gives_the_same_metrics(flags_of):
@@ -143,7 +112,7 @@ def test_no_hidden_transfers(flags_of):
 
 def test_bfloat16_trains_and_keeps_float32_state(flags_of):
     run = train.main(flags_of(dataset='cifar10', model='resnet18', optim='sgd', precision='bfloat16', epochs=0))
-    state = restored(run)
+    _, state, _ = restore(run)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state._replace(key=()))}
     assert dtypes == {'float32'} and np.isfinite(read_log(run)[0]['loss'])
 
@@ -215,7 +184,8 @@ def test_defaults_are_those_of_the_reference():
         'dafactor': 1.0, 'batchsize': 200, 'testbatchsize': 200, 'epochs': 180, 'warmup': 5, 'dataset': 'cifar10',
         'batchsplit': 8, 'noaugment': False, 'model': 'resnet18', 'datasetfolder': 'datasets',
         'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1, 'precision': 'float32',
-        'compilecache': os.path.join(os.environ['XDG_CACHE_HOME'], 'bayesian-sam'),
+        'compilecache': os.path.join(os.environ['XDG_CACHE_HOME'], 'bayesian-sam'), 'resume': None, 'checkpoint': None,
+        'checkpointevery': None, 'keepbest': False,
     }  # fmt: skip
 
 
@@ -248,18 +218,6 @@ def test_bad_evaluations(flags_of, tmp_path, capsys):
     )
 
     run = train.main(flags_of())
-    config = (run / 'config.json').read_text()
-    (run / 'config.json').write_text(config.replace('"mlp"', '"lenet"'))
-    error = evaluation_error([f'--resultsfolder={run}'], capsys)
-    assert 'does not fit the model and optimizer of config.json: ' in error
-
-    (run / 'config.json').write_text('{}')
-    assert 'config.json lacks flags.alpha: it is incomplete' in evaluation_error([f'--resultsfolder={run}'], capsys)
-
-    (run / 'config.json').write_text(config[:-40])
-    assert 'config.json is damaged or cannot be read' in evaluation_error([f'--resultsfolder={run}'], capsys)
-
-    (run / 'config.json').write_text(config)
     (run / 'checkpoints').rename(run / 'elsewhere')
     error = evaluation_error([f'--resultsfolder={run}'], capsys)
     assert 'holds no checkpoint: no epoch of it was completed' in error

@@ -1,0 +1,135 @@
+"""Where the time of a gradient goes: a profile of ResNet-18's, by kind of convolution and stage.
+
+    python benchmarks/convolutions.py
+
+Operations overlap on several cores, so their times add up to more than the gradient's.
+"""
+
+import argparse
+import collections
+import math
+import re
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import run
+
+import experiments
+import models
+import optimizers
+import training
+
+SUB_BATCHES, SUB_BATCH = 4, 25
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
+    args = parser.parse_args(argv)
+    function, arguments = gradient(args.model)
+    compiled = function.lower(*arguments).compile()
+    run.seconds(compiled, *arguments)
+    elapsed = run.seconds(compiled, *arguments) / SUB_BATCHES
+    times = operation_times(partial(compiled, *arguments))
+    table, other = by_kind(times, compiled.as_text())
+    matrix_rate = run.machine()['matrix_gflops']
+    flops = 6 * run.MULTIPLY_ADDS[args.model] * SUB_BATCH / 1e9
+    print(f'a gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
+    print(f'matrix product {matrix_rate:.0f} GFLOP/s\n')
+    print('| | ms | GFLOP/s | of the matrix product |\n|---|---|---|---|')
+    for label, (milliseconds, gflop) in table.items():
+        rate = gflop / milliseconds * 1e3
+        print(f'| {label} | {milliseconds:.0f} | {rate:.0f} | {rate / matrix_rate:.0%} |')
+    print(f'| all else: normalisation, additions, transpositions | {other:.0f} | | |')
+
+
+def gradient(model):
+    """A jitted gradient over sub-batches in a loop, as in a training step, and its arguments."""
+    experiment = experiments.create(run.configuration(model, 'bsam', 'float32'))
+    loss = training.loss_function(models.create(model, 10), jnp.dtype('float32'))
+    state = jax.jit(experiment.init)(jax.random.key(0))
+
+    @jax.jit
+    def function(params, batch_stats, batch):
+        def of_sub_batch(sub_batch, key):
+            del key
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, batch_stats, sub_batch)
+            return grads, value, stats
+
+        return optimizers._over_sub_batches(of_sub_batch, batch, SUB_BATCHES, jax.random.key(0))
+
+    return function, (state.params, state.batch_stats, run.batch_at_hand(experiment, SUB_BATCHES * SUB_BATCH))
+
+
+def operation_times(call):
+    """Milliseconds a sub-batch of each compiled operation, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call())
+        (path,) = Path(folder).rglob('*.xplane.pb')
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    times = collections.Counter()
+    for plane in profile.planes:
+        for line in plane.lines:
+            if not line.name.startswith('python'):
+                for event in line.events:
+                    times[event.name] += event.duration_ns / 1e6 / SUB_BATCHES
+    return times
+
+
+def by_kind(times, hlo):
+    """{kind and stage: [milliseconds, GFLOP]} of the convolutions in a compiled module, and all other milliseconds."""
+    table = collections.defaultdict(lambda: [0.0, 0.0])
+    convolutions = dict(find_convolutions(hlo))
+    for name, line in convolutions.items():
+        if times[name]:
+            row = table[label_of(line)]
+            row[0] += times[name]
+            row[1] += gflop_of(line, hlo)
+    names = set(re.findall(r'%([\w.\-]+) = ', hlo)) - set(convolutions)
+    other = sum(time for name, time in times.items() if name in names and not name.startswith('while'))
+    return dict(sorted(table.items())), other
+
+
+def find_convolutions(hlo):
+    """(operation, line of its convolution): operations are convolutions or fusions around one."""
+    inside, computation = {}, None
+    for line in hlo.splitlines():
+        begin = re.match(r'%?([\w.\-]+) .*\{$', line)
+        computation = begin.group(1) if begin else computation
+        if ' convolution(' in line:
+            inside[computation] = line
+            yield re.search(r'%([\w.\-]+) = ', line).group(1), line
+    for name, called in re.findall(r'%([\w.\-]+) = .*fusion\(.*calls=%([\w.\-]+)', hlo):
+        if called in inside:
+            yield name, inside[called]
+
+
+def label_of(line):
+    stage = re.search(r'/(stem|stage\d)/', line)
+    height, width = map(int, re.search(r'window=\{size=(\d+)x(\d+)', line).groups())
+    if 'transpose(' not in line:
+        kind = 'forward'
+    else:
+        kind = 'gradient by the input' if max(height, width) <= 3 else 'gradient by the kernel'
+    return f'{kind}, {stage.group(1) if stage else "?"}'
+
+
+def gflop_of(line, hlo):
+    """Multiply-adds twice, those with the zeros of a dilated operand left out."""
+    output = sizes(line.split(' convolution(')[0])
+    kernel_name = re.search(r' convolution\(%[\w.\-]+, %([\w.\-]+)\)', line).group(1)
+    kernel = sizes(re.search(rf'%{re.escape(kernel_name)} = (\S+)', hlo).group(1))
+    zeros = 4 if 'lhs_dilate' in line else 1
+    return 2 * math.prod(output) * math.prod(kernel[:-1]) / zeros / 1e9
+
+
+def sizes(shape):
+    return [int(n) for n in re.search(r'f32\[([\d,]+)\]', shape).group(1).split(',')]
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,72 @@
+"""How long train.py takes from the command to the end of its first bSAM step, at first and with the compiled functions.
+
+python benchmarks/start.py --json results/start.json
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import runs  # noqa: E402
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'])
+    parser.add_argument('--json', type=Path, help='write all figures here')
+    args = parser.parse_args(argv)
+    results = {
+        'command': ' '.join(['python benchmarks/start.py', *(sys.argv[1:] if argv is None else argv)]),
+        'environment': runs.environment(),
+        'help_seconds': seconds_of_help(),
+    }
+    print(f'train.py --help: {results["help_seconds"]:.2f} s')
+    for model in args.models:
+        results[model] = start_times(model)
+        first, second = results[model]['first_seconds'], results[model]['second_seconds']
+        print(f'{model}, to the end of the first step: {first:.1f} s, the second time {second:.1f} s', flush=True)
+    if args.json:
+        runs.write_json(args.json, results)
+
+
+def seconds_of_help():
+    began = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / 'train.py', '--help'], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def start_times(model):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        records = np.random.default_rng(0).integers(0, 10, (40, 3073), np.uint8)
+        (folder / 'cifar-10-batches-bin').mkdir()
+        for name in [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch']:
+            (folder / 'cifar-10-batches-bin' / f'{name}.bin').write_bytes(records.tobytes())
+        flags = f'--model {model} --optim bsam --alpha 0.01 --epochs 0 --datasetfolder {folder}'.split()
+        flags += ['--resultsfolder', folder / 'results', '--compilecache', folder / 'compiled']
+        command = [sys.executable, ROOT / 'train.py', *flags]
+        return {'first_seconds': seconds_to_first_step(command), 'second_seconds': seconds_to_first_step(command)}
+
+
+def seconds_to_first_step(command):
+    """Until the line that is printed before the step, and from there what the log says of its only step."""
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        run = process.stdout.readline().split(':')[0]
+        before_the_step = time.perf_counter() - began
+        process.communicate()
+    record = json.loads((Path(run) / 'log.jsonl').read_text())
+    return before_the_step + record['seconds']
+
+
+if __name__ == '__main__':
+    main()

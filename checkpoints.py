@@ -1,0 +1,253 @@
+"""Checkpoints of a run: written whole or not at all, and checked when they are read.
+
+    RUN/checkpoints/STEP/       after STEP training steps
+        state/                  weights and the optimizer's other arrays (Orbax)
+        progress.json           how far training was, and its log up to there
+        checksums.json          SHA-256 of the other files
+
+A checkpoint is written under another name, flushed to the disk and renamed, so a run that is killed at any moment
+leaves whole ones only.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+import runs
+
+logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it also raises, with tracebacks
+
+
+class Progress(NamedTuple):
+    """How far training is: in epoch `epoch` (from 0) `step` steps are done, in `seconds`, with `loss` as their sum.
+
+    `lr_factor` is the epoch's, once it has begun; `log` holds the records of the epochs before, as in log.jsonl.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    lr_factor: float | None = None
+    log: tuple = ()
+
+
+class Writer:
+    """Saves a run's checkpoints in the background, one at a time; a context manager that waits for the last.
+
+    The newest two are kept, and with `keep_best` the one of the epoch of best test accuracy. What cannot be saved is
+    reported once and tried again at the next checkpoint; `failed` tells whether the last attempt did not succeed.
+    """
+
+    def __init__(self, run, steps_per_epoch, keep_best, warn):
+        self.folder = Path(run).absolute() / 'checkpoints'
+        self.steps_per_epoch = steps_per_epoch
+        self.keep_best = keep_best
+        self.warn = warn
+        self.failed = False
+        self._saving = None
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.wait()
+        self._thread.shutdown()
+
+    def save(self, state, progress):
+        """Copies the state, so that it may be donated at once, and writes it while training goes on."""
+        self.wait()
+        self._saving = self._thread.submit(self._write, _copy(state), progress)
+
+    def wait(self):
+        """Waits until the last save has ended. The first that fails after one that did not is reported."""
+        if self._saving is None:
+            return
+        error = self._saving.exception()
+        if error and not self.failed:
+            reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[0][:200]
+            self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
+        self.failed = error is not None
+        self._saving = None
+
+    def _write(self, state, progress):
+        step = progress.epoch * self.steps_per_epoch + progress.step
+        partial = self.folder / f'{step}.partial'
+        try:
+            self.folder.mkdir(exist_ok=True)
+            _discard_leftovers(self.folder)
+            partial.mkdir()
+            _require_room(partial, state)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(partial / 'state', args=ocp.args.StandardSave(state))
+            (partial / 'progress.json').write_text(json.dumps(runs.finite(progress._asdict())))
+            (partial / 'checksums.json').write_text(json.dumps(_checksums(partial), indent=0))
+            _flush(partial)
+            _discard(self.folder / str(step))
+            os.replace(partial, self.folder / str(step))
+            runs.flush(self.folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        kept = all_steps(self.folder)[-2:] + self._best(progress.log)
+        for old in set(all_steps(self.folder)) - set(kept):
+            _discard(self.folder / str(old))
+
+    def _best(self, log):
+        if not self.keep_best or not log:
+            return []
+        best = max(log, key=lambda record: record['test_accuracy'])
+        return [(best['epoch'] + 1) * self.steps_per_epoch]
+
+
+def _require_room(folder, state):
+    """Raises the OSError of a full disk, a quota or a limit of file sizes; Orbax would not report it in one line."""
+    if not hasattr(os, 'posix_fallocate'):
+        return
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, num_bytes + num_bytes // 20 + (1 << 18))
+
+
+@jax.jit
+def _copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def all_steps(folder):
+    """The steps of the checkpoints in a folder `checkpoints`, the newest last."""
+    return sorted(int(path.name) for path in Path(folder).iterdir() if path.name.isdecimal())
+
+
+def restore(run, like, step=None):
+    """A checkpoint, the newest or that of `step`, as (step, state, Progress).
+
+    The state's arrays are on this machine's first device. like: their jax.ShapeDtypeStructs. Raises runs.RunError; for
+    a damaged checkpoint it names the newest whole one before it.
+    """
+    folder = Path(run).absolute() / 'checkpoints'
+    steps = all_steps(folder) if folder.is_dir() else []
+    if not steps:
+        raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
+    if step is not None and step not in steps:
+        raise runs.RunError(f'{folder} holds no checkpoint {step}; there are {", ".join(map(str, steps))}')
+    step = steps[-1] if step is None else step
+    damage = find_damage(folder / str(step))
+    if damage:
+        whole = [old for old in steps if old < step and not find_damage(folder / str(old))]
+        offer = f'go on from the one before with --checkpoint {whole[-1]}' if whole else 'there is no whole one before'
+        raise runs.RunError(f'{folder / str(step)} is damaged: {damage}; {offer}')
+    return step, _read_state(folder / str(step), like), _read_progress(folder / str(step))
+
+
+def discard_after(run, step):
+    """Removes the checkpoints of later steps, which training will reach again, and remains of killed runs."""
+    folder = Path(run).absolute() / 'checkpoints'
+    for later in all_steps(folder):
+        if later > step:
+            _discard(folder / str(later))
+    _discard_leftovers(folder)
+
+
+def find_damage(checkpoint):
+    """What is wrong with the files of a checkpoint, or None if they are as they were written."""
+    try:
+        expected = runs.read_json(checkpoint / 'checksums.json')
+        found = _checksums(checkpoint)
+    except FileNotFoundError:
+        return 'checksums.json is missing'
+    except (ValueError, OSError) as error:
+        return f'checksums.json cannot be read ({error})'
+    if not isinstance(expected, dict) or not expected:
+        return 'checksums.json lists no files'
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f'{name} is missing'
+        if expected.get(name) != found[name]:
+            return f'{name} has the SHA-256 {found[name]}, not {expected.get(name)}'
+    return None
+
+
+def _checksums(checkpoint):
+    """SHA-256 of the files below a folder, by relative name, but for checksums.json itself."""
+    checksums = {}
+    for path in sorted(checkpoint.rglob('*')):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f'{path.name} is neither a file nor a folder')
+        if path.is_file() and path != checkpoint / 'checksums.json':
+            with open(path, 'rb') as file:
+                checksums[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return checksums
+
+
+def _read_state(checkpoint, like):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            _require_same_arrays(checkpointer.metadata(checkpoint / 'state').item_metadata.tree, like)
+            return checkpointer.restore(checkpoint / 'state', args=ocp.args.StandardRestore(like))
+    except Exception as error:  # what Orbax raises for files that it does not understand is not documented
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise runs.RunError(
+            f'{checkpoint} does not fit the model and optimizer of config.json: {lines[0][:200]}'
+        ) from error
+
+
+def _require_same_arrays(held, like):
+    """Raises a ValueError if a checkpoint's arrays are not those of `like`; keys are held as their data."""
+    held, needed = _array_types(held), _array_types(like)
+    for name in sorted({*held, *needed}):
+        if held.get(name) != needed.get(name):
+            raise ValueError(f'{name} is {held.get(name, "missing")} and should be {needed.get(name, "missing")}')
+
+
+def _array_types(arrays):
+    types = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        types[jax.tree_util.keystr(path, simple=True, separator='.')] = f'{leaf.dtype} {list(leaf.shape)}'
+    return types
+
+
+def _read_progress(checkpoint):
+    path = checkpoint / 'progress.json'
+    try:
+        held = Progress(**runs.read_json(path))
+        loss = math.nan if held.loss is None else float(held.loss)
+        log = tuple({'epoch': int(r['epoch']), 'test_accuracy': float(r['test_accuracy'])} | r for r in held.log)
+        return Progress(int(held.epoch), int(held.step), loss, float(held.seconds), float(held.lr_factor), log)
+    except (ValueError, TypeError, KeyError) as error:
+        raise runs.RunError(f'{path} is not what train.py writes: {error}') from error
+
+
+def _discard(checkpoint):
+    """Removes a checkpoint so that at no moment half of it stands in its place."""
+    if checkpoint.exists():
+        removed = checkpoint.with_name(f'{checkpoint.name}.removed')
+        shutil.rmtree(removed, ignore_errors=True)
+        os.replace(checkpoint, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _discard_leftovers(folder):
+    for path in (*folder.glob('*.partial'), *folder.glob('*.removed')):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(folder):
+    for path in (*folder.rglob('*'), folder):
+        runs.flush(path)

@@ -1,0 +1,185 @@
+"""A run in this process: begun or resumed, its epochs with their checkpoints, evaluation and log."""
+
+import argparse
+import collections
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import checkpoints
+import data
+import experiments
+import metrics
+import optimizers
+import runs
+import training
+
+
+class Images(NamedTuple):
+    """uint8 [N, H, W, C] and int32 [N]."""
+
+    train: Any
+    train_labels: Any
+    test: Any
+    test_labels: Any
+
+
+class Session(NamedTuple):
+    """A run and all that it needs."""
+
+    run: Path
+    args: argparse.Namespace
+    experiment: experiments.Experiment
+    images: Images
+    augmented: bool
+    state: Any
+    progress: checkpoints.Progress
+
+
+def begin(args, held):
+    """A Session of a new run folder, which is locked while `held`, a contextlib.ExitStack, lasts.
+
+    Raises DataError, ModelError and RunError.
+    """
+    config, augmented, images = _read(args)
+    experiment = experiments.create(config)
+    init_key, _, _ = experiments.keys(args.randomseed)
+    state = jax.jit(experiment.init)(init_key)
+    run = runs.create(args.resultsfolder, args.dataset, args.model, args.optim)
+    held.enter_context(runs.locked(run))
+    runs.write_config(run, config | {'num_data': experiment.num_data} | runs.environment())
+    return Session(run, args, experiment, images, augmented, state, checkpoints.Progress())
+
+
+def resume(run, args, before, held, step=None):
+    """A Session that goes on from a run's newest checkpoint, or that of `step`; locked as by `begin`.
+
+    before: the run's configuration; args may have other paths and more epochs. Raises DataError, ModelError, RunError.
+    """
+    held.enter_context(runs.locked(run))
+    config, augmented, images = _read(args)
+    if config['dataset'] != before['dataset']:
+        raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
+    experiment = experiments.create(config)
+    init_key, _, _ = experiments.keys(args.randomseed)
+    step, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, init_key), step)
+    checkpoints.discard_after(run, step)
+    runs.write_config(run, before | config)
+    runs.write_log(run, progress.log)
+    return Session(run, args, experiment, images, augmented, state, progress)
+
+
+def _read(args):
+    """A run's configuration, whether its images are augmented, and its images."""
+    dataset = data.dataset(args.dataset, args.datasetfolder)
+    images = Images(*dataset.read('train'), *dataset.read('test'))
+    if args.batchsize > len(images.train):
+        raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
+    config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train)}
+    return config, dataset.augment and not args.noaugment, images
+
+
+class Trainer:
+    """The epochs of a session. `stop.signal` ends them early; a report has step, epoch and warn."""
+
+    def __init__(self, session, stop, report):
+        self.session, self.stop, self.report = session, stop, report
+        self.args, self.experiment, self.images = session.args, session.experiment, jax.device_put(session.images)
+        self.steps = len(self.images.train) // self.args.batchsize
+        _, self.data_key, _ = experiments.keys(self.args.randomseed)
+        self.step = training.step_function(self.experiment.optimizer, self._prepare)
+        self.log_failed = False
+
+    def run(self):
+        """Returns whether the last state and the log are on the disk."""
+        state, progress = self.session.state, self.session.progress
+        with checkpoints.Writer(self.session.run, self.steps, self.args.keepbest, self.report.warn) as writer:
+            while progress.epoch <= self.args.epochs and not self.stop.signal:
+                state, progress = self._take_steps(state, progress, writer)
+                if self.stop.signal:
+                    break
+                record = self._evaluate(state, progress)
+                progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
+                self._write_log(progress.log)
+                self.report.epoch(record)
+        return not (writer.failed or self.log_failed)
+
+    def _prepare(self, key, batch):
+        return self.experiment.normalise(data.augment(key, batch) if self.session.augmented else batch)
+
+    def _take_steps(self, state, progress, writer):
+        """The steps that are left of an epoch, or those up to a signal; saves the state where they end."""
+        if progress.lr_factor is None:
+            lr_factor = optimizers.lr_factor(progress.epoch, self.args.epochs, self.args.warmup)
+            progress = progress._replace(lr_factor=lr_factor)
+        began = time.perf_counter() - progress.seconds
+        epoch, lr_factor = self._start_epoch(progress)
+        due = _Due(self.args.checkpointevery)
+        in_flight = collections.deque()
+        for done in range(progress.step + 1, self.steps + 1):
+            state, epoch, loss = self.step(state, epoch, self.images.train, self.images.train_labels, lr_factor)
+            in_flight.append(loss)
+            if len(in_flight) > 2:
+                in_flight.popleft().block_until_ready()  # else a signal would have to wait for all steps sent ahead
+            self.report.step(done, epoch.loss)
+            if done == self.steps or self.stop.signal or due(done):
+                loss = float(jax.device_get(epoch.loss))  # waits until the device has done the steps
+                progress = progress._replace(step=done, loss=loss, seconds=time.perf_counter() - began)
+                writer.save(state, progress)
+            if self.stop.signal:
+                break
+        return state, progress
+
+    def _start_epoch(self, progress):
+        """The epoch on the device, as it was after progress.step steps, and its lr_factor there."""
+        sent = jax.device_put(
+            {
+                'number': np.int32(progress.epoch),
+                'step': np.int32(progress.step),
+                'loss': np.float32(progress.loss),
+                'lr_factor': np.float32(progress.lr_factor),
+            }
+        )
+        epoch = training.start_epoch(self.data_key, sent['number'], len(self.images.train), self.args.batchsize)
+        return epoch._replace(step=sent['step'], loss=sent['loss']), sent['lr_factor']
+
+    def _evaluate(self, state, progress):
+        """The log's record of an epoch."""
+        probs = self.experiment.probs(state.params, state.batch_stats, self.images.test, self.args.testbatchsize)
+        return {
+            'epoch': progress.epoch,
+            'loss': progress.loss / self.steps,
+            'test_accuracy': metrics.accuracy(probs, self.session.images.test_labels),
+            'learning_rate': self.args.alpha * progress.lr_factor,
+            'seconds': round(progress.seconds, 3),
+            'images_per_second': round(self.steps * self.args.batchsize / progress.seconds, 1),
+        }
+
+    def _write_log(self, log):
+        try:
+            runs.write_log(self.session.run, log)
+            self.log_failed = False
+        except runs.RunError as error:
+            if not self.log_failed:
+                self.report.warn(f'{error}; training goes on, and the log is tried again after the next epoch')
+            self.log_failed = True
+
+
+class _Due:
+    """Whether it is time for a checkpoint within an epoch: every so many steps, or minutes ('30min'), or never."""
+
+    def __init__(self, every):
+        self.steps = every if isinstance(every, int) else None
+        self.seconds = 60 * float(every.removesuffix('min')) if isinstance(every, str) else None
+        self.last = time.monotonic()
+
+    def __call__(self, steps_done):
+        if self.steps is not None:
+            return steps_done % self.steps == 0
+        if self.seconds is None or time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True

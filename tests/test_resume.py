@@ -1,0 +1,259 @@
+"""Runs that are stopped, killed, resumed, or run out of disk: nothing is lost, and the result is the same."""
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import checkpoints
+import runs
+import test as evaluate
+import train
+from conftest import arrays, read_log, restore
+
+ROOT = Path(__file__).parent.parent
+
+
+def assert_same_run(run, other):
+    """Bit for bit: weights, momentum, precision, batch statistics and key; and all of the log but its times."""
+    for one, two in zip(arrays(restore(run)[1]), arrays(restore(other)[1]), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert without_times(read_log(run)) == without_times(read_log(other))
+
+
+def without_times(log):
+    return [
+        {key: value for key, value in record.items() if key not in ('seconds', 'images_per_second')} for record in log
+    ]
+
+
+@pytest.fixture
+def signal_after(monkeypatch):
+    """Lets SIGTERM arrive after so many steps of this process."""
+
+    def arrange(steps):
+        report, left = train.Report.step, [steps]
+
+        def step(self, steps_done, loss_sum):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            report(self, steps_done, loss_sum)
+
+        monkeypatch.setattr(train.Report, 'step', step)
+
+    return arrange
+
+
+def stopped(arguments):
+    """Runs train.py, which a signal stops; returns its run folder."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
+INSIDE_THE_FIRST_EPOCH, AFTER_AN_EPOCH, INSIDE_THE_SECOND = 1, 2, 3
+
+
+@pytest.mark.parametrize(
+    ('optim', 'dataset', 'model', 'steps'),
+    [
+        ('sgd', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
+        ('sgd', 'mnist', 'mlp', AFTER_AN_EPOCH),
+        ('sam', 'mnist', 'mlp', INSIDE_THE_SECOND),
+        ('sam', 'mnist', 'mlp', AFTER_AN_EPOCH),
+        ('bsam', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
+        ('bsam', 'mnist', 'mlp', AFTER_AN_EPOCH),
+        ('bsam', 'mnist', 'lenet', INSIDE_THE_SECOND),
+        ('bsam', 'cifar10', 'resnet18', INSIDE_THE_SECOND),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    optim, dataset, model, steps, flags_of, signal_after, tmp_path, capsys
+):
+    flags = {'optim': optim, 'dataset': dataset, 'model': model, 'epochs': 2}
+    whole = train.main(flags_of(**flags, resultsfolder=tmp_path / 'whole'))
+    signal_after(steps)
+    stopped(flags_of(**flags))
+    run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
+    assert f'go on with: python train.py --resume {run}' in capsys.readouterr().err
+    assert [record['epoch'] for record in runs.read_log(run)] == list(range((steps - 1) // 2))
+    assert train.main([f'--resume={run}']) == run
+    assert_same_run(run, whole)
+
+
+def test_checkpoints_within_epochs_change_nothing(flags_of, tmp_path):
+    """Nor is a stop needed: the newest checkpoint may be one of any step."""
+    whole = train.main(flags_of(resultsfolder=tmp_path / 'whole'))
+    run = train.main(flags_of(checkpointevery=1))
+    assert checkpoints.all_steps(run / 'checkpoints') == [3, 4]
+    assert checkpoints.all_steps(whole / 'checkpoints') == [2, 4]
+    assert_same_run(run, whole)
+    train.main([f'--resume={run}', '--checkpoint=3'])
+    assert_same_run(run, whole)
+
+
+def test_checkpoints_every_few_minutes(flags_of):
+    assert checkpoints.all_steps(train.main(flags_of(checkpointevery='0.000001min')) / 'checkpoints') == [3, 4]
+    assert checkpoints.all_steps(train.main(flags_of(checkpointevery='60min')) / 'checkpoints') == [2, 4]
+
+
+def test_resuming_a_complete_run_repeats_its_result_and_more_epochs_go_on(flags_of):
+    run = train.main(flags_of(epochs=1))
+    before, log = arrays(restore(run)[1]), read_log(run)
+    train.main([f'--resume={run}'])
+    for one, two in zip(arrays(restore(run)[1]), before, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert without_times(read_log(run)) == without_times(log)
+    train.main([f'--resume={run}', '--epochs=3'])
+    assert [record['epoch'] for record in read_log(run)] == [0, 1, 2, 3]
+    assert without_times(read_log(run))[:2] == without_times(log) and runs.read_config(run)['flags']['epochs'] == 3
+
+
+def test_best_checkpoint_is_kept_where_asked(flags_of):
+    accuracies = itertools.cycle([0.3, 0.9, 0.1, 0.2, 0.4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('metrics.accuracy', lambda probs, labels: next(accuracies))
+        run = train.main([*flags_of(epochs=4), '--keepbest'])
+        without = train.main(flags_of(epochs=4))
+    assert checkpoints.all_steps(run / 'checkpoints') == [4, 8, 10]
+    assert checkpoints.all_steps(without / 'checkpoints') == [8, 10]
+    evaluate.main([f'--resultsfolder={run}', '--checkpoint=4'])
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ([], None),
+        (['--alpha=0.1'], None),
+        (['--alpha=0.2'], '--alpha 0.2: {run} was begun with 0.1; leave it out'),
+        (['--optim=sgd'], '--optim sgd: {run} was begun with bsam'),
+        (['--noaugment'], '--noaugment True: {run} was begun with False'),
+        (['--epochs=0'], '--epochs 0: {run} was begun with 1; only more are possible'),
+        (['--checkpoint=7'], 'holds no checkpoint 7; there are 2, 4'),
+        (['--datasetfolder=/nowhere'], 'could not be fetched'),
+    ],
+)
+def test_flags_beside_resume(changes, message, flags_of, monkeypatch, capsys):
+    monkeypatch.setattr('urllib.request.urlopen', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('no network')))
+    run = train.main(flags_of())
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    capsys.readouterr()
+    if message is None:
+        assert train.main([f'--resume={run}', *changes]) == run
+        return
+    with pytest.raises(SystemExit) as stop:
+        train.main([f'--resume={run}', *changes])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and message.format(run=run) in error
+    assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == before
+
+
+def test_checkpoint_without_resume(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(['--checkpoint=3'])
+    assert stop.value.code == 2 and '--checkpoint goes with --resume' in capsys.readouterr().err
+
+
+def test_no_two_processes_train_a_run(flags_of, capsys):
+    run = train.main(flags_of())
+    with runs.locked(run), pytest.raises(SystemExit) as stop:
+        train.main([f'--resume={run}'])
+    assert stop.value.code == 2 and 'is being trained by another process' in capsys.readouterr().err
+    train.main([f'--resume={run}'])
+
+
+def test_other_images_than_before(flags_of, tmp_path, capsys):
+    run = train.main(flags_of())
+    import archives
+
+    archives.write_idx_set(tmp_path / 'other' / 'mnist', num_train=60, num_test=20)
+    with pytest.raises(SystemExit) as stop:
+        train.main([f'--resume={run}', f'--datasetfolder={tmp_path / "other"}'])
+    assert stop.value.code == 2 and 'holds other images than those' in capsys.readouterr().err
+
+
+def start(arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, 'train.py', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_a_process(number, flags_of, tmp_path):
+    """The first signal lets it save and exit; a second one exits at once."""
+    run = tmp_path / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
+    for sent in (1, 2):
+        arguments = flags_of(epochs=100_000) if sent == 1 else [f'--resume={run}']
+        with start(arguments) as process:
+            process.stdout.readline(), process.stdout.readline()
+            for _ in range(sent):
+                process.send_signal(number)
+                time.sleep(0.01)
+            _, error = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert ('finishing the step' in error or sent == 2) and 'Traceback' not in error
+        epochs = [record['epoch'] for record in read_log(run)]
+        assert epochs == list(range(len(epochs)))
+        assert restore(run)[0] > 0
+
+
+def test_signal_before_the_first_step_ends_without_a_traceback(flags_of):
+    with start(['--dataset=digits', '--model=mlp']) as process:
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and 'Traceback' not in error
+
+
+SHORT_STEPS = (
+    '--dataset=mnist', '--model=mlp', '--optim=bsam', '--alpha=0.1', '--batchsize=20', '--batchsplit=2', '--epochs=150',
+)  # fmt: skip
+
+
+def test_killed_anywhere(datasets, tmp_path):
+    """SIGKILL at 40 random moments, most of them while steps are taken and saved; each time the run goes on."""
+    folder_of_whole = f'--resultsfolder={tmp_path / "whole"}'
+    never_killed = train.main([*SHORT_STEPS, f'--datasetfolder={datasets}', folder_of_whole])
+    with ThreadPoolExecutor(2) as pool:
+        chains = [pool.submit(kill_20_times, datasets, tmp_path / str(seed), seed) for seed in (0, 1)]
+    for chain in chains:
+        run, steps = chain.result()
+        assert steps == sorted(steps) and len(set(steps)) > 5
+    train.main([f'--resume={run}'])
+    assert_same_run(run, never_killed)
+
+
+def kill_20_times(datasets, folder, seed):
+    """Begins a run, then kills and resumes it; returns its folder and the newest step after each kill."""
+    run, moments, steps = folder / 'mnist_mlp' / 'bsam' / 'run_0', random.Random(seed), []
+    flags = [*SHORT_STEPS, '--checkpointevery=1', f'--datasetfolder={datasets}', f'--resultsfolder={folder}']
+    for _ in range(20):
+        begun = (run / 'checkpoints').exists() and checkpoints.all_steps(run / 'checkpoints')
+        if not begun:
+            shutil.rmtree(run, ignore_errors=True)
+        with start([f'--resume={run}'] if begun else flags) as process:
+            for _ in range(moments.choice((0, 1, 2, 2, 2, 2, 3, 4))):
+                process.stdout.readline()
+            time.sleep(moments.uniform(0, 0.2))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        log = [record['epoch'] for record in runs.read_log(run)] if run.exists() else []
+        assert log == list(range(len(log)))
+        with contextlib.suppress(runs.RunError):
+            step, _, progress = restore(run)
+            assert [record['epoch'] for record in progress.log] == list(range(progress.epoch))
+            assert len(log) in (progress.epoch, progress.epoch + 1)
+            steps.append(step)
+    return run, steps

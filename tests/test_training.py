@@ -1,0 +1,56 @@
+"""The training step on the device: what it holds in memory, what it reuses, what it waits for."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import experiments
+import models
+import optimizers
+import training
+
+
+def create(optim, num_images=40):
+    """A step of an MLP whose 1.7 million parameters are most of what it holds, and its arguments."""
+    flags = {
+        'model': 'mlp', 'optim': optim, 'precision': 'float32', 'alpha': 0.01, 'beta1': 0.9, 'beta2': 0.999,
+        'priorprec': 25.0, 'dafactor': 1.0, 'rho': 0.01, 'batchsplit': 4, 'custominit': 1.0, 'damping': 0.1,
+    }  # fmt: skip
+    dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
+    experiment = experiments.create({'flags': flags, 'dataset': dataset})
+    step = training.step_function(experiment.optimizer, lambda key, batch: experiment.normalise(batch))
+    state = jax.jit(experiment.init)(jax.random.key(0))
+    epoch = training.start_epoch(jax.random.key(1), jnp.int32(0), num_images, 8)
+    images, labels = jnp.zeros((num_images, 32, 32, 3), jnp.uint8), jnp.zeros(num_images, jnp.int32)
+    return step, (state, epoch, images, labels, jnp.float32(1))
+
+
+def peak_bytes(function, *arguments):
+    memory = function.lower(*arguments).compile().memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(('optim', 'most'), [('sgd', 2), ('sam', 5), ('bsam', 7)])
+def test_memory_of_a_step(optim, most):
+    """One sub-batch's gradient and so many arrays of the size of the parameters, however many sub-batches there are.
+
+    bSAM: momentum and precision, two sums over sub-batches, sampled or perturbed weights; and two copies that XLA makes
+    on CPUs, of the precision, which it does not update in place, and of 1/√(N s), which it takes out of the loop.
+    """
+    step, arguments = create(optim)
+    loss = training.loss_function(models.create('mlp', 10), jnp.dtype('float32'))
+    sub_batch = jnp.zeros((2, 32, 32, 3)), jnp.zeros(2, jnp.int32)
+    state = arguments[0]
+    of_gradient = peak_bytes(jax.jit(jax.grad(loss, has_aux=True)), state.params, state.batch_stats, sub_batch)
+    one_copy = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert (peak_bytes(step, *arguments) - of_gradient) / one_copy < most + 0.2
+
+
+@pytest.mark.parametrize('optim', optimizers.OPTIMIZERS)
+def test_step_reuses_the_state(optim):
+    """All arrays of the state and the epoch are donated, and none is copied for the result."""
+    step, (state, epoch, *others) = create(optim)
+    donated = [leaf for leaf in jax.tree.leaves((state, epoch)) if leaf.size]
+    step(state, epoch, *others)
+    assert all(leaf.is_deleted() for leaf in donated)
