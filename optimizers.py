@@ -191,7 +191,7 @@ def _normal_like(key, params):
     """
     flat, unravel = ravel_pytree(params)
     num_blocks = -(-flat.size // _NOISE_BLOCK)
-    block = -(-flat.size // num_blocks)
+    block = 128 * -(-flat.size // (128 * num_blocks))  # an odd length takes three times as long
     keys = jax.random.split(key, num_blocks)
     noise = jax.lax.map(lambda k: jax.random.normal(k, (block,), flat.dtype), keys)
     return unravel(noise.reshape(-1)[: flat.size])

@@ -34,22 +34,22 @@ def main(argv=None):
         source, picture = args.plot
         plot(json.loads(source.read_text()), picture)
         return
-    print('this takes some ten minutes on two cores', file=sys.stderr)
-    results = {
-        'command': ' '.join(['python benchmarks/growth.py', *(sys.argv[1:] if argv is None else argv)]),
-        'environment': runs.environment(),
-        'batch': curves(step_of_batch, optimizers.OPTIMIZERS, BATCHES),
-        'sub_batches': curves(step_in_sub_batches, ('sam', 'bsam'), SUB_BATCHES),
-        'samples': curves(evaluation_over, ('bsam',), SAMPLES),
-        'parameters': curves(bare_step, optimizers.OPTIMIZERS, PARAMETERS),
-    }
-    runs.write_json(args.json, results)
+    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    for name in args.panels:
+        results[name] = {
+            'command': ' '.join(['python benchmarks/growth.py', *(sys.argv[1:] if argv is None else argv)]),
+            'environment': runs.environment(),
+            'seconds': curves(*PANELS[name]),
+        }
+        runs.write_json(args.json, results)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument('--json', type=Path, help='measure, and write the figures here')
+    action.add_argument('--json', type=Path, help='measure, and write the figures into this file')
+    help = 'what to measure; others in the file stay (default: all, some ten minutes on two cores)'
+    parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
     action.add_argument('--plot', type=Path, nargs=2, metavar=('JSON', 'PNG'), help='plot figures measured before')
     return parser.parse_args(argv)
 
@@ -111,6 +111,14 @@ def bare_step(optim, num_params):
     return call
 
 
+PANELS = {
+    'batch': (step_of_batch, optimizers.OPTIMIZERS, BATCHES),
+    'sub_batches': (step_in_sub_batches, ('sam', 'bsam'), SUB_BATCHES),
+    'samples': (evaluation_over, ('bsam',), SAMPLES),
+    'parameters': (bare_step, optimizers.OPTIMIZERS, PARAMETERS),
+}
+
+
 def plot(results, picture):
     import matplotlib
 
@@ -127,7 +135,7 @@ def plot(results, picture):
     colours = {'sgd': '#8F5F3F', 'sam': '#6FA060', 'bsam': '#435571'}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.2), layout='constrained')
     for axis, (name, size, title) in zip(axes, panels, strict=True):
-        for optim, curve in results[name].items():
+        for optim, curve in results[name]['seconds'].items():
             sizes = [int(n) for n in curve]
             axis.loglog(sizes, list(curve.values()), 'o-', label=labels[optim], color=colours[optim], markersize=4)
         axis.set(xlabel=size)

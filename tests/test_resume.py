@@ -75,7 +75,7 @@ INSIDE_THE_FIRST_EPOCH, AFTER_AN_EPOCH, INSIDE_THE_SECOND = 1, 2, 3
         ('bsam', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
         ('bsam', 'mnist', 'mlp', AFTER_AN_EPOCH),
         ('bsam', 'mnist', 'lenet', INSIDE_THE_SECOND),
-        ('bsam', 'cifar10', 'resnet18', INSIDE_THE_SECOND),
+        ('sgd', 'cifar10', 'resnet18', INSIDE_THE_SECOND),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
