@@ -1,4 +1,5 @@
 import json
+import os
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 @pytest.fixture(scope='session', autouse=True)
 def compilecache(tmp_path_factory):
-    """Commands in tests share a cache of compiled functions that is not the user's."""
-    folder = tmp_path_factory.mktemp('cache')
+    """Commands in tests share a cache of compiled functions that is not the user's, those of parallel workers too."""
+    folder = tmp_path_factory.getbasetemp().parent / f'cache-{os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())}'
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XDG_CACHE_HOME', str(folder))
         flags.use_compilecache(str(folder / 'bayesian-sam'))

@@ -214,7 +214,7 @@ train.main(sys.argv[1:])
 )
 def test_files_that_cannot_grow(limits, status, last_step, flags_of, tmp_path):
     """Training goes on; one warning a kind; what was saved stays; the exit status tells whether the end was saved."""
-    command = [sys.executable, '-c', LIMITED.format(limits=limits), *flags_of(epochs=4, compilecache='off')]
+    command = [sys.executable, '-c', LIMITED.format(limits=limits), *flags_of(epochs=4)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == status and process.stderr.count('a checkpoint could not be saved') == 1
     assert process.stdout.count('test accuracy') == 5 and 'Traceback' not in process.stderr

@@ -202,7 +202,8 @@ def test_signal_to_a_process(number, flags_of, tmp_path):
                 process.send_signal(number)
                 time.sleep(0.01)
             _, error = process.communicate(timeout=60)
-        assert process.returncode == 128 + number
+        late = -number  # a second signal that meets the interpreter at its end; shells show 128 + number for it too
+        assert process.returncode in (128 + number, late if sent == 2 else None)
         assert ('finishing the step' in error or sent == 2) and 'Traceback' not in error
         epochs = [record['epoch'] for record in read_log(run)]
         assert epochs == list(range(len(epochs)))
