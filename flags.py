@@ -131,10 +131,10 @@ def steps_or_minutes(text):
 
 
 @contextlib.contextmanager
-def one_line_errors(script, *errors):
-    """Ends the script with status 2 and the message of one of `errors`, which are the user's to mend."""
+def one_line_errors(script, *errors, status=2):
+    """Ends the script with `status` and the message of one of `errors`, which are the user's to mend."""
     try:
         yield
     except errors as error:
         print(f'{script}: error: {error}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)

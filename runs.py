@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -52,7 +53,7 @@ def locked(run):
     if not path.parent.is_dir():
         raise RunError(f'{run} is not a run folder (name the folder run_K that train.py printed)')
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
     try:
@@ -64,10 +65,14 @@ def locked(run):
 
 
 def _lock(descriptor, run):
+    """The system frees the lock when its process ends, however it ends; the file names the process for people."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise RunError(f'{run} is being trained by another process: wait for it, or stop it') from error
+        holder = os.pread(descriptor, 200, 0).decode(errors='replace').strip() or 'another process'
+        raise RunError(f'{run} is being trained by {holder}: wait for it, or stop it') from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
 
 
 def write_json(path, content):

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ import metrics
 import optimizers
 import runs
 import training
+
+
+class DivergenceError(Exception):
+    """A run whose loss or weights are no longer finite, in one line for the user."""
 
 
 class Images(NamedTuple):
@@ -94,7 +99,7 @@ class Trainer:
         self.log_failed = False
 
     def run(self):
-        """Returns whether the last state and the log are on the disk."""
+        """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
         state, progress = self.session.state, self.session.progress
         with checkpoints.Writer(self.session.run, self.steps, self.args.keepbest, self.report.warn) as writer:
             while progress.epoch <= self.args.epochs and not self.stop.signal:
@@ -121,17 +126,40 @@ class Trainer:
         in_flight = collections.deque()
         for done in range(progress.step + 1, self.steps + 1):
             state, epoch, loss = self.step(state, epoch, self.images.train, self.images.train_labels, lr_factor)
-            in_flight.append(loss)
+            in_flight.append((done, loss))
             if len(in_flight) > 2:
-                in_flight.popleft().block_until_ready()  # else a signal would have to wait for all steps sent ahead
+                self._check_loss(progress, *in_flight.popleft())
             self.report.step(done, epoch.loss)
             if done == self.steps or self.stop.signal or due(done):
-                loss = float(jax.device_get(epoch.loss))  # waits until the device has done the steps
+                while in_flight:
+                    self._check_loss(progress, *in_flight.popleft())
+                self._check_state(progress, done, state)
+                loss = float(jax.device_get(epoch.loss))
                 progress = progress._replace(step=done, loss=loss, seconds=time.perf_counter() - began)
                 writer.save(state, progress)
             if self.stop.signal:
                 break
         return state, progress
+
+    def _check_loss(self, progress, step, loss):
+        """Waits for a step that was sent two steps ago, so that a signal need not wait for more than these."""
+        loss = float(jax.device_get(loss))
+        if not math.isfinite(loss):
+            self._diverged(progress, step, f'the loss is {loss}')
+
+    def _check_state(self, progress, step, state):
+        """A finite loss can leave weights behind that are not."""
+        if not jax.device_get(training.all_finite(state)):
+            self._diverged(progress, step, 'weights or optimizer state are not finite')
+
+    def _diverged(self, progress, step, what):
+        if self.args.keepgoing:
+            return
+        raise DivergenceError(
+            f'{what} after step {progress.epoch * self.steps + step} (epoch {progress.epoch + 1}), learning rate '
+            f'{self.args.alpha * progress.lr_factor:g}: try a smaller --alpha or --rho, or more --warmup; checkpoints '
+            f'before it stay in {self.session.run}; --keepgoing trains on all the same'
+        )
 
     def _start_epoch(self, progress):
         """The epoch on the device, as it was after progress.step steps, and its lr_factor there."""

@@ -20,7 +20,7 @@ OPTIMIZERS = ('sgd', 'sam', 'bsam')
 PRECISIONS = ('float32', 'bfloat16')
 
 # Flags that may be given with --resume and another value than the run has.
-MAY_CHANGE = ('epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'testbatchsize')
+MAY_CHANGE = ('epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize')
 
 
 def parse_args(argv=None):
@@ -101,6 +101,7 @@ def create_parser():
     add('--checkpointevery', type=flags.steps_or_minutes, metavar='STEPS', help=help)
     help = 'keep the checkpoint of best test accuracy besides the last two; not for choosing what you report'
     add('--keepbest', action='store_true', help=help)
+    add('--keepgoing', action='store_true', help='train on where the loss is not finite, instead of stopping')
     add('--custominit', type=flags.number(above=0), default=1.0, help='initial precision s (bsam)')
     add('--damping', type=flags.number(minimum=0), default=0.1, help='damping γ of the precision (bsam)')
     return parser
@@ -128,7 +129,7 @@ def main(argv=None):
                 session = sessions.begin(args, held)
         images = session.images
         print(f'{session.run}: {len(images.train)} training and {len(images.test)} test images', flush=True)
-        with Report(session) as report:
+        with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
             all_saved = trainer.run()

@@ -39,6 +39,13 @@ def loss_function(model, dtype):
     return loss
 
 
+@jax.jit
+def all_finite(arrays):
+    """Whether every float in a pytree of arrays is a finite number."""
+    floats = [leaf for leaf in jax.tree.leaves(arrays) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+
+
 def step_function(optimizer, prepare):
     """The jitted step(state, epoch, images, labels, lr_factor) -> (state, epoch, loss), which reuses the first two.
 

@@ -4,11 +4,13 @@ import os
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import archives
 import checkpoints
 import experiments
 import flags
+import models
 import runs
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -39,6 +41,23 @@ def datasets(tmp_path_factory):
     archives.write_idx_set(folder / 'mnist', num_train=40, num_test=20)
     archives.write_tar(folder / 'cifar-10-binary.tar.gz', archives.cifar10_record_files(n=8)[0])
     return folder
+
+
+class SmallResNet(nn.Module):
+    """The stem and the head of ResNet-18 with four channels: batch statistics without the minute of compilation."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.relu(models._ConvNorm(4, name='stem')(images, train))
+        return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
+
+
+@pytest.fixture
+def small_resnet18(monkeypatch):
+    """Lets this process take SmallResNet for ResNet-18."""
+    monkeypatch.setitem(models.MODELS, 'resnet18', SmallResNet)
 
 
 @pytest.fixture

@@ -31,6 +31,12 @@ def test_published_commands_are_understood():
         assert train.parse_args(shlex.split(flags)).optim in train.OPTIMIZERS
 
 
+def test_tests_that_are_named_exist():
+    tests = ''.join(path.read_text() for path in Path(__file__).parent.glob('test_*.py'))
+    named = set(re.findall(r'`(test_\w+)`', README))
+    assert named and named <= set(re.findall(r'^def (test_\w+)\(', tests, re.MULTILINE))
+
+
 def test_files_are_all_listed():
     root = Path(__file__).parent.parent
     listed = set(re.findall(r'^    (\w+\.py) ', README, re.MULTILINE))

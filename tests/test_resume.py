@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,12 +75,12 @@ INSIDE_THE_FIRST_EPOCH, AFTER_AN_EPOCH, INSIDE_THE_SECOND = 1, 2, 3
         ('sam', 'mnist', 'mlp', AFTER_AN_EPOCH),
         ('bsam', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
         ('bsam', 'mnist', 'mlp', AFTER_AN_EPOCH),
-        ('bsam', 'mnist', 'lenet', INSIDE_THE_SECOND),
+        ('bsam', 'mnist', 'resnet18', INSIDE_THE_SECOND),
         ('sgd', 'cifar10', 'resnet18', INSIDE_THE_SECOND),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
-    optim, dataset, model, steps, flags_of, signal_after, tmp_path, capsys
+    optim, dataset, model, steps, flags_of, small_resnet18, signal_after, tmp_path, capsys
 ):
     flags = {'optim': optim, 'dataset': dataset, 'model': model, 'epochs': 2}
     whole = train.main(flags_of(**flags, resultsfolder=tmp_path / 'whole'))
@@ -166,11 +167,28 @@ def test_checkpoint_without_resume(capsys):
 
 
 def test_no_two_processes_train_a_run(flags_of, capsys):
+    """The lock's file names who has it; without its process, it keeps nobody away."""
     run = train.main(flags_of())
     with runs.locked(run), pytest.raises(SystemExit) as stop:
         train.main([f'--resume={run}'])
-    assert stop.value.code == 2 and 'is being trained by another process' in capsys.readouterr().err
+    holder = f'process {os.getpid()} on {socket.gethostname()}'
+    assert stop.value.code == 2 and f'is being trained by {holder}: wait' in capsys.readouterr().err
+    (run / 'lock').write_text('process 1 on a host that died\n')
     train.main([f'--resume={run}'])
+
+
+def test_divergence_keeps_the_last_finite_checkpoint(flags_of, monkeypatch, capsys):
+    """The rate of the second epoch is far too high; its second step's loss is no number."""
+    monkeypatch.setattr('optimizers.lr_factor', lambda epoch, epochs, warmup: 1 if epoch == 0 else 1e30)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(optim='sgd', alpha=0.05))
+    out, error = capsys.readouterr()
+    run = Path(out.split(':')[0])
+    assert stop.value.code == 1 and error.count('\n') == 1
+    assert 'after step 4 (epoch 2), learning rate 5e+28: try a smaller --alpha' in error
+    assert restore(run)[0] == 2 and all(np.isfinite(leaf).all() for leaf in arrays(restore(run)[1]))
+    assert train.main([f'--resume={run}', '--keepgoing']) == run
+    assert restore(run)[0] == 4 and [record['loss'] is None for record in read_log(run)] == [False, True]
 
 
 def test_other_images_than_before(flags_of, tmp_path, capsys):
