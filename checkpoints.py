@@ -108,8 +108,12 @@ class Writer:
     def _best(self, log):
         if not self.keep_best or not log:
             return []
-        best = max(log, key=lambda record: record['test_accuracy'])
+        best = max(log, key=_accuracy)
         return [(best['epoch'] + 1) * self.steps_per_epoch]
+
+
+def _accuracy(record):
+    return record['validation_accuracy'] if 'validation_accuracy' in record else record['test_accuracy']
 
 
 def _require_room(folder, state):
@@ -228,8 +232,11 @@ def _read_progress(checkpoint):
     try:
         held = Progress(**runs.read_json(path))
         loss = math.nan if held.loss is None else float(held.loss)
-        log = tuple({'epoch': int(r['epoch']), 'test_accuracy': float(r['test_accuracy'])} | r for r in held.log)
-        return Progress(int(held.epoch), int(held.step), loss, float(held.seconds), float(held.lr_factor), log)
+        for record in held.log:
+            int(record['epoch']), float(_accuracy(record))
+        return Progress(
+            int(held.epoch), int(held.step), loss, float(held.seconds), float(held.lr_factor), tuple(held.log)
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise runs.RunError(f'{path} is not what train.py writes: {error}') from error
 

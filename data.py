@@ -105,6 +105,33 @@ def describe(dataset, train_images):
     }
 
 
+def hold_out(images, labels, fraction):
+    """Training images and labels in two parts, (rest, validation): the second is a random `fraction` of them.
+
+    It is the same part whatever a run's seed is, so that no run is tuned on images that another was trained on.
+    Raises DataError if either would be empty.
+    """
+    order = np.random.default_rng(0).permutation(len(images))
+    num_held = round(fraction * len(images))
+    if not 0 < num_held < len(images):
+        raise DataError(f'--validation {fraction:g} of {len(images)} training images leaves none on one side')
+    held, rest = np.sort(order[:num_held]), np.sort(order[num_held:])
+    return (images[rest], labels[rest]), (images[held], labels[held])
+
+
+def fitted(images, shape):
+    """Images uint8 [N, H, W, C] in the shape (H', W', C'): grey turned to colour or back, and resized, where needed."""
+    if images.shape[1:] == tuple(shape):
+        return images
+    mode = 'L' if shape[2] == 1 else 'RGB'
+    fitted = np.empty((len(images), *shape), np.uint8)
+    for i, image in enumerate(images):
+        image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert(mode)
+        resized = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+        fitted[i] = np.asarray(resized).reshape(shape)
+    return fitted
+
+
 def check_description(description, where):
     """Raises a DataError if what a file holds cannot be what `describe` returned."""
 
@@ -386,6 +413,37 @@ def _parse_idx(file, path):
     return values.reshape(shape)
 
 
+# SVHN (Netzer et al., 2011), cropped digits: MATLAB files.
+
+_SVHN_URL = 'http://ufldl.stanford.edu/housenumbers/'
+_SVHN = {
+    'train': OfficialFile(
+        f'{_SVHN_URL}train_32x32.mat', '435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8', 182_040_794
+    ),
+    'test': OfficialFile(
+        f'{_SVHN_URL}test_32x32.mat', 'cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b', 64_275_384
+    ),
+}
+
+
+def _read_svhn(folder, split):
+    name = f'{split}_32x32.mat'
+    found = [path for path in (folder / 'svhn' / name, folder / name) if path.exists()]
+    path = found[0] if found else folder / 'svhn' / name
+    if not found:
+        download(_SVHN[split], path)
+    import scipy.io
+
+    try:
+        content = scipy.io.loadmat(path, variable_names=('X', 'y'))
+        pixels, labels = content['X'], content['y'].ravel()
+    except Exception as error:  # SciPy raises many kinds for damaged files
+        raise DataError(damaged(path, _first_line(error), _SVHN[split])) from error
+    if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or labels.dtype.kind not in 'iu':
+        raise DataError(f'{path} holds X {pixels.dtype} {pixels.shape}, not uint8 [32, 32, 3, N] with N labels y')
+    return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)), _checked_labels(labels % 10, 10, path)
+
+
 # TinyImageNet: 200 folders of 64×64 JPEGs, decoded once.
 
 TINYIMAGENET = OfficialFile(
@@ -584,6 +642,7 @@ DATASETS = {
         partial(_read_cifar, _CIFAR100), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761), augment=True
     ),
     'tinyimagenet': Dataset(_read_tinyimagenet, 200, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), augment=True),
+    'svhn': Dataset(_read_svhn, 10, mean=None, std=None, augment=False),
     'mnist': Dataset(partial(_read_idx_set, _MNIST), 10, (0.0,), (1.0,), augment=False),
     'fashion': Dataset(partial(_read_idx_set, _FASHION), 10, (0.0,), (1.0,), augment=False),
     'digits': Dataset(_read_digits, 10, (0.0,), (1.0,), augment=False),

@@ -1,29 +1,281 @@
-"""Evaluation: a network's logits over a whole image set, at given weights and averaged over a posterior."""
+"""The evaluation of a run: what its posterior is worth on the test images, on unknown and on corrupted ones."""
 
+import io
+import math
+import os
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import bootstrap
+import checkpoints
+import corruptions
+import data
+import experiments
+import metrics
+import posteriors
+import runs
 
 
-@partial(jax.jit, static_argnames=('apply', 'batch_size'))
-def logits(apply, params, batch_stats, images, batch_size):
-    """float32 [N, K] for images uint8 [N, H, W, C], in batches; the last may be smaller, and every image counts once.
+class Subject(NamedTuple):
+    """A run that is evaluated: its images uint8 [N, H, W, C] and int32 [N] of the split, and its posterior.
 
-    apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
+    held_out has the images and labels that the run kept out of training, None if it kept none.
     """
-    batch_size = min(batch_size, len(images))
-    full = len(images) // batch_size * batch_size
-    whole = jax.lax.map(partial(apply, params, batch_stats), images[:full].reshape(-1, batch_size, *images.shape[1:]))
-    parts = [whole.reshape(full, -1)]
-    if full < len(images):
-        parts.append(apply(params, batch_stats, images[full:]))
-    return jnp.concatenate(parts)
+
+    run: Path
+    flags: dict
+    progress: checkpoints.Progress
+    dataset: data.Dataset
+    dataset_folder: str
+    images: np.ndarray
+    labels: np.ndarray
+    held_out: Any
+    posterior: posteriors.Posterior
 
 
-def posterior_probs(predict, sample, key, num_samples):
-    """[N, K]: class probabilities averaged over `num_samples` weights, each used for all images.
+def load(run, config, *, split, step, dataset_folder, batch_size, bn_refresh):
+    """The Subject of a run. Raises DataError, ModelError and RunError.
 
-    predict(params) returns probabilities [N, K]; sample(key) returns params.
+    config: as from runs.read_config; step: a checkpoint, None for the newest; bn_refresh: training batches over which
+    batch statistics of each weights are estimated again, None for those of training.
     """
-    return sum(predict(sample(k)) for k in jax.random.split(key, num_samples)) / num_samples
+    flags = config['flags']
+    data.check_description(config['dataset'], run / 'config.json')
+    if not os.access(run, os.W_OK):
+        raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
+    experiment = experiments.create(config)
+    _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
+    folder = dataset_folder or flags['datasetfolder']
+    dataset = data.dataset(flags['dataset'], folder)
+    train = dataset.read('train') if flags['validation'] or bn_refresh else None
+    train, held_out = data.hold_out(*train, flags['validation']) if flags['validation'] else (train, None)
+    if split == 'validation':
+        require_held_out(run, held_out)
+    images, labels = held_out if split == 'validation' else dataset.read('test')
+    if list(images.shape[1:]) != config['dataset']['image_shape']:
+        raise data.DataError(
+            f'the {split} images are {images.shape[1:]}, not {config["dataset"]["image_shape"]} as in training'
+        )
+    posterior = _posterior(experiment, flags, state, batch_size, bn_refresh, train, dataset.augment)
+    return Subject(run, flags, progress, dataset, folder, images, labels, held_out, posterior)
+
+
+def _posterior(experiment, flags, state, batch_size, bn_refresh, train, augment):
+    _, _, key = experiments.keys(flags['randomseed'])
+    sample_key, refresh_key = jax.random.split(key)
+    refresh = None
+    if bn_refresh:
+        if not jax.tree.leaves(state.batch_stats):
+            raise runs.RunError(f'--bnrefresh {bn_refresh}: {flags["model"]} has no batch normalisation')
+        batches = _training_batches(refresh_key, train[0], bn_refresh, flags, augment)
+        refresh = partial(
+            posteriors.batch_statistics, experiment.update, batch_stats=state.batch_stats, batches=batches
+        )
+    sample = partial(jax.jit(experiment.optimizer.sample), state)
+    apply, params, batch_stats = experiment.apply, state.params, state.batch_stats
+    return posteriors.Posterior(apply, sample, params, batch_stats, sample_key, batch_size, refresh)
+
+
+def _training_batches(key, images, number, flags, augment):
+    """uint8 [number, B, H, W, C], shuffled and augmented as in training."""
+    order_key, augment_key = jax.random.split(key)
+    steps = len(images) // flags['batchsize']
+    if number > steps:
+        raise runs.RunError(f'--bnrefresh {number}: the training images are {steps} batches of {flags["batchsize"]}')
+    batches = jax.device_get(data.shuffled_batches(order_key, len(images), flags['batchsize']))[:number]
+    batches = jax.device_put(images[batches])
+    if augment and not flags['noaugment']:
+        batches = jax.vmap(data.augment)(jax.random.split(augment_key, number), batches)
+    return batches
+
+
+def measure(prediction, labels, num_bins):
+    """All metrics, {'mean': {name: value}, 'average': ..., 'intervals': {'mean': {name: (low, high)}, 'average': ...}}.
+
+    Those of the average have the means of the entropy terms over the images besides.
+    """
+    probs = {'mean': prediction.probs_at_mean, 'average': prediction.probs}
+    measured = {at: metrics.summary(p, labels, num_bins) for at, p in probs.items()}
+    measured['mean']['entropy'] = float(metrics.entropy(probs['mean']).mean())
+    for name in ('entropy', 'mutual_information', 'disagreement'):
+        measured['average'][name] = float(getattr(prediction, name).mean())
+    measured['intervals'] = {at: _intervals(p, labels, num_bins) for at, p in probs.items()}
+    return measured
+
+
+def _intervals(probs, labels, num_bins):
+    tested = metrics.resampled(num_bins)
+    if not np.isfinite(probs).all():
+        return dict.fromkeys(tested, (math.nan, math.nan))
+    return {name: bootstrap.interval(values) for name, values in bootstrap.resampled(tested, probs, labels).items()}
+
+
+def curve(predictions, numbers, labels, num_bins):
+    """Accuracy, NLL and ECE after each number of samples, [{'testmc': n, 'accuracy': ..., ...}, ...]."""
+    return [
+        {'testmc': n} | _short_summary(prediction.probs, labels, num_bins)
+        for n, prediction in zip(numbers, predictions, strict=True)
+    ]
+
+
+def _short_summary(probs, labels, num_bins):
+    summary = metrics.summary(probs, labels, num_bins)
+    return {name: summary[name] for name in ('accuracy', 'nll', 'ece')}
+
+
+def require_held_out(run, held_out):
+    """Raises a RunError if a run kept no images out of training: on those it was trained on, a network is too sure."""
+    if held_out is None:
+        raise runs.RunError(f'{run} kept no training images out: train with --validation 0.1')
+
+
+def tempered(subject, prediction, num_samples, num_bins):
+    """The metrics at the temperature that is best for images kept out of training, {'mean': ..., 'average': ...}."""
+    images, held_labels = subject.held_out
+    (held,) = subject.posterior.predict(images, [num_samples])
+    pairs = {'mean': (held.probs_at_mean, prediction.probs_at_mean), 'average': (held.probs, prediction.probs)}
+    results = {}
+    for at, (held_probs, probs) in pairs.items():
+        temperature = metrics.fit_temperature(held_probs, held_labels)
+        summary = metrics.summary(metrics.temper(probs, temperature), subject.labels, num_bins)
+        results[at] = {'temperature': temperature} | summary
+    return results
+
+
+def read_unknown(subject, name):
+    """The test images of another data set in the shape of the run's, and the shape that they had. Raises DataError."""
+    images, _ = data.dataset(name, subject.dataset_folder).read('test')
+    return data.fitted(images, subject.images.shape[1:]), list(images.shape[1:])
+
+
+def all_unknown(subject, known, sets, num_samples):
+    """`unknown` of every data set, {name: {'num_images', 'shape', 'mean', 'average'}}; sets: as from read_unknown."""
+    results = {}
+    for name, (images, shape) in sets.items():
+        (prediction,) = subject.posterior.predict(images, [num_samples])
+        results[name] = {'num_images': len(images), 'shape': shape} | unknown(known, prediction)
+    return results
+
+
+def unknown(known, prediction):
+    """How well scores tell the images of `prediction` from the known ones: {'mean': {score: {...}}, 'average': ...}.
+
+    auroc; aupr_unknown and aupr_known, by which of the two counts as positive; fpr95, the share of unknown images that
+    pass the threshold which 95 % of the known ones pass (Hendrycks & Gimpel, 2017; Liang et al., 2018).
+    """
+    is_unknown = np.repeat([False, True], [len(known.probs), len(prediction.probs)])
+    results = {}
+    for at in ('mean', 'average'):
+        of_known, of_unknown = _scores(known, at), _scores(prediction, at)
+        results[at] = {
+            name: _separation(np.concatenate([scores, of_unknown[name]]), is_unknown)
+            for name, scores in of_known.items()
+            if np.ptp(scores) > 1e-9  # the mutual information of a point is 0 everywhere
+        }
+    return results
+
+
+def _scores(prediction, at):
+    """The uncertainty of every image in several ways, greater for less certain ones."""
+    probs = prediction.probs_at_mean if at == 'mean' else prediction.probs
+    scores = {'max_prob': -probs.max(axis=1), 'entropy': metrics.entropy(probs)}
+    return scores if at == 'mean' else scores | {'mutual_information': prediction.mutual_information}
+
+
+def _separation(scores, is_unknown):
+    return {
+        'auroc': metrics.area_under_roc(scores, is_unknown),
+        'aupr_unknown': metrics.area_under_precision_recall(scores, is_unknown),
+        'aupr_known': metrics.area_under_precision_recall(-scores, ~is_unknown),
+        'fpr95': metrics.fpr_at_95_tpr(-scores, ~is_unknown),
+    }
+
+
+def read_corrupted(subject, folder):
+    """The corruptions of the run's test images, {name: function(severity) -> images}, and labels.
+
+    folder: that of the official files, or None for the built-in corruptions. Raises DataError.
+    """
+    if folder is not None:
+        return corruptions.read_official(folder, len(subject.labels))
+    images = subject.images
+    built_in = {name: partial(corruptions.corrupt, name, images=images) for name in corruptions.CORRUPTIONS}
+    return built_in, subject.labels
+
+
+def all_corrupted(subject, sets, labels, num_samples, num_bins):
+    """Accuracy, NLL and ECE of corrupted images, {name: [{'mean': {...}, 'average': {...}} of severity 1, ..., 5]}."""
+    results = {}
+    total = len(sets) * len(corruptions.SEVERITIES)
+    with tqdm(None, 'corruptions', total, leave=False, disable=None) as progress:
+        for name, images in sets.items():
+            results[name] = []
+            for severity in corruptions.SEVERITIES:
+                results[name].append(_corrupted(subject, images(severity=severity), labels, num_samples, num_bins))
+                progress.update()
+    return results
+
+
+def _corrupted(subject, images, labels, num_samples, num_bins):
+    if images.shape[1:] != subject.images.shape[1:]:
+        raise data.DataError(f'the corrupted images are {images.shape[1:]}, not {subject.images.shape[1:]}')
+    (prediction,) = subject.posterior.predict(images, [num_samples])
+    probs = {'mean': prediction.probs_at_mean, 'average': prediction.probs}
+    return {at: _short_summary(p, labels, num_bins) for at, p in probs.items()}
+
+
+def over_corruptions(results, at):
+    """The means over corruptions of each metric of `all_corrupted`, [{name: value} of severity 1, ..., 5]."""
+    return [_means(group, at) for group in zip(*results.values(), strict=True)]
+
+
+def over_severities(points):
+    """The means over severities of each metric of one corruption, {'mean': {name: value}, 'average': ...}."""
+    return {at: _means(points, at) for at in ('mean', 'average')}
+
+
+def _means(points, at):
+    return {name: float(np.mean([point[at][name] for point in points])) for name in points[0][at]}
+
+
+def write_predictions(path, prediction, labels, num_samples):
+    """predictions.npz, whose format the README documents. Raises RunError."""
+    arrays = {
+        'labels': labels.astype(np.int32),
+        'logits': prediction.logits.astype(np.float32),
+        'probs': prediction.probs.astype(np.float32),
+        'entropy': prediction.entropy.astype(np.float32),
+        'expected_entropy': prediction.expected_entropy.astype(np.float32),
+        'votes': prediction.votes,
+        'num_samples': np.int32(num_samples),
+    }
+    with io.BytesIO() as file:
+        np.savez_compressed(file, **arrays)
+        runs.write_bytes(path, file.getvalue())
+
+
+def read_predictions(path):
+    """(labels, Prediction, num_samples) of predictions.npz. Raises RunError."""
+    try:
+        with np.load(path) as file:
+            held = {name: file[name] for name in _TYPES}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise runs.RunError(f'{path} is missing or damaged ({error}): evaluate the run without --reuse') from error
+    n, k = held['logits'].shape if held['logits'].ndim == 2 else (0, 0)
+    shapes = {'labels': (n,), 'logits': (n, k), 'probs': (n, k), 'expected_entropy': (n,), 'votes': (n, k)}
+    fits = all(
+        held[name].shape == shapes.get(name, ()) and held[name].dtype.kind == kind for name, kind in _TYPES.items()
+    )
+    if not n or not fits or not 0 <= held['labels'].min() <= held['labels'].max() < k:
+        raise runs.RunError(f'{path} is not what test.py writes: evaluate the run without --reuse')
+    probs = held['probs'].astype(np.float64)
+    prediction = posteriors.Prediction(held['logits'], probs, held['expected_entropy'], held['votes'])
+    return held['labels'], prediction, int(held['num_samples'])
+
+
+_TYPES = {'labels': 'i', 'logits': 'f', 'probs': 'f', 'expected_entropy': 'f', 'votes': 'i', 'num_samples': 'i'}

@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 
 import data
-import evaluation
 import metrics
 import models
 import optimizers
+import posteriors
 import training
 
 
 class Experiment(NamedTuple):
     """The parts of a run.
 
-    init(key) returns the optimizer's first state, normalise(images uint8 [B, H, W, C]) what the network takes, and
-    apply(params, batch_stats, images uint8 [B, H, W, C]) its logits [B, K].
+    init(key) returns the optimizer's first state, normalise(images uint8 [B, H, W, C]) what the network takes,
+    apply(params, batch_stats, images uint8 [B, H, W, C]) its logits [B, K], and update, of the same arguments, the
+    batch statistics after a batch in training.
     """
 
     optimizer: optimizers.Optimizer
@@ -30,10 +31,11 @@ class Experiment(NamedTuple):
     init: Callable
     normalise: Callable
     apply: Callable
+    update: Callable
 
     def probs(self, params, batch_stats, images, batch_size):
         """Class probabilities, float64 [N, K] on the host, of images uint8 [N, H, W, C]."""
-        logits = evaluation.logits(self.apply, params, batch_stats, images, batch_size)
+        logits = posteriors.logits(self.apply, params, batch_stats, images, batch_size)
         return metrics.softmax(jax.device_get(logits))
 
 
@@ -61,12 +63,16 @@ def create(config):
         logits, _ = models.apply(model, params, batch_stats, normalise(images), train=False, dtype=dtype)
         return logits
 
-    return Experiment(optimizer, num_data, init, normalise, apply)
+    def update(params, batch_stats, images):
+        _, batch_stats = models.apply(model, params, batch_stats, normalise(images), train=True, dtype=dtype)
+        return batch_stats
+
+    return Experiment(optimizer, num_data, init, normalise, apply, update)
 
 
 def _optimizer(flags, loss, num_data):
     common = {'alpha': flags['alpha'], 'beta1': flags['beta1'], 'weight_decay': flags['priorprec'] / num_data}
-    sharpness = {'rho': flags['rho'], 'batchsplit': flags['batchsplit']}
+    sharpness = {name: flags[name] for name in ('rho', 'batchsplit', 'bnupdate')}
     posterior = {name: flags[name] for name in ('beta2', 'custominit', 'damping')} | {'num_data': num_data}
     if flags['optim'] == 'sgd':
         return optimizers.sgd(loss, **common)

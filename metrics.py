@@ -1,10 +1,17 @@
-"""How good and how sure: accuracy, NLL, ECE and AUROC of predicted class probabilities.
+"""How good and how sure: metrics of predicted class probabilities, in float64 NumPy.
 
-Every function takes `probs`, float [N, K] with rows that sum to 1, and `labels`, int [N], and returns a
-float over all N images. They are plain NumPy in float64.
+    probs    float [N, K], rows that sum to 1
+    labels   int [N]
+    weights  how often every image counts: [N], or [R, N] for R resamples of the images at once; once each by default
+
+A metric is a float, or float [R] with weights [R, N]. METRICS lists them all. Confidence is the largest probability of
+an image; where confidences are tied, no metric depends on the order of the images.
 """
 
+from functools import partial
+
 import numpy as np
+import scipy.optimize
 
 
 def softmax(logits):
@@ -14,41 +21,81 @@ def softmax(logits):
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def accuracy(probs, labels):
+def accuracy(probs, labels, weights=None):
     """Share of images whose most probable class is the true one, in [0, 1]."""
-    return float(np.mean(_correct(probs, labels)))
+    return _mean(_correct(probs, labels), weights)
 
 
-def nll(probs, labels):
+def top5(probs, labels, weights=None):
+    """Share of images with fewer than five classes that are more probable than the true one, in [0, 1]."""
+    probs = np.asarray(probs)
+    true_probs = probs[np.arange(len(labels)), labels]
+    return _mean((probs > true_probs[:, None]).sum(axis=1) < 5, weights)
+
+
+def nll(probs, labels, weights=None):
     """Mean negative log-likelihood in nats; infinite where a true class has probability 0."""
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return _mean(nll_per_image(probs, labels), weights)
+
+
+def nll_per_image(probs, labels):
+    """Negative log-likelihood of every image in nats, [N]."""
     true_probs = np.asarray(probs, dtype=np.float64)[np.arange(len(labels)), labels]
     with np.errstate(divide='ignore'):
-        return float(-np.mean(np.log(true_probs)))
+        return -np.log(true_probs)
 
 
-def ece(probs, labels, num_bins=20):
+def brier(probs, labels, weights=None):
+    """Brier score (Brier, 1950): mean of Σ_k (p_k − y_k)² with the one-hot label y, in [0, 2]."""
+    probs = np.asarray(probs, dtype=np.float64)
+    true_probs = probs[np.arange(len(labels)), labels]
+    return _mean(np.square(probs).sum(axis=1) + 1 - 2 * true_probs, weights)
+
+
+def ece(probs, labels, weights=None, num_bins=20):
     """Expected calibration error (Guo et al., 2017): the gap between accuracy and confidence, averaged over images.
 
-    The gap is taken in each of `num_bins` equally wide bins (lower, upper] of the top probability. In [0, 1].
+    The gap is taken in each of `num_bins` equally wide bins (lower, upper] of the confidence. In [0, 1].
     """
-    confidence, correct = _confidence(probs), _correct(probs, labels)
-    inner_edges = np.linspace(0, 1, num_bins + 1)[1:-1]
-    bins = np.searchsorted(inner_edges, confidence, side='left')
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    gaps, _ = _top_label_bins(probs, labels, weights, num_bins)
+    return _scalar(np.abs(gaps).sum(axis=-1) / _total(labels, weights))
 
 
-def auroc(probs, labels):
+def mce(probs, labels, weights=None, num_bins=20):
+    """Maximum calibration error (Guo et al., 2017): the largest gap of the bins of `ece` that are not empty."""
+    gaps, counts = _top_label_bins(probs, labels, weights, num_bins)
+    return _scalar((np.abs(gaps) / np.where(counts > 0, counts, 1)).max(axis=-1))
+
+
+def adaptive_ece(probs, labels, weights=None, num_bins=15):
+    """ECE whose bins hold equally many images each (Nguyen & O'Connor, 2015), tied confidences in one bin."""
+    confidence = _confidence(probs)
+    gaps, counts = _by_threshold(confidence, _correct(probs, labels) - confidence, weights)
+    upper = np.cumsum(counts, axis=-1)
+    total = upper[..., -1:]
+    bins = np.minimum((upper - counts) * num_bins // total, num_bins - 1).astype(int)
+    bins += num_bins * np.arange(total.size).reshape(total.shape)
+    sums = np.bincount(bins.ravel(), gaps.ravel(), num_bins * total.size).reshape(*total.shape[:-1], num_bins)
+    return _scalar(np.abs(sums).sum(axis=-1) / total[..., 0])
+
+
+def classwise_ece(probs, labels, weights=None, num_bins=15):
+    """Classwise ECE (Kull et al., 2019): the ECE of each class's probability as that of a binary event, their mean."""
+    probs = np.asarray(probs, dtype=np.float64)
+    total = 0
+    for k, column in enumerate(probs.T):
+        gaps, _ = _bins(column, (labels == k) - column, weights, num_bins)
+        total = total + np.abs(gaps).sum(axis=-1)
+    return _scalar(total / probs.shape[1] / _total(labels, weights))
+
+
+def auroc(probs, labels, weights=None):
     """Probability that a right prediction is more confident than a wrong one (Mann-Whitney), ties counted half.
 
     In [0, 1]; nan where all predictions are right, or all wrong.
     """
-    right, wrong = _split_by_correctness(probs, labels)
-    if not len(right) or not len(wrong):
-        return float('nan')
-    below = np.searchsorted(wrong, right, side='left')
-    not_above = np.searchsorted(wrong, right, side='right')
-    return float((below + not_above).mean() / 2 / len(wrong))
+    return area_under_roc(_confidence(probs), _correct(probs, labels), weights)
 
 
 def auroc_grid(probs, labels):
@@ -57,7 +104,8 @@ def auroc_grid(probs, labels):
     2,499 thresholds 0.9996, 0.9992, ..., 0.0004 and the trapezoid rule from (0, 0) to (1, 1): predictions more
     confident than 0.9996 all count as ties, so a network that is sure of most images is judged too low.
     """
-    right, wrong = _split_by_correctness(probs, labels)
+    confidence, correct = _confidence(probs), _correct(probs, labels)
+    right, wrong = np.sort(confidence[correct]), np.sort(confidence[~correct])
     if not len(right) or not len(wrong):
         return float('nan')
     thresholds = np.arange(2499, 0, -1) / 2500
@@ -66,11 +114,148 @@ def auroc_grid(probs, labels):
     return float(np.trapezoid([0, *true_positives, 1], [0, *false_positives, 1]))
 
 
-def summary(probs, labels):
-    """The metrics that test.py prints, by name; all are nan if a probability is, as after a divergence."""
+def aurc(probs, labels, weights=None):
+    """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017), in [0, 1]; lower is better.
+
+    The error rate among the images that are at least as confident as an image, averaged over all images.
+    """
+    coverage, risk = risk_coverage(probs, labels, weights)
+    return _scalar((np.diff(coverage, prepend=0, axis=-1) * risk).sum(axis=-1))
+
+
+def risk_at_80(probs, labels, weights=None):
+    """Error rate of the most confident 80 % of the images, in [0, 1]; of tied ones in between, a share of each."""
+    coverage, risk = risk_coverage(probs, labels, weights)
+    if coverage.ndim == 1:
+        return float(np.interp(0.8, coverage, coverage * risk) / 0.8)
+    return np.array([np.interp(0.8, c, c * r) for c, r in zip(coverage, risk, strict=True)]) / 0.8
+
+
+def risk_coverage(probs, labels, weights=None):
+    """The risk-coverage curve: for every confidence, from the highest, the share of images at least as confident, and
+    their error rate. Both [T], or [R, T]."""
+    wrong, counts = _by_threshold(-_confidence(probs), ~_correct(probs, labels), weights)
+    covered = np.cumsum(counts, axis=-1)
+    return covered / covered[..., -1:], np.cumsum(wrong, axis=-1) / np.maximum(covered, 1)
+
+
+METRICS = {
+    'accuracy': accuracy,
+    'top5': top5,
+    'nll': nll,
+    'brier': brier,
+    'ece': ece,
+    'ece_15': partial(ece, num_bins=15),
+    'adaptive_ece': adaptive_ece,
+    'classwise_ece': classwise_ece,
+    'mce': mce,
+    'auroc': auroc,
+    'auroc_grid': auroc_grid,
+    'aurc': aurc,
+    'risk_at_80': risk_at_80,
+}
+
+
+# Those without weights, or whose percentile interval lies above the metric itself: with many classes most of what a
+# resample's classwise ECE measures is the resample's own noise.
+_NOT_RESAMPLED = ('auroc_grid', 'classwise_ece')
+
+
+def resampled(num_bins):
+    """The metrics that bootstrap intervals are given for."""
+    return {name: metric for name, metric in with_bins(num_bins).items() if name not in _NOT_RESAMPLED}
+
+
+def with_bins(num_bins):
+    """METRICS with as many bins in `ece` and `mce`."""
+    return METRICS | {name: partial(METRICS[name], num_bins=num_bins) for name in ('ece', 'mce')}
+
+
+def summary(probs, labels, num_bins=20):
+    """All metrics by name; all are nan if a probability is, as after a divergence."""
     diverged = not np.isfinite(probs).all()
-    metrics = (accuracy, nll, ece, auroc_grid, auroc)
-    return {metric.__name__: float('nan') if diverged else metric(probs, labels) for metric in metrics}
+    metrics = with_bins(num_bins)
+    return {name: float('nan') if diverged else metric(probs, labels) for name, metric in metrics.items()}
+
+
+# Of the posterior: how much its samples differ.
+
+
+def entropy(probs):
+    """Entropy of every row of [N, K] in nats, [N]. Of averaged probabilities it is the predictive entropy."""
+    probs = np.asarray(probs, dtype=np.float64)
+    return -(probs * np.log(np.where(probs > 0, probs, 1))).sum(axis=1)
+
+
+def mutual_information(predictive_entropy, expected_entropy):
+    """What the label would tell about the weights (Houlsby et al., 2011): the predictive entropy minus the mean
+    entropy of the samples, of every image in nats, [N]; never negative."""
+    return np.maximum(np.subtract(predictive_entropy, expected_entropy), 0)
+
+
+def disagreement(votes):
+    """Share of the pairs of samples that predict different classes (Fort et al., 2019), of every image, [N].
+
+    votes: int [N, K], of how many samples a class is the most probable. nan where there is one sample only.
+    """
+    votes = np.asarray(votes, dtype=np.float64)
+    pairs = votes.sum(axis=1) * (votes.sum(axis=1) - 1)
+    return 1 - _ratio((votes * (votes - 1)).sum(axis=1), pairs)
+
+
+# Temperature, the usual way to calibrate a network after training.
+
+
+def temper(probs, temperature):
+    """Probabilities [N, K] at a temperature (Guo et al., 2017): softmax(log probs / temperature)."""
+    with np.errstate(divide='ignore'):
+        return softmax(np.maximum(np.log(probs), -1e4) / temperature)
+
+
+def fit_temperature(probs, labels):
+    """The temperature, between 0.05 and 20, at which the NLL of `temper(probs, temperature)` is least."""
+
+    def loss(log_temperature):
+        return nll(temper(probs, np.exp(log_temperature)), labels)
+
+    bounds = np.log([0.05, 20])
+    return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=bounds, method='bounded').x))
+
+
+# Telling two kinds of images apart by a score, such as known and unknown ones.
+
+
+def area_under_roc(scores, positive, weights=None):
+    """Probability that a positive has a higher score than a negative, ties counted half; nan without one of them.
+
+    scores: float [N]; positive: bool [N].
+    """
+    positives, counts = _by_threshold(scores, positive, weights)
+    negatives = counts - positives
+    below = np.cumsum(negatives, axis=-1) - negatives
+    pairs = positives.sum(axis=-1) * negatives.sum(axis=-1)
+    return _scalar(_ratio((positives * (below + negatives / 2)).sum(axis=-1), pairs))
+
+
+def area_under_precision_recall(scores, positive):
+    """Average precision, Σ (recall_t − recall_t₋₁) precision_t over falling thresholds t (Davis & Goadrich, 2006).
+
+    The positives are those with high scores. nan without any.
+    """
+    positives, counts = _by_threshold(-np.asarray(scores), positive)
+    precision = np.cumsum(positives) / np.cumsum(counts)
+    return _scalar(_ratio((positives * precision).sum(), positives.sum()))
+
+
+def fpr_at_95_tpr(scores, positive):
+    """Share of negatives above the highest threshold that leaves at least 95 % of the positives above (Liang et al.,
+    2018); nan without one of both."""
+    positives, counts = _by_threshold(-np.asarray(scores), positive)
+    negatives = counts - positives
+    if not positives.sum() or not negatives.sum():
+        return float('nan')
+    threshold = np.argmax(np.cumsum(positives) >= 0.95 * positives.sum())
+    return float(np.cumsum(negatives)[threshold] / negatives.sum())
 
 
 def _confidence(probs):
@@ -81,7 +266,51 @@ def _correct(probs, labels):
     return np.argmax(probs, axis=1) == np.asarray(labels)
 
 
-def _split_by_correctness(probs, labels):
-    """Sorted confidences of the right and of the wrong predictions."""
-    confidence, correct = _confidence(probs), _correct(probs, labels)
-    return np.sort(confidence[correct]), np.sort(confidence[~correct])
+def _mean(values, weights):
+    return _scalar(values.mean() if weights is None else weights @ values.astype(np.float64) / np.sum(weights, axis=-1))
+
+
+def _total(labels, weights):
+    return len(labels) if weights is None else np.sum(weights, axis=-1)
+
+
+def _top_label_bins(probs, labels, weights, num_bins):
+    confidence = _confidence(probs)
+    return _bins(confidence, _correct(probs, labels) - confidence, weights, num_bins)
+
+
+def _bins(positions, values, weights, num_bins):
+    """Sums of values, and counts, in equally wide bins (lower, upper] of positions in [0, 1]; [B] or [R, B]."""
+    bins = np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:-1], positions, side='left')
+    if weights is None:
+        return np.bincount(bins, values, num_bins), np.bincount(bins, minlength=num_bins)
+    members = (bins[:, None] == np.arange(num_bins)).astype(np.float64)
+    return weights @ (members * values[:, None]), weights @ members
+
+
+def _ranked(scores):
+    """The order of rising scores, and where in it each distinct score begins."""
+    order = np.argsort(scores, kind='stable')
+    ranked = np.asarray(scores)[order]
+    return order, np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
+
+
+def _by_threshold(scores, counted, weights=None):
+    """For each distinct score, rising: the sum of `counted`, [N], of the images that have it, and their weight; [T] or
+    [R, T] each."""
+    order, starts = _ranked(scores)
+    weights = np.ones(len(order)) if weights is None else np.take(weights, order, axis=-1)
+    counted = weights * counted[order]
+    if len(starts) == len(order):  # no ties, and half of the time saved
+        return counted, weights
+    return np.add.reduceat(counted, starts, axis=-1), np.add.reduceat(weights, starts, axis=-1)
+
+
+def _ratio(numerator, denominator):
+    """Their quotient; nan for 0/0."""
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return np.divide(numerator, denominator)
+
+
+def _scalar(values):
+    return float(values) if np.ndim(values) == 0 else values

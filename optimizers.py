@@ -9,7 +9,7 @@
 `params` and `batch_stats` are any pytrees of arrays (`{}` for a network without batch statistics),
 `batch` any pytree of arrays [B, ...]. SAM and bSAM cut a batch into `batchsplit` consecutive
 sub-batches, perturb the weights for each of them on its own (m-sharpness) and go through them one
-after another.
+after another. `bnupdate` is 'both', 'first' or 'second': at which of the two gradients batch statistics move.
 
 Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 2023, arXiv 2210.01620):
     w  params         weights, the mean of the posterior
@@ -88,23 +88,24 @@ def sgd(loss, *, alpha, beta1, weight_decay):
     return Optimizer(_init_momentum, step, _mean)
 
 
-def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit):
+def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit, bnupdate='both'):
     """Sharpness-aware minimisation (Foret et al., 2021) with m-sharpness over `batchsplit` sub-batches.
 
     For each sub-batch g = ∇ℓ(w), g' = ∇ℓ(w + ρ g/‖g‖) with the norm over all parameters; then SGD's
     update with the average g'. `step` returns the loss at the perturbed weights. Batch statistics are
-    updated at both points and those of the first sub-batch are kept.
+    updated at `bnupdate` of the two points, and those of the first sub-batch are kept.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(state, batch, lr_factor=1.0):
         def sharpness_aware_gradient(sub_batch, _):
-            (_, batch_stats), grads = value_and_grad(state.params, state.batch_stats, sub_batch)
+            (_, first), grads = value_and_grad(state.params, state.batch_stats, sub_batch)
             norm = optax.tree.norm(grads)
             scale = jnp.where(norm > 0, rho / norm, 0)
             perturbed = tree.map(lambda w, g: w + scale * g, state.params, grads)
-            (value, batch_stats), grads = value_and_grad(perturbed, batch_stats, sub_batch)
-            return grads, value, batch_stats
+            before = state.batch_stats if bnupdate == 'second' else first
+            (value, second), grads = value_and_grad(perturbed, before, sub_batch)
+            return grads, value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
         grads, value, batch_stats = _over_sub_batches(sharpness_aware_gradient, batch, batchsplit, step_key)
@@ -114,13 +115,15 @@ def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit):
     return Optimizer(_init_momentum, step, _mean)
 
 
-def bsam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, custominit=1.0, damping=0.1):
+def bsam(
+    loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, custominit=1.0, damping=0.1, bnupdate='both'
+):
     """Bayesian SAM (Möllenhoff & Khan, 2023, Algorithm 1) with a diagonal Gaussian posterior N(w, 1/(N s)).
 
     For each sub-batch, with noise ε ~ N(0, I) of its own: g = ∇ℓ(w + ε/√(N s)), g' = ∇ℓ(w + ρ g/s).
     The mean is perturbed, not the sampled weights, and nothing is normalised. `step` returns the loss at
-    the perturbed mean. Batch statistics are updated at both points and those of the first sub-batch are
-    kept. The precision starts at `custominit`.
+    the perturbed mean. Batch statistics are updated at `bnupdate` of the two points, and those of the first
+    sub-batch are kept. The precision starts at `custominit`.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -135,11 +138,12 @@ def bsam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, 
 
     def step(state, batch, lr_factor=1.0):
         def sharpness_aware_gradient(sub_batch, key):
-            (_, batch_stats), grads = value_and_grad(sample(state, key), state.batch_stats, sub_batch)
+            (_, first), grads = value_and_grad(sample(state, key), state.batch_stats, sub_batch)
             magnitude = tree.map(jnp.abs, grads)
             perturbed = tree.map(lambda w, g, s: w + rho * g / s, state.params, grads, state.precision)
-            (value, batch_stats), grads = value_and_grad(perturbed, batch_stats, sub_batch)
-            return (grads, magnitude), value, batch_stats
+            before = state.batch_stats if bnupdate == 'second' else first
+            (value, second), grads = value_and_grad(perturbed, before, sub_batch)
+            return (grads, magnitude), value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
         averages, value, batch_stats = _over_sub_batches(sharpness_aware_gradient, batch, batchsplit, step_key)

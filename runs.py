@@ -76,7 +76,7 @@ def _lock(descriptor, run):
 
 
 def write_json(path, content):
-    """Writes JSON so that a reader sees the old file or the new one, never a part. Raises RunError."""
+    """Writes JSON, whole. Raises RunError."""
     _write_text(path, json.dumps(finite(content), indent=2) + '\n')
 
 
@@ -97,9 +97,14 @@ def read_log(run):
 
 
 def _write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+    """Writes a file so that a reader sees the old one or the new one, never a part. Raises RunError."""
     partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
     try:
-        partial.write_text(text)
+        partial.write_bytes(content)
         flush(partial)
         os.replace(partial, path)
     except OSError as error:

@@ -24,12 +24,12 @@ class DivergenceError(Exception):
 
 
 class Images(NamedTuple):
-    """uint8 [N, H, W, C] and int32 [N]."""
+    """What is trained on, and what epochs are evaluated on: uint8 [N, H, W, C] and int32 [N]."""
 
     train: Any
     train_labels: Any
-    test: Any
-    test_labels: Any
+    held_out: Any
+    held_out_labels: Any
 
 
 class Session(NamedTuple):
@@ -42,6 +42,11 @@ class Session(NamedTuple):
     augmented: bool
     state: Any
     progress: checkpoints.Progress
+
+    @property
+    def split(self):
+        """What epochs are evaluated on, 'test' or 'validation'."""
+        return 'validation' if self.args.validation else 'test'
 
 
 def begin(args, held):
@@ -80,7 +85,9 @@ def resume(run, args, before, held, step=None):
 def _read(args):
     """A run's configuration, whether its images are augmented, and its images."""
     dataset = data.dataset(args.dataset, args.datasetfolder)
-    images = Images(*dataset.read('train'), *dataset.read('test'))
+    train = dataset.read('train')
+    train, held_out = data.hold_out(*train, args.validation) if args.validation else (train, dataset.read('test'))
+    images = Images(*train, *held_out)
     if args.batchsize > len(images.train):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train)}
@@ -176,11 +183,11 @@ class Trainer:
 
     def _evaluate(self, state, progress):
         """The log's record of an epoch."""
-        probs = self.experiment.probs(state.params, state.batch_stats, self.images.test, self.args.testbatchsize)
+        probs = self.experiment.probs(state.params, state.batch_stats, self.images.held_out, self.args.testbatchsize)
         return {
             'epoch': progress.epoch,
             'loss': progress.loss / self.steps,
-            'test_accuracy': metrics.accuracy(probs, self.session.images.test_labels),
+            f'{self.session.split}_accuracy': metrics.accuracy(probs, self.session.images.held_out_labels),
             'learning_rate': self.args.alpha * progress.lr_factor,
             'seconds': round(progress.seconds, 3),
             'images_per_second': round(self.steps * self.args.batchsize / progress.seconds, 1),

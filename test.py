@@ -1,86 +1,278 @@
-"""Evaluate a run: accuracy, NLL, ECE and AUROC at the mean of its posterior and averaged over samples of it.
+"""Evaluate runs: how good their predictions are, and how sure, at the mean of the posterior and averaged over samples.
 
 python test.py --resultsfolder results/cifar10_resnet18/bsam/run_0 --testmc 32
+python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
 """
 
+import glob
+import math
 import os
-from functools import partial
 from pathlib import Path
 
 import flags
-from train import flags_of
+from train import DATASETS, flags_of
 
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
-    parser.add_argument('--resultsfolder', type=Path, required=True, help='the run folder run_K that train.py printed')
-    help = 'samples from the posterior over which probabilities are averaged; SGD and SAM only have its mean'
-    parser.add_argument('--testmc', type=flags.integer(1), default=1, help=help)
-    parser.add_argument('--testbatchsize', type=flags.integer(1), default=200, help='images per batch')
-    parser.add_argument('--datasetfolder', help='folder of the data sets, where it is not the one of the training')
+    add = parser.add_argument
+    help = 'run folders run_K that train.py printed; several are also compared with each other'
+    add('--resultsfolder', nargs='+', required=True, metavar='RUN', help=help)
+    help = 'samples from the posterior over which probabilities are averaged; several numbers give a curve'
+    add('--testmc', type=flags.integer(1), nargs='+', default=[1], metavar='N', help=help)
+    add('--testbatchsize', type=flags.integer(1), default=200, help='images per batch')
+    add('--datasetfolder', help='folder of the data sets, where it is not the one of the training')
     help = 'the checkpoint after so many steps, instead of the newest'
-    parser.add_argument('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
+    add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
+    help = 'evaluate on the test set, or on what train.py --validation kept out of training'
+    parser.add_choice('--split', ('test', 'validation'), default='test', help=help)
+    add('--bins', type=flags.integer(1), default=20, help='bins of ECE, MCE and the reliability diagram')
+    help = 'estimate batch statistics of the mean and of every sample again, over K training batches'
+    add('--bnrefresh', type=flags.integer(1), metavar='K', help=help)
+    help = 'also the metrics at the temperature that is best for what train.py --validation kept out of training'
+    add('--temperature', action='store_true', help=help)
+    help = 'test sets of other data, to be told from the known'
+    parser.add_choice('--ood', DATASETS, also='tfds/', nargs='+', default=[], help=help)
+    help = 'evaluate corrupted test images: built-in corruptions, or those of a folder CIFAR-10-C or CIFAR-100-C'
+    add('--corruptions', nargs='?', const='', metavar='FOLDER', help=help)
+    add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
+    add('--ensemble', action='store_true', help='also the average over all given runs')
+    add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
+    help = 'folder of the tables of several runs; without it the one that all of them are in'
+    add('--output', type=Path, help=help)
     flags.add_compilecache(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.testmc = sorted(set(args.testmc))
+    args.resultsfolder = _expanded(args.resultsfolder)
+    several = len(args.resultsfolder) > 1
+    for flag in ('ensemble', 'reuse', 'output'):
+        if getattr(args, flag) and not several:
+            parser.error(f'--{flag} goes with several run folders')
+    if args.checkpoint is not None and several:
+        parser.error('--checkpoint goes with one run folder')
+    if args.reuse and (args.plots or args.ood or args.temperature or args.corruptions is not None):
+        parser.error('--reuse evaluates nothing, so --plots, --ood, --temperature and --corruptions go without it')
+    return args
+
+
+def _expanded(patterns):
+    """Folders of names and patterns, those that a shell left alone; each once."""
+    found = [sorted(glob.glob(pattern)) or [pattern] for pattern in patterns]
+    return [Path(path) for path in dict.fromkeys(path for paths in found for path in paths)]
 
 
 def main(argv=None):
     args = parse_args(argv)
 
     # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
-    import jax
-
-    import checkpoints
+    import comparison
     import data
-    import evaluation
-    import experiments
-    import metrics
     import models
     import runs
 
     flags.use_compilecache(args.compilecache)
-    with flags.one_line_errors('test.py', data.DataError, models.ModelError, runs.RunError):
-        run = args.resultsfolder
-        config = runs.read_config(run)
-        trained_with = flags_of(config, run)
-        config['flags'] = vars(trained_with)
-        data.check_description(config['dataset'], run / 'config.json')
-        if not os.access(run, os.W_OK):
-            raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
-        experiment = experiments.create(config)
-        like = jax.eval_shape(experiment.init, jax.random.key(0))
-        _, state, progress = checkpoints.restore(run, like, args.checkpoint)
-        dataset = data.dataset(trained_with.dataset, args.datasetfolder or trained_with.datasetfolder)
-        images, labels = dataset.read('test')
-        if list(images.shape[1:]) != config['dataset']['image_shape']:
-            raise data.DataError(
-                f'the test images are {images.shape[1:]}, not {config["dataset"]["image_shape"]} as in training'
-            )
-
-    images = jax.device_put(images)
-    sample = partial(jax.jit(experiment.optimizer.sample), state)
-    _, _, sample_key = experiments.keys(trained_with.randomseed)
-
-    def predict(params):
-        return experiment.probs(params, state.batch_stats, images, args.testbatchsize)
-
-    at_mean = metrics.summary(predict(state.params), labels)
-    print('results at mean of distribution:')
-    print_metrics(at_mean)
-    averaged = metrics.summary(evaluation.posterior_probs(predict, sample, sample_key, args.testmc), labels)
-    print(f'results at model average ({args.testmc} samples):')
-    print_metrics(averaged)
-
-    trained = {'epoch': progress.epoch, 'steps_of_epoch': progress.step}
-    results = {'trained': trained, 'testmc': args.testmc, 'mean': at_mean, 'average': averaged}
-    with flags.one_line_errors('test.py', runs.RunError):
-        runs.write_json(run / 'metrics.json', results | runs.environment())
+    with flags.one_line_errors('test.py', data.DataError, models.ModelError, runs.RunError, comparison.ComparisonError):
+        several = len(args.resultsfolder) > 1
+        results = []
+        for run in args.resultsfolder:
+            if several and not args.reuse:
+                print(f'\n{run}')
+            results.append(read_again(run, args) if args.reuse else evaluate(run, args))
+        if several:
+            compare(results, args)
 
 
-def print_metrics(summary):
-    """The reference's line, whose auroc is that of the grid, and the exact one."""
+def evaluate(run, args):
+    """Prints and writes all that the flags ask for of one run; returns its comparison.Result."""
+    import comparison
+    import evaluation
+    import runs
+
+    config = runs.read_config(run)
+    config['flags'] = vars(flags_of(config, run))
+    subject = evaluation.load(
+        run,
+        config,
+        split=args.split,
+        step=args.checkpoint,
+        dataset_folder=args.datasetfolder,
+        batch_size=args.testbatchsize,
+        bn_refresh=args.bnrefresh,
+    )
+    num_samples = args.testmc[-1]
+    unknown = {name: evaluation.read_unknown(subject, name) for name in args.ood}
+    corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
+    if args.temperature:
+        evaluation.require_held_out(run, subject.held_out)
+
+    predictions = list(subject.posterior.predict(subject.images, args.testmc))
+    prediction = predictions[-1]
+    measured = evaluation.measure(prediction, subject.labels, args.bins)
+    print_reference_lines(measured, num_samples)
+    results = {
+        'trained': {'epoch': subject.progress.epoch, 'steps_of_epoch': subject.progress.step},
+        'split': args.split,
+        'num_images': len(subject.labels),
+        'testmc': num_samples,
+        'bins': args.bins,
+        'bnrefresh': args.bnrefresh,
+        **measured,
+    }
+    print_metrics(measured, num_samples)
+    if len(args.testmc) > 1:
+        results['samples'] = evaluation.curve(predictions, args.testmc, subject.labels, args.bins)
+        print_curve(results['samples'])
+    if args.temperature:
+        results['temperature'] = evaluation.tempered(subject, prediction, num_samples, args.bins)
+        print_temperature(measured, results['temperature'], num_samples)
+    if unknown:
+        results['ood'] = evaluation.all_unknown(subject, prediction, unknown, num_samples)
+        print_unknown(results['ood'])
+    if corrupted:
+        results['corruptions'] = evaluation.all_corrupted(subject, *corrupted, num_samples, args.bins)
+        print_corruptions(results['corruptions'], measured, num_samples)
+
+    mark = '' if args.split == 'test' else f'-{args.split}'
+    evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
+    runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
+    if args.plots:
+        print(f'\npictures: {draw(run, subject, prediction, results)}')
+    return comparison.Result(config['flags'], subject.labels, prediction.probs_at_mean, prediction.probs, num_samples)
+
+
+def read_again(run, args):
+    """The comparison.Result of a run that was evaluated before."""
+    import comparison
+    import evaluation
+    import runs
+
+    config = runs.read_config(run)
+    mark = '' if args.split == 'test' else f'-{args.split}'
+    labels, prediction, num_samples = evaluation.read_predictions(run / f'predictions{mark}.npz')
+    return comparison.Result(
+        vars(flags_of(config, run)), labels, prediction.probs_at_mean, prediction.probs, num_samples
+    )
+
+
+def compare(results, args):
+    """Prints the tables of several runs, and writes them."""
+    import comparison
+    import tables
+
+    comparison.check(results, args.resultsfolder)
+    rows = comparison.rows([*results, *comparison.ensembles(results)] if args.ensemble else results)
+    values = comparison.values(rows, results[0].labels, args.bins)
+    order = comparison.order(values)
+    rows, values = [rows[i] for i in order], [values[i] for i in order]
+    print('\nmean ± standard deviation over runs; the lowest NLL first\n')
+    print(tables.markdown(*comparison.main_table(rows, values, bold=False)))
+    if len(rows) > 1:
+        print('difference to the first: 95 % interval and p-value over resampled test images (paired bootstrap)\n')
+        print(tables.markdown(*comparison.test_table(rows, results[0].labels, args.bins)))
+    folder = args.output or Path(os.path.commonpath([run.resolve() for run in args.resultsfolder]))
+    print('written: ' + ', '.join(str(path) for path in comparison.write(folder, rows, values)))
+
+
+def draw(run, subject, prediction, results):
+    """Writes the pictures of a run; returns their folder."""
+    import evaluation
+    import plots
+    import runs
+
+    average = f'average of {results["testmc"]} samples'
+    predictions = {'at the mean': prediction.probs_at_mean, average: prediction.probs}
+    split = 'validation' if subject.flags['validation'] else 'test'
+    figures = {
+        'reliability': plots.reliability(predictions, subject.labels, results['bins']),
+        'risk_coverage': plots.risk_coverage(predictions, subject.labels),
+        'training': plots.training(runs.read_log(run), split),
+        'images': plots.image_sheet(subject.images, subject.labels, prediction.probs),
+    }
+    if 'samples' in results:
+        figures['samples'] = plots.samples(results['samples'], results['mean'])
+    if 'corruptions' in results:
+        curves = {
+            title: [results[at], *evaluation.over_corruptions(results['corruptions'], at)]
+            for at, title in (('mean', 'at the mean'), ('average', average))
+        }
+        figures['severities'] = plots.severities(curves)
+    for name, figure in figures.items():
+        plots.save(figure, run / 'plots', name)
+    return run / 'plots'
+
+
+def print_reference_lines(measured, num_samples):
+    """The reference's lines, whose auroc is that of the grid, and the exact one."""
     line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})'
-    print(line.format(**summary), flush=True)
+    print('results at mean of distribution:')
+    print(line.format(**measured['mean']))
+    print(f'results at model average ({num_samples} samples):')
+    print(line.format(**measured['average']), flush=True)
+
+
+def print_metrics(measured, num_samples):
+    rows = []
+    for name, value in measured['average'].items():
+        cells = [name]
+        for at, shown in (('mean', measured['mean'].get(name)), ('average', value)):
+            interval = measured['intervals'][at].get(name, (math.nan, math.nan))
+            cells += [_cell(name, shown), ' to '.join(_cell(name, bound) for bound in interval if bound == bound)]
+        rows.append(cells)
+    print_table(['', 'mean', '95 % interval', f'{num_samples} samples', '95 % interval'], rows)
+
+
+def print_curve(points):
+    print_table(['samples', *_SHORT], [[str(p['testmc']), *(_cell(name, p[name]) for name in _SHORT)] for p in points])
+
+
+def print_temperature(measured, tempered, num_samples):
+    rows = []
+    for at, title in (('mean', 'mean'), ('average', f'{num_samples} samples')):
+        for label, summary in (('1', measured[at]), (f'{tempered[at]["temperature"]:.3f}', tempered[at])):
+            rows.append([title, label, *(_cell(name, summary[name]) for name in (*_SHORT, 'brier'))])
+    print_table(['', 'temperature', *_SHORT, 'brier'], rows)
+
+
+def print_unknown(results):
+    names = ('auroc', 'aupr_unknown', 'aupr_known', 'fpr95')
+    for dataset, result in results.items():
+        rows = [
+            [f'{at}: {score}', *(_cell(name, separation[name]) for name in names)]
+            for at in ('mean', 'average')
+            for score, separation in result[at].items()
+        ]
+        print_table([f'unknown: {dataset}', *names], rows)
+
+
+def print_corruptions(results, measured, num_samples):
+    import evaluation
+
+    header = [f'{name} {at}' for name in _SHORT for at in ('mean', f'{num_samples}')]
+
+    def cells(points):
+        return [_cell(name, points[at][name]) for name in _SHORT for at in ('mean', 'average')]
+
+    of_severity = zip(*(evaluation.over_corruptions(results, at) for at in ('mean', 'average')), strict=True)
+    rows = [['0 (clean)', *cells(measured)]]
+    rows += [[str(i), *cells({'mean': m, 'average': a})] for i, (m, a) in enumerate(of_severity, start=1)]
+    print_table(['severity', *header], rows)
+    rows = [[name, *cells(evaluation.over_severities(points))] for name, points in results.items()]
+    print_table(['corruption', *header], rows)
+
+
+_SHORT = ('accuracy', 'nll', 'ece')
+
+
+def _cell(name, value):
+    if value is None or value != value:
+        return '–'
+    return f'{value:.2%}' if name in ('accuracy', 'top5', 'risk_at_80', 'disagreement') else f'{value:.4f}'
+
+
+def print_table(header, rows):
+    import tables
+
+    print('\n' + tables.markdown(header, rows), end='', flush=True)
 
 
 if __name__ == '__main__':

@@ -14,10 +14,11 @@ from pathlib import Path
 import flags
 import signals
 
-DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'mnist', 'fashion', 'digits')
+DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
 MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
 OPTIMIZERS = ('sgd', 'sam', 'bsam')
 PRECISIONS = ('float32', 'bfloat16')
+BNUPDATES = ('both', 'first', 'second')
 
 # Flags that may be given with --resume and another value than the run has.
 MAY_CHANGE = ('epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize')
@@ -89,6 +90,10 @@ def create_parser():
     parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
     help = 'sub-batches m of a batch, each with a perturbation of its own (sam, bsam)'
     add('--batchsplit', type=flags.integer(1), default=8, help=help)
+    help = 'which of the two gradients moves batch statistics (sam, bsam)'
+    parser.add_choice('--bnupdate', BNUPDATES, default='both', help=help)
+    help = 'keep this fraction of the training images out, and evaluate epochs on it instead of the test set'
+    add('--validation', type=flags.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
     add('--noaugment', action='store_true', help='no random crops and flips')
     parser.add_choice('--model', MODELS, default='resnet18', help='network')
     add('--datasetfolder', default='datasets', help='folder of the data sets')
@@ -128,7 +133,8 @@ def main(argv=None):
             else:
                 session = sessions.begin(args, held)
         images = session.images
-        print(f'{session.run}: {len(images.train)} training and {len(images.test)} test images', flush=True)
+        sizes = f'{len(images.train)} training and {len(images.held_out)} {session.split} images'
+        print(f'{session.run}: {sizes}', flush=True)
         with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
@@ -150,6 +156,7 @@ class Report:
         from tqdm import tqdm
 
         self.num_epochs, self.batch_size = session.args.epochs + 1, session.args.batchsize
+        self.split = session.split
         self.steps = len(session.images.train) // self.batch_size
         self.steps_before = session.progress.epoch * self.steps
         total = self.num_epochs * self.steps * self.batch_size
@@ -171,7 +178,7 @@ class Report:
         self._show(steps_done, float(loss_sum) / steps_done)
 
     def epoch(self, record):
-        self.accuracy = f', test accuracy {record["test_accuracy"]:.2%}'
+        self.accuracy = f', {self.split} accuracy {record[f"{self.split}_accuracy"]:.2%}'
         if self.bar.disable:
             print(
                 f'epoch {record["epoch"] + 1}/{self.num_epochs}: loss {record["loss"]:.4f}{self.accuracy}, '

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import run
 
-import evaluation
 import experiments
 import optimizers
+import posteriors
 import runs
 
 BATCHES, SUB_BATCHES, SAMPLES = (25, 50, 100, 200, 400), (1, 2, 4, 8, 20), (1, 2, 4, 8, 16, 32)
@@ -80,12 +80,15 @@ def evaluation_over(optim, num_samples):
     experiment = experiments.create(run.configuration(NETWORK, optim, 'float32'))
     state = jax.jit(experiment.init)(jax.random.key(0))
     images = jax.device_put(run.synthetic_images(TEST_IMAGES)[0])
-    sample = partial(jax.jit(experiment.optimizer.sample), state)
-
-    def predict(params):
-        return experiment.probs(params, state.batch_stats, images, TEST_IMAGES)
-
-    return partial(evaluation.posterior_probs, predict, sample, jax.random.key(0), num_samples)
+    posterior = posteriors.Posterior(
+        experiment.apply,
+        partial(jax.jit(experiment.optimizer.sample), state),
+        state.params,
+        state.batch_stats,
+        jax.random.key(0),
+        TEST_IMAGES,
+    )
+    return lambda: list(posterior.predict(images, [num_samples]))
 
 
 def bare_step(optim, num_params):

@@ -28,6 +28,7 @@ import experiments  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import optimizers  # noqa: E402
+import posteriors  # noqa: E402
 import runs  # noqa: E402
 import training  # noqa: E402
 
@@ -113,6 +114,7 @@ def configuration(model, optim, precision, batchsplit=SPLIT):
     flags = {
         'model': model, 'optim': optim, 'precision': precision, 'alpha': 0.01, 'beta1': 0.9, 'beta2': 0.999,
         'priorprec': 25.0, 'dafactor': 1.0, 'rho': 0.01, 'batchsplit': batchsplit, 'custominit': 1.0, 'damping': 0.1,
+        'bnupdate': 'both',
     }  # fmt: skip
     row = data.DATASETS['cifar10']
     dataset = {'num_train': 50_000, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': row.mean, 'std': row.std}
@@ -232,7 +234,7 @@ def baseline_times(model, precision, repeats):
     functions = {
         'bsam': Trainer(model, 'bsam', precision),
         'published_bsam': published_step,
-        'logits': partial(evaluation.logits, experiment.apply, state.params, state.batch_stats, few, BATCH),
+        'logits': partial(posteriors.logits, experiment.apply, state.params, state.batch_stats, few, BATCH),
         'published_logits': partial(baseline.logits, network, variables, experiment.normalise(few), BATCH),
     }
     times, first = in_turns(repeats, functions)
@@ -246,22 +248,22 @@ def baseline_times(model, precision, repeats):
 
 
 def evaluation_times(model, precision, num_images, num_samples):
-    """Passes as test.py makes them, all but one with sampled weights, over as many plain forward passes."""
+    """An evaluation as test.py makes it, with all metrics and their intervals, over as many plain forward passes."""
     experiment = experiments.create(configuration(model, 'bsam', precision))
     state = jax.jit(experiment.init)(jax.random.key(0))
     images, labels = synthetic_images(num_images)
     images = jax.device_put(images)
     sample = partial(jax.jit(experiment.optimizer.sample), state)
-
-    def predict(params):
-        return experiment.probs(params, state.batch_stats, images, BATCH)
+    posterior = posteriors.Posterior(
+        experiment.apply, sample, state.params, state.batch_stats, jax.random.key(0), BATCH
+    )
 
     def evaluate():
-        probs = evaluation.posterior_probs(predict, sample, jax.random.key(0), num_samples)
-        return metrics.summary(predict(state.params), labels), metrics.summary(probs, labels)
+        (prediction,) = posterior.predict(images, [num_samples])
+        return evaluation.measure(prediction, labels, num_bins=20)
 
     def plain():
-        forward = partial(evaluation.logits, experiment.apply, state.params, state.batch_stats, images, BATCH)
+        forward = partial(posteriors.logits, experiment.apply, state.params, state.batch_stats, images, BATCH)
         return [forward() for _ in range(num_samples + 1)]
 
     times, _ = in_turns(2, {'evaluate': evaluate, 'plain': plain})

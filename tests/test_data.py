@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 import archives
@@ -51,6 +52,35 @@ def test_cifar10(layout, tmp_path):
     np.testing.assert_array_equal(images, np.concatenate([part[0] for part in expected]))
     np.testing.assert_array_equal(labels, np.concatenate([part[1] for part in expected]))
     np.testing.assert_array_equal(read('cifar10', tmp_path, 'test')[0], contents['test_batch'][0])
+
+
+def test_svhn(tmp_path):
+    """The axes of MATLAB's array are height, width, channel, image; the label 10 stands for the digit 0."""
+    images, labels = archives.cifar_images(0, 6, 10)
+    content = {'X': images.transpose(1, 2, 3, 0), 'y': np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)}
+    (tmp_path / 'svhn').mkdir()
+    scipy.io.savemat(tmp_path / 'svhn' / 'test_32x32.mat', content)
+    read_images, read_labels = read('svhn', tmp_path, 'test')
+    np.testing.assert_array_equal(read_images, images)
+    np.testing.assert_array_equal(read_labels, labels)
+    damaged = (tmp_path / 'svhn' / 'test_32x32.mat').read_bytes()[:5000]
+    (tmp_path / 'svhn' / 'test_32x32.mat').write_bytes(damaged)
+    with pytest.raises(data.DataError, match=r'test_32x32\.mat is damaged .*, the published one cdce80df'):
+        read('svhn', tmp_path, 'test')
+    with pytest.raises(data.DataError, match=r'train_32x32\.mat is missing and could not be fetched'):
+        read('svhn', tmp_path, 'train')
+
+
+def test_held_out_images():
+    """A fifth of them, the same at every call, and each image on one side."""
+    images, labels = archives.cifar_images(0, 50, 10)
+    (rest, rest_labels), (held, held_labels) = data.hold_out(images, labels, 0.2)
+    assert len(rest) == 40 and len(held) == 10
+    together = np.concatenate([rest, held]).reshape(50, -1)
+    order = np.lexsort(together.T[:5])
+    np.testing.assert_array_equal(together[order], images.reshape(50, -1)[np.lexsort(images.reshape(50, -1).T[:5])])
+    assert sorted([*rest_labels, *held_labels]) == sorted(labels)
+    np.testing.assert_array_equal(data.hold_out(images, labels, 0.2)[1][0], held)
 
 
 def test_cifar100_has_fine_labels(tmp_path):

@@ -1,15 +1,26 @@
-"""The metrics against the reference's numbers, scikit-learn and cases that can be counted by hand."""
+"""The metrics against the reference's numbers, scikit-learn, torchmetrics and torch-uncertainty (recorded by
+record_metrics.py), and cases that can be counted by hand."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    log_loss,
+    roc_auc_score,
+    roc_curve,
+    top_k_accuracy_score,
+)
 
 import metrics
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'metrics.json').read_text())
+RECORDED = json.loads((Path(__file__).parent / 'golden' / 'torch_metrics.json').read_text())
 
 
 def predictions(seed, n, num_classes, temperature):
@@ -24,19 +35,139 @@ def predictions(seed, n, num_classes, temperature):
 def test_golden_values(entry):
     probs, labels = predictions(entry['seed'], entry['n'], entry['num_classes'], entry['temperature'])
     golden = [entry[name] for name in ('accuracy', 'nll', 'ece_20_bins', 'auroc_grid_2500', 'auroc_exact')]
-    np.testing.assert_allclose(list(metrics.summary(probs, labels).values()), golden, rtol=1e-12)
+    summary = metrics.summary(probs, labels)
+    ours = [summary[name] for name in ('accuracy', 'nll', 'ece', 'auroc_grid', 'auroc')]
+    np.testing.assert_allclose(ours, golden, rtol=1e-12)
 
 
-def test_scikit_learn_agrees():
+def tied_predictions():
     """Coarse probabilities, so that many confidences are tied."""
     rng = np.random.default_rng(3)
     counts = rng.integers(1, 6, size=(500, 4))
-    probs = counts / counts.sum(axis=1, keepdims=True)
-    labels = rng.integers(0, 4, 500)
+    return counts / counts.sum(axis=1, keepdims=True), rng.integers(0, 4, 500)
+
+
+def test_scikit_learn_agrees():
+    probs, labels = tied_predictions()
     correct = probs.argmax(axis=1) == labels
+    brier = brier_score_loss(labels, probs, scale_by_half=False)
+    np.testing.assert_allclose(metrics.brier(probs, labels), brier, rtol=1e-12)
     assert metrics.accuracy(probs, labels) == accuracy_score(labels, probs.argmax(axis=1))
     np.testing.assert_allclose(metrics.nll(probs, labels), log_loss(labels, probs), rtol=1e-12)
     np.testing.assert_allclose(metrics.auroc(probs, labels), roc_auc_score(correct, probs.max(axis=1)), rtol=1e-12)
+
+
+def test_scikit_learn_agrees_on_top5():
+    probs, labels = predictions(5, 300, 20, 0.7)
+    np.testing.assert_allclose(metrics.top5(probs, labels), top_k_accuracy_score(labels, probs, k=5), rtol=1e-12)
+
+
+def test_scikit_learn_agrees_on_unknown_images():
+    rng = np.random.default_rng(6)
+    scores, positive = rng.integers(0, 30, 400) / 30, rng.random(400) < 0.3
+    scores = scores + 0.2 * positive
+    np.testing.assert_allclose(metrics.area_under_roc(scores, positive), roc_auc_score(positive, scores), rtol=1e-12)
+    np.testing.assert_allclose(
+        metrics.area_under_precision_recall(scores, positive), average_precision_score(positive, scores), rtol=1e-12
+    )
+    false_positives, true_positives, _ = roc_curve(positive, scores, drop_intermediate=False)
+    at_95 = false_positives[np.argmax(true_positives >= 0.95)]
+    np.testing.assert_allclose(metrics.fpr_at_95_tpr(scores, positive), at_95, rtol=1e-12)
+
+
+def test_torchmetrics_and_torch_uncertainty_agree():
+    """They compute in float32. torch-uncertainty's AURC is the area of trapezoids between the coverages 1/N and 1."""
+    probs, labels = predictions(**RECORDED['predictions'])
+    summary = metrics.summary(probs, labels)
+    shared = RECORDED['values'].keys() & summary.keys() - {'aurc'}
+    assert len(shared) == 9
+    for name in shared:
+        np.testing.assert_allclose(summary[name], RECORDED['values'][name], rtol=1e-6, err_msg=name)
+    coverage, risk = metrics.risk_coverage(probs, labels)
+    trapezoids = np.trapezoid(risk, coverage) / (1 - coverage[0])
+    np.testing.assert_allclose(trapezoids, RECORDED['values']['aurc'], rtol=1e-6)
+    np.testing.assert_allclose(summary['aurc'], RECORDED['values']['aurc'], atol=1 / len(labels))
+
+    unknown, _ = predictions(12, 300, 10, 0.4)
+    scores = -np.concatenate([probs.max(axis=1), unknown.max(axis=1)])
+    is_unknown = np.repeat([False, True], [len(probs), len(unknown)])
+    ours = {
+        'unknown_auroc': metrics.area_under_roc(scores, is_unknown),
+        'unknown_aupr': metrics.area_under_precision_recall(scores, is_unknown),
+        'unknown_fpr95': metrics.fpr_at_95_tpr(scores, is_unknown),
+    }
+    samples = np.stack([predictions(seed, 40, 4, 1.0)[0] for seed in range(5)])
+    expected_entropy = np.mean([metrics.entropy(p) for p in samples], axis=0)
+    ours['mutual_information'] = metrics.mutual_information(
+        metrics.entropy(samples.mean(axis=0)), expected_entropy
+    ).mean()
+    votes = np.sum([np.eye(4, dtype=int)[p.argmax(axis=1)] for p in samples], axis=0)
+    ours['disagreement'] = metrics.disagreement(votes).mean()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, RECORDED['values'][name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('made', [tied_predictions, partial(predictions, 7, 500, 10, 1.0)], ids=['ties', 'distinct'])
+def test_weights_count_images(made):
+    """A metric with weights is that of as many copies of each image, and in any order of the images."""
+    probs, labels = made()
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 4, (3, len(labels)))
+    for name, metric in metrics.METRICS.items():
+        if name == 'auroc_grid':
+            continue
+        together = metric(probs, labels, weights)
+        assert together.shape == (3,)
+        for row, value in zip(weights, together, strict=True):
+            copies = rng.permutation(np.repeat(np.arange(len(labels)), row))
+            np.testing.assert_allclose(value, metric(probs[copies], labels[copies]), rtol=1e-9, err_msg=name)
+            np.testing.assert_allclose(value, metric(probs, labels, row), rtol=1e-9, err_msg=name)
+
+
+def test_adaptive_ece_by_hand():
+    """Four images in two bins: 0.6, 0.7 with one right and 0.8, 0.9 with both right: (|1 − 1.3| + |2 − 1.7|)/4."""
+    probs, labels = binary([0.9, 0.6, 0.8, 0.7]), np.array([0, 0, 0, 1])
+    np.testing.assert_allclose(metrics.adaptive_ece(probs, labels, num_bins=2), 0.6 / 4)
+
+
+def test_classwise_ece_by_hand():
+    """Both columns have the bins {0.2, 0.4} and {0.6, 0.8} of two: gaps |1 − 1.4| and |0 − 0.6|, in either column."""
+    probs, labels = binary([0.6, 0.8, 0.4, 0.2]), np.array([0, 1, 1, 1])
+    np.testing.assert_allclose(metrics.classwise_ece(probs, labels, num_bins=2), (0.4 + 0.6) / 4)
+
+
+def test_mce_by_hand():
+    """Bins of ten: 0.62 and 0.68, one right, gap |0.5 − 0.65|; 0.95 right, gap 0.05."""
+    np.testing.assert_allclose(metrics.mce(binary([0.62, 0.68, 0.95]), np.array([0, 1, 0]), num_bins=10), 0.15)
+
+
+def test_risk_and_coverage_by_hand():
+    """By confidence: right, wrong, {right, wrong} tied, right. Risks 0, 1/2, 2/4 twice, 2/5; at 80 % of them 2/4."""
+    probs, labels = binary([0.95, 0.9, 0.8, 0.8, 0.6]), np.array([0, 1, 0, 1, 0])
+    np.testing.assert_allclose(metrics.aurc(probs, labels), (0 + 1 / 2 + 1 / 2 + 1 / 2 + 2 / 5) / 5)
+    np.testing.assert_allclose(metrics.risk_at_80(probs, labels), 2 / 4)
+
+
+def test_entropies_by_hand():
+    """Two samples that are sure of different classes: all of the uncertainty is about the weights."""
+    samples = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    predictive, expected = metrics.entropy(samples.mean(axis=0)), metrics.entropy(samples[0])
+    np.testing.assert_allclose(predictive, np.log(2))
+    np.testing.assert_allclose(metrics.mutual_information(predictive, expected), np.log(2))
+    assert metrics.disagreement([[1, 1], [2, 0]]).tolist() == [1, 0]
+    assert np.isnan(metrics.disagreement([[1, 0]])).all()
+
+
+def test_temperature_of_scaled_logits():
+    """Labels drawn from probabilities, and logits of these times three: the temperature is three, and mends the ECE."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20_000, 5))
+    labels = (metrics.softmax(logits).cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
+    probs = metrics.softmax(3 * logits)
+    temperature = metrics.fit_temperature(probs, labels)
+    np.testing.assert_allclose(temperature, 3, rtol=0.05)
+    assert metrics.ece(metrics.temper(probs, temperature), labels) < 0.02 < 0.1 < metrics.ece(probs, labels)
+    np.testing.assert_allclose(metrics.temper(np.array([[1.0, 0.0]]), 2.0), [[1, 0]])
 
 
 def binary(confidences):
@@ -82,7 +213,7 @@ def test_nll_of_an_impossible_class():
 def test_summary_of_a_diverged_network():
     """argmax of NaN is class 0: an accuracy of a tenth would look like a result."""
     summary = metrics.summary(np.full((4, 10), np.nan), np.zeros(4, int))
-    assert len(summary) == 5 and np.isnan(list(summary.values())).all()
+    assert len(summary) == 13 and np.isnan(list(summary.values())).all()
 
 
 def test_softmax_of_large_logits():

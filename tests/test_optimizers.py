@@ -161,6 +161,25 @@ def test_bsam_equals_the_equations(batchsplit, problem, x64):
         np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
 
 
+@pytest.mark.parametrize(('bnupdate', 'expected'), [('both', 4), ('first', 1), ('second', 3)])
+@pytest.mark.parametrize('optim', ['sam', 'bsam'])
+def test_batch_statistics_move_where_they_should(optim, bnupdate, expected):
+    """The first gradient adds 1 to them, the second 3."""
+    moved = []
+
+    def loss(params, batch_stats, batch):
+        moved.append(len(moved) % 2)
+        return quadratic_loss(params, batch_stats, batch)[0], batch_stats + (1, 3)[moved[-1]]
+
+    settings = {'alpha': 0.1, 'beta1': 0.9, 'weight_decay': 0.0, 'rho': 0.1, 'batchsplit': 1, 'bnupdate': bnupdate}
+    if optim == 'bsam':
+        settings |= {'beta2': 0.9, 'num_data': 10}
+    optimizer = optimizers.OPTIMIZERS[optim](loss, **settings)
+    state = optimizer.init(jnp.ones(2), jnp.zeros(()), jax.random.key(0))
+    state, _ = optimizer.step(state, jnp.zeros((2, 1)))
+    assert state.batch_stats == expected
+
+
 def test_sam_gradient_of_a_quadratic(x64):
     """|w|²/2 has gradient w, so SAM's is w + ρ w/‖w‖: (3, 4)·1.02, over two leaves, as the norm is the global one."""
     optimizer = optimizers.sam(quadratic_loss, alpha=1.0, beta1=0.0, weight_decay=0.0, rho=0.1, batchsplit=2)

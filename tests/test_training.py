@@ -15,6 +15,7 @@ def create(optim, num_images=40):
     flags = {
         'model': 'mlp', 'optim': optim, 'precision': 'float32', 'alpha': 0.01, 'beta1': 0.9, 'beta2': 0.999,
         'priorprec': 25.0, 'dafactor': 1.0, 'rho': 0.01, 'batchsplit': 4, 'custominit': 1.0, 'damping': 0.1,
+        'bnupdate': 'both',
     }  # fmt: skip
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
     experiment = experiments.create({'flags': flags, 'dataset': dataset})

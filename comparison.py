@@ -1,0 +1,187 @@
+"""Methods side by side: runs that differ by their seed alone are one method, and several methods one table."""
+
+import collections
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import bootstrap
+import metrics
+import tables
+
+# Flags that do not make a method another one.
+_NOT_OF_THE_METHOD = (
+    'randomseed', 'datasetfolder', 'resultsfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing',
+    'testbatchsize',
+)  # fmt: skip
+
+SHOWN = ('accuracy', 'nll', 'ece', 'auroc')
+_HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')
+
+
+class ComparisonError(Exception):
+    """Runs that cannot be compared, in one line for the user."""
+
+
+class Result(NamedTuple):
+    """What a run, trained with `flags`, predicts: labels int [N], and probabilities [N, K] at its mean and averaged
+    over `num_samples` samples."""
+
+    flags: dict
+    labels: np.ndarray
+    probs_at_mean: np.ndarray
+    probs: np.ndarray
+    num_samples: int
+
+
+class Row(NamedTuple):
+    """A method and the weights that predict, by name, and the probabilities [N, K] of each of its runs."""
+
+    name: str
+    probs: list
+
+
+def rows(results):
+    """The Rows of results: a method at the mean, and averaged over samples where that makes a difference."""
+    methods = _methods(results)
+    return [Row(f'{name}, {of}', probs) for name, group in methods.items() for of, probs in _of_method(group)]
+
+
+def _methods(results):
+    """{name: results}: those whose flags differ by no more than the seed are of one method."""
+    groups = collections.defaultdict(list)
+    for result in results:
+        groups[_method(result.flags)].append(result)
+    return dict(zip(_names(list(groups)), groups.values(), strict=True))
+
+
+def _of_method(group):
+    at_mean, averaged = [r.probs_at_mean for r in group], [r.probs for r in group]
+    yield 'mean', at_mean
+    if not all(np.allclose(a, b, atol=1e-6) for a, b in zip(at_mean, averaged, strict=True)):
+        yield f'{"/".join(sorted({str(r.num_samples) for r in group}))} samples', averaged
+
+
+def _method(flags):
+    return json.dumps({name: value for name, value in flags.items() if name not in _NOT_OF_THE_METHOD})
+
+
+def _names(methods):
+    """A method is called by its optimizer, and by the flags in which others with the same optimizer differ."""
+    methods = [json.loads(method) for method in methods]
+    names = []
+    for method in methods:
+        others = [other for other in methods if other['optim'] == method['optim']]
+        differing = [name for name in method if any(other.get(name) != method[name] for other in others)]
+        names.append(' '.join([method['optim'], *(f'{name}={method[name]}' for name in differing)]))
+    return names
+
+
+def check(results, runs):
+    """Raises a ComparisonError unless all results are of the same images."""
+    for result, run in zip(results, runs, strict=True):
+        same_set = result.flags['dataset'] == results[0].flags['dataset']
+        if not same_set or not np.array_equal(result.labels, results[0].labels):
+            raise ComparisonError(f'{run} is of other test images than {runs[0]}: compare runs of one data set')
+
+
+def ensembles(results):
+    """Deep ensembles (Lakshminarayanan et al., 2017), averages of runs with their posterior samples: one of each
+    method that has several runs, and one of all where there are several methods."""
+    methods = _methods(results)
+    groups = {f'{name} ensemble': group for name, group in methods.items() if len(group) > 1}
+    if len(methods) > 1:
+        groups['all as an ensemble'] = results
+    return [_ensemble(f'{name} of {len(group)}', group) for name, group in groups.items()]
+
+
+def _ensemble(name, results):
+    at_mean, averaged = (np.mean([getattr(r, part) for r in results], axis=0) for part in ('probs_at_mean', 'probs'))
+    return Result({'optim': name}, results[0].labels, at_mean, averaged, results[0].num_samples)
+
+
+def values(rows, labels, num_bins):
+    """Every metric of every run, a dict {metric: [runs]} for each row."""
+    summaries = [[metrics.summary(probs, labels, num_bins) for probs in row.probs] for row in rows]
+    return [{name: [s[name] for s in runs] for name in metrics.METRICS} for runs in summaries]
+
+
+def order(values):
+    """Row numbers, that of the lowest NLL first: it is a proper score, of accuracy and calibration at once."""
+    return sorted(range(len(values)), key=lambda i: np.mean(values[i]['nll']))
+
+
+def main_table(rows, values, bold):
+    """Header and rows: mean ± standard deviation over the runs of a method, the best value of a column `bold`."""
+    means = {name: [round(float(np.mean(v[name])), 4) for v in values] for name in SHOWN}
+    best = {name: _best(name)(column) for name, column in means.items()}
+    header = ['method', 'runs', *SHOWN]
+    cells = [
+        [row.name, str(len(row.probs)), *(_cell(name, v[name], bold and best[name]) for name in SHOWN)]
+        for row, v in zip(rows, values, strict=True)
+    ]
+    return header, cells
+
+
+def _best(name):
+    return np.nanmax if name in _HIGHER_IS_BETTER else np.nanmin
+
+
+def _cell(name, values, best):
+    scale, digits = (100, 2) if name == 'accuracy' else (1, 4)
+    text = f'{scale * np.mean(values):.{digits}f}'
+    if len(values) > 1:
+        text += f' ± {scale * np.std(values, ddof=1):.{digits}f}'
+    return f'**{text}**' if round(float(np.mean(values)), 4) == best else text
+
+
+def full_table(rows, values):
+    """Header and rows with all metrics, mean and standard deviation in columns of their own, for programs."""
+    header = ['method', 'runs', *(f'{name}_{part}' for name in metrics.METRICS for part in ('mean', 'sd'))]
+    cells = [
+        [row.name, str(len(row.probs))]
+        + [f'{x:.6g}' for name in metrics.METRICS for x in (np.mean(v[name]), _standard_deviation(v[name]))]
+        for row, v in zip(rows, values, strict=True)
+    ]
+    return header, cells
+
+
+def _standard_deviation(values):
+    return np.std(values, ddof=1) if len(values) > 1 else np.nan
+
+
+_TESTED = ('accuracy', 'nll', 'ece')
+
+
+def test_table(rows, labels, num_bins):
+    """Header and rows: each row against the first, the difference with its 95 % interval and p-value (bootstrap)."""
+    tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in _TESTED}
+    drawn = [_resampled(tested, row.probs, labels) for row in rows]
+    header = [f'against {rows[0].name}', *(part for name in _TESTED for part in (name, 'p'))]
+    cells = []
+    for row, values in zip(rows[1:], drawn[1:], strict=True):
+        line = [row.name]
+        for name in _TESTED:
+            low, high, p = bootstrap.difference(values[name], drawn[0][name])
+            scale, digits = (100, 2) if name == 'accuracy' else (1, 4)
+            line += [f'[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]', f'{p:.3f}']
+        cells.append(line)
+    return header, cells
+
+
+def _resampled(tested, probs, labels):
+    """The average over runs of each metric on every resample of the images."""
+    runs = [bootstrap.resampled(tested, p, labels) for p in probs]
+    return {name: np.mean([run[name] for run in runs], axis=0) for name in tested}
+
+
+def write(folder, rows, values):
+    """comparison.md, .csv and .tex in a folder; returns their paths."""
+    main, full = main_table(rows, values, bold=True), full_table(rows, values)
+    texts = {'md': tables.markdown(*main), 'csv': tables.comma_separated(*full), 'tex': tables.latex(*main)}
+    paths = [Path(folder) / f'comparison.{suffix}' for suffix in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_text(text)
+    return paths

@@ -1,0 +1,168 @@
+"""Corrupted images: the official CIFAR-10-C and CIFAR-100-C (Hendrycks & Dietterich, 2019), and a set of our own.
+
+`corrupt(name, severity, images)` is for any image set. Its corruptions are of the same kind as the official ones but
+not the same images, so their numbers cannot be compared with published ones. All are seeded: an image is always
+corrupted in the same way.
+"""
+
+import io
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from data import DataError
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+_NUM_OFFICIAL = 10_000  # images of a severity in an official file
+
+
+def corrupt(name, severity, images):
+    """uint8 [N, H, W, C] with the corruption `name` of CORRUPTIONS at a severity from 1 to 5."""
+    function, amounts = CORRUPTIONS[name]
+    return function(amounts[severity - 1], images)
+
+
+def read_official(folder, num_test):
+    """The corruptions of an official folder: {name: function(severity) -> uint8 [N, H, W, C]}, and labels int32 [N].
+
+    Raises DataError.
+    """
+    folder = Path(folder)
+    labels = _load(folder / 'labels.npy')
+    names = sorted(path.stem for path in folder.glob('*.npy') if path.name != 'labels.npy')
+    if not names:
+        raise DataError(f'{folder} holds no corruptions: unpack CIFAR-10-C.tar or CIFAR-100-C.tar there')
+    if labels.shape != (5 * num_test,) or labels.dtype.kind not in 'iu':
+        raise DataError(f'{folder / "labels.npy"} holds {labels.dtype} {labels.shape}, not 5 × {num_test} labels')
+    return {name: partial(_official, folder / f'{name}.npy', num_test) for name in names}, labels[:num_test].astype(
+        np.int32
+    )
+
+
+def _official(path, num_test, severity):
+    images = _load(path)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != 5 * num_test:
+        raise DataError(f'{path} holds {images.dtype} {images.shape}, not uint8 [{5 * num_test}, H, W, C]')
+    return np.array(images[(severity - 1) * num_test : severity * num_test])
+
+
+def _load(path):
+    try:
+        return np.load(path, mmap_mode='r')
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f'{path} is missing or no array of numbers: {error}') from error
+
+
+def _on_device(function):
+    """A corruption from function(key, amount, image float [H, W, C] in [0, 1]), with a key for every image."""
+
+    @jax.jit
+    def block(amount, keys, images):
+        corrupted = jax.vmap(function, in_axes=(0, None, 0))(keys, amount, images.astype(jnp.float32) / 255)
+        return jnp.round(255 * jnp.clip(corrupted, 0, 1)).astype(jnp.uint8)
+
+    def run(amount, images):
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(len(images)))
+        blocks = range(0, len(images), 1000)
+        parts = [block(amount, keys[i : i + 1000], images[i : i + 1000]) for i in blocks]
+        return np.concatenate([jax.device_get(part) for part in parts])
+
+    return run
+
+
+def _gaussian_noise(key, deviation, image):
+    return image + deviation * jax.random.normal(key, image.shape)
+
+
+def _shot_noise(key, photons, image):
+    """As many photons as a white pixel stands for; their Poisson noise."""
+    return jax.random.poisson(key, photons * image) / photons
+
+
+def _brightness(key, added, image):
+    del key
+    return image + added
+
+
+def _contrast(key, factor, image):
+    del key
+    mean = image.mean(axis=(0, 1), keepdims=True)
+    return mean + factor * (image - mean)
+
+
+def _blur(key, deviation, image):
+    """A Gaussian whose standard deviation is relative to the image's sides."""
+    del key
+    rows, columns = (_gaussian_average(size, deviation * size) for size in image.shape[:2])
+    return jnp.einsum('ij,kl,jlc->ikc', rows, columns, image)
+
+
+def _gaussian_average(size, deviation):
+    """Each row averages the pixels around one, those beyond the border left out, [size, size]."""
+    distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
+    kernel = jnp.exp(-jnp.square(distance / deviation) / 2)
+    return kernel / kernel.sum(axis=1, keepdims=True)
+
+
+def _haze(key, density, image):
+    """A bright veil whose density changes smoothly over the image."""
+    coarse = jax.random.uniform(key, (4, 4, 1))
+    veil = density * (0.5 + jax.image.resize(coarse, (*image.shape[:2], 1), 'cubic'))
+    veil = jnp.clip(veil, 0, 1)
+    return (1 - veil) * image + 0.9 * veil
+
+
+def _occlusion(key, side, image):
+    """A grey square somewhere, its side relative to the image's."""
+    height, width, _ = image.shape
+    top, left = jax.random.uniform(key, (2,)) * (1 - side)
+    row, column = jnp.mgrid[:height, :width]
+    row, column = row / height, column / width
+    inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
+    return jnp.where(inside[..., None], 0.5, image)
+
+
+def _with_pillow(function):
+    """A corruption from function(amount, image), a PIL image in and out."""
+
+    def run(amount, images):
+        return np.stack([_to_array(function(amount, _to_pillow(image)), image) for image in images])
+
+    return run
+
+
+def _to_pillow(image):
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _to_array(corrupted, image):
+    return np.asarray(corrupted.convert('L' if image.shape[-1] == 1 else 'RGB')).reshape(image.shape)
+
+
+def _pixelate(share, image):
+    small = image.resize([max(1, round(share * n)) for n in image.size], Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+def _jpeg(quality, image):
+    with io.BytesIO() as file:
+        image.save(file, 'JPEG', quality=quality)
+        return Image.open(file).copy()
+
+
+CORRUPTIONS = {
+    'gaussian_noise': (_on_device(_gaussian_noise), (0.04, 0.07, 0.11, 0.16, 0.22)),
+    'shot_noise': (_on_device(_shot_noise), (300, 120, 60, 30, 15)),
+    'blur': (_on_device(_blur), (0.015, 0.022, 0.03, 0.042, 0.06)),
+    'brightness': (_on_device(_brightness), (0.08, 0.16, 0.24, 0.32, 0.4)),
+    'contrast': (_on_device(_contrast), (0.75, 0.55, 0.4, 0.28, 0.18)),
+    'pixelate': (_with_pillow(_pixelate), (0.8, 0.65, 0.5, 0.4, 0.3)),
+    'jpeg': (_with_pillow(_jpeg), (60, 40, 25, 15, 8)),
+    'haze': (_on_device(_haze), (0.15, 0.25, 0.35, 0.45, 0.55)),
+    'occlusion': (_on_device(_occlusion), (0.2, 0.3, 0.4, 0.5, 0.6)),
+}  # fmt: skip

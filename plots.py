@@ -1,0 +1,182 @@
+"""Pictures of an evaluation, as PNG and PDF: readable in print, in grey, and by colour-blind people."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+import metrics
+
+# Of the palette of Okabe & Ito (2008), which colour-blind people can tell apart; in grey they differ by lightness.
+BLUE, ORANGE, GREY, SKY = '#0072B2', '#D55E00', '#777777', '#8CC8EE'
+
+_STYLE = {
+    'font.size': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'grid.color': '#DDDDDD',
+    'grid.linewidth': 0.6,
+    'axes.axisbelow': True,
+    'pdf.fonttype': 42,
+    'figure.constrained_layout.use': True,
+}
+
+
+def save(figure, folder, name):
+    """Writes NAME.png and NAME.pdf, the same bytes for the same figure. Raises OSError."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / f'{name}.png', dpi=200)
+    figure.savefig(folder / f'{name}.pdf', metadata={'CreationDate': None})
+
+
+def styled(draw):
+    """A function that draws a figure in the style of all of them."""
+
+    def drawn(*args, **kwargs):
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@styled
+def reliability(predictions, labels, num_bins=20):
+    """Reliability diagrams (Guo et al., 2017), a column for each of predictions {title: probs [N, K]}: accuracy and its
+    gap to the confidence in each bin, and below it the histogram of the confidence."""
+    figure = Figure(figsize=(3.2 * len(predictions), 4))
+    axes = figure.subplots(2, len(predictions), squeeze=False, sharex=True, sharey='row', height_ratios=(3, 1))
+    for (title, probs), (top, bottom) in zip(predictions.items(), axes.T, strict=True):
+        confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+        edges = np.linspace(0, 1, num_bins + 1)
+        bins = np.searchsorted(edges[1:-1], confidence, side='left')
+        counts = np.bincount(bins, minlength=num_bins)
+        held = counts > 0
+        accuracy, mean_confidence = (
+            np.bincount(bins, values, num_bins)[held] / counts[held] for values in (correct, confidence)
+        )
+        left, width = edges[:-1][held], 1 / num_bins
+        low, high = np.minimum(accuracy, mean_confidence), np.maximum(accuracy, mean_confidence)
+        top.bar(left, accuracy, width, align='edge', color=SKY, edgecolor='white', label='accuracy')
+        top.bar(
+            left, high - low, width, low, align='edge', facecolor='none', edgecolor=ORANGE, hatch='////', label='gap'
+        )
+        top.plot([0, 1], [0, 1], '--', color='black', linewidth=1, label='confidence')
+        top.set(title=f'{title}\nECE {metrics.ece(probs, labels, num_bins=num_bins):.4f}', xlim=(0, 1), ylim=(0, 1))
+        bottom.bar(edges[:-1], counts / len(labels), width, align='edge', color=GREY, edgecolor='white')
+        bottom.set(xlabel='confidence')
+    axes[0, 0].set_ylabel('accuracy')
+    axes[1, 0].set_ylabel('share of images')
+    axes[0, 0].legend(frameon=False, loc='upper left')
+    return figure
+
+
+@styled
+def risk_coverage(predictions, labels):
+    """Error rate over the share of images kept, the most confident first, for predictions {title: probs [N, K]}."""
+    figure = Figure(figsize=(4.4, 3.2))
+    axes = figure.subplots()
+    for (title, probs), style in zip(predictions.items(), _line_styles(), strict=False):
+        coverage, risk = metrics.risk_coverage(probs, labels)
+        area = metrics.aurc(probs, labels)
+        axes.plot(100 * coverage, 100 * risk, label=f'{title}: AURC {area:.4f}', **style)
+    axes.set(xlabel='images kept, most confident first (%)', ylabel='error rate (%)', xlim=(0, 100))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc='upper left')
+    return figure
+
+
+@styled
+def training(log, split):
+    """Loss, accuracy and learning rate over the epochs of log.jsonl."""
+    figure = Figure(figsize=(7.5, 2.5))
+    epochs = [record['epoch'] + 1 for record in log]
+    accuracy = f'{split}_accuracy'
+    panels = [
+        ('loss', 'training loss', 1),
+        (accuracy, f'{split} accuracy (%)', 100),
+        ('learning_rate', 'learning rate', 1),
+    ]
+    for axes, (name, label, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        values = [np.nan if record[name] is None else scale * record[name] for record in log]
+        axes.plot(epochs, values, color=BLUE, marker='o' if len(log) < 20 else '')
+        axes.set(xlabel='epoch', ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+@styled
+def samples(curve, at_mean):
+    """Accuracy, NLL and ECE over the number of posterior samples, curve: [{'testmc': n, 'accuracy': ...}, ...]."""
+    figure = Figure(figsize=(7.5, 2.5))
+    numbers = [point['testmc'] for point in curve]
+    for axes, (name, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
+        axes.axhline(scale * at_mean[name], color=ORANGE, linestyle='--', label='at the mean')
+        axes.plot(numbers, [scale * point[name] for point in curve], color=BLUE, marker='o', label='average')
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(numbers, numbers)
+        axes.set(xlabel='samples', ylabel=_LABELS[name])
+    _legend_above(figure, axes)
+    return figure
+
+
+@styled
+def severities(results):
+    """Accuracy, NLL and ECE over the severity of corruptions, averaged over these.
+
+    results: {title: [{'accuracy': ..., 'nll': ..., 'ece': ...} of severity 0, 1, ...]}.
+    """
+    figure = Figure(figsize=(7.5, 2.5))
+    for axes, (name, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
+        for (title, points), style in zip(results.items(), _line_styles(), strict=False):
+            axes.plot(range(len(points)), [scale * p[name] for p in points], marker='o', label=title, **style)
+        axes.set(xlabel='severity', ylabel=_LABELS[name], xticks=range(len(points)))
+    _legend_above(figure, axes)
+    return figure
+
+
+def _legend_above(figure, axes):
+    """One legend for panels of the same lines."""
+    lines, labels = axes.get_legend_handles_labels()
+    figure.legend(lines, labels, frameon=False, loc='outside upper center', ncols=len(labels))
+
+
+_CURVES = [('accuracy', 100), ('nll', 1), ('ece', 1)]
+_LABELS = {'accuracy': 'accuracy (%)', 'nll': 'NLL', 'ece': 'ECE'}
+
+
+def _line_styles():
+    return [
+        {'color': ORANGE, 'linestyle': '--'},
+        {'color': BLUE, 'linestyle': '-'},
+        {'color': 'black', 'linestyle': ':'},
+        {'color': GREY, 'linestyle': '-.'},
+    ]
+
+
+@styled
+def image_sheet(images, labels, probs, num_images=10):
+    """The images that are wrong with the greatest confidence, and those of the greatest predictive entropy.
+
+    images: uint8 [N, H, W, C]. Above each stand the predicted class and its probability, and the true class.
+    """
+    confidence, predicted = probs.max(axis=1), probs.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    rows = {
+        'confidently\nwrong': wrong[np.argsort(-confidence[wrong], kind='stable')][:num_images],
+        'least\ncertain': np.argsort(-metrics.entropy(probs), kind='stable')[:num_images],
+    }
+    figure = Figure(figsize=(0.95 * num_images + 0.8, 3))
+    axes = figure.subplots(len(rows), num_images, squeeze=False)
+    for line, (title, chosen) in zip(axes, rows.items(), strict=True):
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(title, rotation=0, ha='right', va='center')
+        for ax, i in zip(line, chosen, strict=False):
+            grey = images.shape[-1] == 1
+            ax.imshow(images[i, ..., 0] if grey else images[i], cmap='gray' if grey else None)
+            ax.set_title(f'{predicted[i]}: {confidence[i]:.0%}\ntrue: {labels[i]}', fontsize=8)
+    return figure

@@ -1,0 +1,48 @@
+"""Confidence intervals against closed forms, and how often they are right."""
+
+import numpy as np
+
+import bootstrap
+import metrics
+
+
+def coin_predictions(rng, n, share):
+    """Binary predictions of which a share is right."""
+    right = rng.random(n) < share
+    confidence = rng.uniform(0.5, 1, n)
+    return np.column_stack([confidence, 1 - confidence]), np.where(right, 0, 1)
+
+
+def test_interval_of_an_accuracy_is_that_of_a_binomial():
+    probs, labels = coin_predictions(np.random.default_rng(0), 2000, 0.8)
+    accuracy = metrics.accuracy(probs, labels)
+    low, high = bootstrap.interval(bootstrap.resampled({'a': metrics.accuracy}, probs, labels)['a'])
+    deviation = np.sqrt(accuracy * (1 - accuracy) / 2000)
+    np.testing.assert_allclose([low, high], accuracy + deviation * np.array([-1.96, 1.96]), atol=0.2 * deviation)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """120 test sets of a predictor that is right with probability 0.9: 95 % of them, give or take four deviations."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(120):
+        probs, labels = coin_predictions(rng, 300, 0.9)
+        low, high = bootstrap.interval(bootstrap.resampled({'a': metrics.accuracy}, probs, labels)['a'])
+        hits += low <= 0.9 <= high
+    assert abs(hits / 120 - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 120)
+
+
+def test_differences_are_paired():
+    """Two predictors that are wrong on nearly the same images differ clearly; each alone would be too noisy to tell."""
+    rng = np.random.default_rng(2)
+    probs, labels = coin_predictions(rng, 1000, 0.8)
+    wrong = np.flatnonzero(labels == 1)
+    better = labels.copy()
+    better[wrong[:20]] = 0
+    values = bootstrap.resampled({'a': metrics.accuracy}, probs, labels)['a']
+    others = bootstrap.resampled({'a': metrics.accuracy}, probs, better)['a']
+    low, high, p = bootstrap.difference(values, others)
+    assert -0.03 < low < high < -0.01 and p == 2 / 1001
+    (one, two), (three, four) = bootstrap.interval(values), bootstrap.interval(others)
+    assert one < four and three < two
+    assert bootstrap.difference(values, values)[2] == 1

@@ -1,0 +1,81 @@
+"""Runs side by side: which are one method, means over seeds, ensembles, tests, tables."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import comparison
+import metrics
+import tables
+
+LABELS = np.random.default_rng(0).integers(0, 3, 400)
+
+
+def probs(seed, strength):
+    rng = np.random.default_rng(seed)
+    return metrics.softmax(rng.normal(size=(400, 3)) + strength * np.eye(3)[LABELS])
+
+
+def result(optim, seed, strength=2.0, averaged=None, **flags):
+    flags = {'optim': optim, 'dataset': 'mnist', 'rho': 0.1, 'randomseed': seed, 'resultsfolder': str(seed)} | flags
+    at_mean = probs(seed, strength)
+    return comparison.Result(flags, LABELS, at_mean, at_mean if averaged is None else averaged, 8)
+
+
+def test_rows_are_methods():
+    """Seeds and folders do not make another method, and an average that is the mean makes no other row."""
+    results = [result('sgd', 0), result('sgd', 1), result('bsam', 0, averaged=probs(9, 3)), result('bsam', 1, rho=0.2)]
+    rows = comparison.rows(results)
+    assert [(row.name, len(row.probs)) for row in rows] == [
+        ('sgd, mean', 2), ('bsam rho=0.1, mean', 1), ('bsam rho=0.1, 8 samples', 1), ('bsam rho=0.2, mean', 1),
+    ]  # fmt: skip
+
+
+def test_main_table():
+    results = [result('sgd', 0), result('sgd', 1), result('sam', 0, strength=4)]
+    rows = comparison.rows(results)
+    values = comparison.values(rows, LABELS, num_bins=20)
+    assert comparison.order(values) == [1, 0]
+    header, cells = comparison.main_table(rows, values, bold=True)
+    nlls = [metrics.nll(probs(seed, 2.0), LABELS) for seed in (0, 1)]
+    column = header.index('nll')
+    assert cells[0][column] == f'{np.mean(nlls):.4f} ± {np.std(nlls, ddof=1):.4f}'
+    assert cells[1][column] == f'**{metrics.nll(probs(0, 4), LABELS):.4f}**' and cells[0][1] == '2'
+
+
+def test_ensembles():
+    results = [result('sgd', 0), result('sgd', 1), result('sam', 0)]
+    of_sgd, of_all = comparison.ensembles(results)
+    assert of_sgd.flags['optim'] == 'sgd ensemble of 2' and of_all.flags['optim'] == 'all as an ensemble of 3'
+    np.testing.assert_allclose(of_sgd.probs, (results[0].probs + results[1].probs) / 2)
+    np.testing.assert_allclose(of_all.probs_at_mean, np.mean([r.probs_at_mean for r in results], axis=0))
+    assert metrics.nll(of_sgd.probs, LABELS) < min(metrics.nll(r.probs, LABELS) for r in results[:2])
+
+
+def test_test_table():
+    """A method against itself does not differ; one that is much better does."""
+    rows = comparison.rows([result('sgd', 0, strength=5), result('sam', 0, strength=5), result('bsam', 0, strength=1)])
+    header, (same, worse) = comparison.test_table(rows, LABELS, num_bins=20)
+    assert header[1:3] == ['accuracy', 'p'] and same[1:3] == ['[+0.00, +0.00]', '1.000'] and worse[2] == '0.002'
+    low, high = (float(x) for x in worse[header.index('nll')].strip('[]').split(','))
+    difference = metrics.nll(rows[2].probs[0], LABELS) - metrics.nll(rows[0].probs[0], LABELS)
+    assert 0 < low < difference < high
+
+
+def test_other_images_are_refused():
+    other = result('sgd', 0)._replace(labels=LABELS[::-1])
+    with pytest.raises(comparison.ComparisonError, match='b is of other test images than a'):
+        comparison.check([result('sgd', 0), other], ['a', 'b'])
+
+
+def test_tables():
+    header, rows = ['method', 'ece'], [['a_b, 2 %', '**0.1 ± 0.2**'], ['c', '0.3']]
+    assert tables.markdown(header, rows).splitlines() == [
+        '| method   |           ece |',
+        '| -------- | ------------: |',
+        '| a_b, 2 % | **0.1 ± 0.2** |',
+        '| c        |           0.3 |',
+    ]
+    assert list(csv.reader(tables.comma_separated(header, rows).splitlines())) == [header, *rows]
+    assert r'a\_b, 2 \% & \textbf{0.1 $\pm$ 0.2} \\' in tables.latex(header, rows)

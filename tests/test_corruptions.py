@@ -1,0 +1,71 @@
+"""Corruptions: reproducible, stronger with severity, of the images' shape; the official files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import corruptions
+import data
+
+
+def smooth_images(n, size, channels):
+    """Blurred noise, which has the smoothness of photographs."""
+    noise = np.random.default_rng(0).integers(0, 256, (n, size // 4, size // 4, channels), np.uint8)
+    return data.fitted(noise, (size, size, channels))
+
+
+def distance(images, others):
+    return np.abs(images.astype(float) - others).mean()
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('name', corruptions.CORRUPTIONS)
+def test_built_in_corruptions(name, channels):
+    images = smooth_images(20, 32, channels)
+    corrupted = [corruptions.corrupt(name, severity, images) for severity in corruptions.SEVERITIES]
+    distances = [distance(images, c) for c in corrupted]
+    assert all(c.shape == images.shape and c.dtype == np.uint8 for c in corrupted)
+    assert distances[0] > 0.5 and distances == sorted(distances) and distances[-1] > 1.5 * distances[0]
+    np.testing.assert_array_equal(corruptions.corrupt(name, 3, images), corrupted[2])
+
+
+def test_an_image_is_corrupted_the_same_in_any_block():
+    images = smooth_images(5, 32, 1)
+    many = np.concatenate([images, np.repeat(images[:1], 1200, axis=0)])
+    first = corruptions.corrupt('gaussian_noise', 3, many)[:5]
+    np.testing.assert_array_equal(first, corruptions.corrupt('gaussian_noise', 3, images))
+
+
+def test_noise_has_the_deviation_that_it_should():
+    images = np.full((100, 32, 32, 1), 128, np.uint8)
+    noise = corruptions.corrupt('gaussian_noise', 1, images) / 255 - 128 / 255
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 0.04], atol=5e-4)
+    shot = corruptions.corrupt('shot_noise', 3, images) / 255
+    np.testing.assert_allclose([shot.mean(), shot.var()], [0.502, 0.502 / 60], rtol=0.02)
+
+
+def test_official_files(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (15, 32, 32, 3), np.uint8), np.tile([3, 1, 2], 5)
+    np.save(tmp_path / 'fog.npy', images)
+    np.save(tmp_path / 'labels.npy', labels.astype(np.uint8))
+    functions, read_labels = corruptions.read_official(tmp_path, 3)
+    assert list(functions) == ['fog'] and read_labels.tolist() == [3, 1, 2]
+    np.testing.assert_array_equal(functions['fog'](severity=4), images[9:12])
+    with pytest.raises(data.DataError, match='not 5 × 4 labels'):
+        corruptions.read_official(tmp_path, 4)
+    np.save(tmp_path / 'fog.npy', np.array([print], object), allow_pickle=True)
+    with pytest.raises(data.DataError, match=r'fog\.npy is missing or no array of numbers'):
+        functions['fog'](severity=1)
+    (tmp_path / 'fog.npy').unlink()
+    with pytest.raises(data.DataError, match='holds no corruptions'):
+        corruptions.read_official(tmp_path, 3)
+
+
+def test_fitted_images():
+    colour = smooth_images(2, 32, 3)
+    grey = data.fitted(colour, (28, 28, 1))
+    assert grey.shape == (2, 28, 28, 1) and data.fitted(colour, (32, 32, 3)) is colour
+    expected = Image.fromarray(colour[1]).convert('L').resize((28, 28), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(grey[1, ..., 0], expected)
+    assert (np.ptp(data.fitted(grey, (32, 32, 3)), axis=3) == 0).all()

@@ -1,0 +1,135 @@
+"""test.py on small runs: every flag, its files, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import metrics
+import test as evaluate
+import train
+
+PICTURES = ('reliability', 'risk_coverage', 'training', 'images', 'samples', 'severities')
+
+
+@pytest.fixture
+def trained(flags_of):
+    return lambda **changes: train.main(flags_of(validation=0.25, batchsize=10, **changes))
+
+
+def results_of(run, name='metrics'):
+    return json.loads((run / f'{name}.json').read_text())
+
+
+def error_of(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1, error
+    return error
+
+
+def test_everything_at_once(trained, capsys):
+    run = trained()
+    flags = ['--testmc', '1', '2', '4', '--temperature', '--ood', 'digits', '--corruptions', '--plots', '--bins', '10']
+    evaluate.main([f'--resultsfolder={run}', *flags])
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines() if line.startswith('|')) <= 100
+    results = results_of(run)
+    assert [point['testmc'] for point in results['samples']] == [1, 2, 4] and results['testmc'] == 4
+    assert results['samples'][-1]['nll'] == results['average']['nll']
+    assert results['temperature']['mean']['accuracy'] == results['mean']['accuracy']
+    assert results['ood']['digits']['num_images'] == 360 and results['ood']['digits']['shape'] == [32, 32, 1]
+    assert 0 <= results['ood']['digits']['average']['mutual_information']['auroc'] <= 1
+    assert len(results['corruptions']) == 9 and all(len(points) == 5 for points in results['corruptions'].values())
+    low, high = results['intervals']['average']['nll']
+    assert low < results['average']['nll'] < high
+    for name in PICTURES:
+        assert (run / 'plots' / f'{name}.pdf').read_bytes().startswith(b'%PDF')
+        with Image.open(run / 'plots' / f'{name}.png') as image:
+            assert image.width > 500 and len(np.unique(np.asarray(image))) > 10
+
+
+def test_figures_can_be_computed_again_from_the_predictions(trained):
+    run = trained()
+    evaluate.main([f'--resultsfolder={run}', '--testmc=3'])
+    results = results_of(run)
+    with np.load(run / 'predictions.npz') as file:
+        held = dict(file)
+    assert held['probs'].dtype == held['logits'].dtype == np.float32 and held['labels'].shape == (20,)
+    for at, probs in (('mean', metrics.softmax(held['logits'])), ('average', held['probs'])):
+        for name, value in metrics.summary(probs, held['labels']).items():
+            np.testing.assert_allclose(
+                value, results[at][name] or np.nan if value != value else results[at][name], rtol=1e-5
+            )
+    information = metrics.mutual_information(held['entropy'], held['expected_entropy']).mean()
+    np.testing.assert_allclose(information, results['average']['mutual_information'], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(metrics.disagreement(held['votes']).mean(), results['average']['disagreement'])
+    assert held['num_samples'] == 3 and (held['votes'].sum(axis=1) == 3).all()
+
+
+def test_validation_images_are_held_out(trained, flags_of):
+    """30 of 40 images are trained on; the log and --split validation speak of the others; N counts the 30."""
+    run = trained(dafactor=1)
+    log = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    evaluate.main([f'--resultsfolder={run}', '--split=validation'])
+    results = results_of(run, 'metrics-validation')
+    assert results['num_images'] == 10 and results['mean']['accuracy'] == log[-1]['validation_accuracy']
+    assert 'test_accuracy' not in log[-1] and results_of(run, 'config')['num_data'] == 30
+    assert train.main([f'--resume={run}']) == run
+
+
+def test_what_is_refused(trained, flags_of, capsys):
+    run = train.main(flags_of())
+    for flags, message in [
+        (['--temperature'], 'kept no training images out: train with --validation 0.1'),
+        (['--split=validation'], 'kept no training images out'),
+        (['--bnrefresh=1'], '--bnrefresh 1: mlp has no batch normalisation'),
+        (['--corruptions=/nowhere'], '/nowhere/labels.npy is missing'),
+        (['--ood=cifar100'], 'could not be fetched'),
+    ]:
+        assert message in error_of([f'--resultsfolder={run}', *flags], capsys)
+    assert not (run / 'metrics.json').exists()
+    with pytest.raises(SystemExit):
+        train.main(flags_of(validation=0.001))
+    assert '--validation 0.001 of 40 training images leaves none' in capsys.readouterr().err
+
+
+def test_batch_statistics_over_training_batches(flags_of, small_resnet18, capsys):
+    run = train.main(flags_of(model='resnet18'))
+    evaluate.main([f'--resultsfolder={run}', '--testmc=2'])
+    before = results_of(run)
+    evaluate.main([f'--resultsfolder={run}', '--testmc=2', '--bnrefresh=2'])
+    after = results_of(run)
+    assert after['bnrefresh'] == 2 and after['mean']['nll'] != before['mean']['nll']
+    assert '--bnrefresh 3: the training images are 2 batches of 20' in error_of(
+        [f'--resultsfolder={run}', '--bnrefresh=3'], capsys
+    )
+
+
+def test_several_runs(trained, tmp_path, capsys):
+    """Two methods, one with two seeds; the same tables from the predictions alone."""
+    for optim, seed in (('sgd', 0), ('bsam', 0), ('bsam', 1)):
+        trained(optim=optim, randomseed=seed)
+    pattern, folder = str(tmp_path / 'results' / '*' / '*' / 'run_*'), tmp_path / 'results' / 'mnist_mlp'
+    evaluate.main([f'--resultsfolder={pattern}', '--testmc=4', '--ensemble'])
+    out = capsys.readouterr().out
+    tables = out[out.index('mean ± standard deviation') :]
+    for name in (
+        'sgd, mean',
+        'bsam, mean',
+        'bsam, 4 samples',
+        'bsam ensemble of 2, 4 samples',
+        'all as an ensemble of 3',
+    ):
+        assert name in tables
+    written = {path.suffix: path.read_text() for path in folder.glob('comparison.*')}
+    assert set(written) == {'.md', '.csv', '.tex'} and '**' in written['.md'] and r'\textbf' in written['.tex']
+    (folder / 'bsam' / 'run_0' / 'metrics.json').unlink()
+    evaluate.main([f'--resultsfolder={pattern}', '--reuse', '--ensemble', f'--output={tmp_path}'])
+    again = capsys.readouterr().out
+    assert again.split('written')[0].strip() == tables.split('written')[0].strip()
+    assert (tmp_path / 'comparison.md').read_text() == written['.md']
+    (folder / 'sgd' / 'run_0' / 'predictions.npz').write_bytes(b'damaged')
+    assert 'predictions.npz is missing or damaged' in error_of([f'--resultsfolder={pattern}', '--reuse'], capsys)

@@ -1,0 +1,84 @@
+"""Predictions at the mean and over samples, batch statistics that are estimated again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import metrics
+import posteriors
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 1), np.uint8)
+
+
+def apply(params, batch_stats, images):
+    return images.reshape(len(images), -1) / 255 @ params + jnp.reshape(batch_stats, (1, -1))
+
+
+def update(params, batch_stats, images):
+    """Running averages whose first value replaces what was there, as BatchNorm's."""
+    del batch_stats
+    return apply(params, 0.0, images).mean(axis=0)
+
+
+def sample(key):
+    return jax.random.normal(key, (4, 3))
+
+
+def posterior(sample=sample, refresh=None):
+    return posteriors.Posterior(apply, sample, jnp.ones((4, 3)), jnp.arange(3.0), jax.random.key(1), 4, refresh)
+
+
+def probs_of(params, batch_stats):
+    return metrics.softmax(IMAGES.reshape(7, 4) / 255 @ np.asarray(params) + np.asarray(batch_stats))
+
+
+def test_averages_over_samples():
+    """Against loops over the samples: probabilities, entropies and votes, after two and after five of them."""
+    drawn = [sample(jax.random.fold_in(jax.random.key(1), i)) for i in range(5)]
+    probs = np.stack([probs_of(params, np.arange(3)) for params in drawn])
+    for n, prediction in zip((2, 5), posterior().predict(IMAGES, [2, 5]), strict=True):
+        np.testing.assert_allclose(prediction.probs_at_mean, probs_of(np.ones((4, 3)), np.arange(3)), rtol=1e-5)
+        np.testing.assert_allclose(prediction.probs, probs[:n].mean(axis=0), rtol=1e-5)
+        entropies = [metrics.entropy(p) for p in probs[:n]]
+        np.testing.assert_allclose(prediction.expected_entropy, np.mean(entropies, axis=0), rtol=1e-5)
+        votes = np.eye(3)[probs[:n].argmax(axis=2)].sum(axis=0)
+        np.testing.assert_array_equal(prediction.votes, votes)
+
+
+def test_more_samples_begin_with_the_same():
+    few = list(posterior().predict(IMAGES, [1, 3]))[1]
+    (many,) = posterior().predict(IMAGES, [3])
+    np.testing.assert_array_equal(few.probs, many.probs)
+
+
+def test_a_point_is_run_once():
+    """Of a posterior that is a point, samples are the mean and need no pass of their own."""
+    calls = []
+
+    def counted(params, batch_stats, images):
+        jax.debug.callback(lambda: calls.append(1))
+        return apply(params, batch_stats, images)
+
+    point = posteriors.Posterior(counted, lambda key: jnp.ones((4, 3)), jnp.ones((4, 3)), 0.0, jax.random.key(0), 7)
+    (prediction,) = point.predict(IMAGES, [5])
+    jax.effects_barrier()
+    assert len(calls) == 1
+    np.testing.assert_allclose(prediction.probs, prediction.probs_at_mean, rtol=1e-12)
+    np.testing.assert_allclose(prediction.mutual_information, 0, atol=1e-12)
+
+
+def test_batch_statistics_are_estimated_again():
+    """Each weights' own: the average over batches of what a batch alone gives."""
+    batches = jnp.asarray(IMAGES[:6].reshape(3, 2, 2, 2, 1))
+
+    def refresh(params):
+        return posteriors.batch_statistics(update, params, jnp.arange(3.0), batches)
+
+    drawn = sample(jax.random.fold_in(jax.random.key(1), 0))
+    expected = np.mean([IMAGES[i : i + 2].reshape(2, 4) / 255 @ np.asarray(drawn) for i in (0, 2, 4)], axis=(0, 1))
+    np.testing.assert_allclose(refresh(drawn), expected, rtol=1e-5)
+    (prediction,) = posterior(refresh=refresh).predict(IMAGES, [1])
+    np.testing.assert_allclose(prediction.probs, probs_of(drawn, expected), rtol=1e-5)
+    np.testing.assert_allclose(
+        prediction.probs_at_mean, probs_of(np.ones((4, 3)), refresh(jnp.ones((4, 3)))), rtol=1e-5
+    )
