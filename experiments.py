@@ -3,6 +3,8 @@
 Here the flags of the reference are translated into the field's terms.
 """
 
+import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -51,7 +53,7 @@ def create(config):
     num_data = dataset['num_train'] * flags['dafactor']
     model = models.create(flags['model'], dataset['num_classes'])
     dtype = jnp.dtype(flags['precision'])
-    optimizer = _optimizer(flags, training.loss_function(model, dtype), num_data)
+    optimizer = _optimizer(flags, training.loss_function(model, dtype), num_data, dataset['num_train'])
     normalise = partial(data.normalise, mean=dataset['mean'], std=dataset['std'])
 
     def init(key):
@@ -70,12 +72,30 @@ def create(config):
     return Experiment(optimizer, num_data, init, normalise, apply, update)
 
 
-def _optimizer(flags, loss, num_data):
-    common = {'alpha': flags['alpha'], 'beta1': flags['beta1'], 'weight_decay': flags['priorprec'] / num_data}
-    sharpness = {name: flags[name] for name in ('rho', 'batchsplit', 'bnupdate')}
-    posterior = {name: flags[name] for name in ('beta2', 'custominit', 'damping')} | {'num_data': num_data}
-    if flags['optim'] == 'sgd':
-        return optimizers.sgd(loss, **common)
-    if flags['optim'] == 'sam':
-        return optimizers.sam(loss, **common, **sharpness)
-    return optimizers.bsam(loss, **common, **sharpness, **posterior)
+def _optimizer(flags, loss, num_data, num_train):
+    """The row of optimizers.OPTIMIZERS that the flags name, with the arguments that it takes."""
+    create = optimizers.OPTIMIZERS[flags['optim']]
+    steps = num_train // flags['batchsize']
+    values = flags | {
+        'weight_decay': flags['priorprec'] / num_data,
+        'num_data': num_data,
+        'clip': math.inf if flags['clip'] is None else flags['clip'],
+        'swagstart': steps * (_first_constant_epoch(flags) + 1),
+        'swagevery': steps,
+    }
+    names = [name for name in inspect.signature(create).parameters if name != 'loss']
+    return create(loss, **{name: values[name] for name in names})
+
+
+def lr_factor(flags, epoch):
+    """The learning rate of an epoch, relative to alpha."""
+    constant = (
+        {}
+        if flags['swagstart'] is None
+        else {'constant_from': _first_constant_epoch(flags), 'constant': flags['swagrate']}
+    )
+    return optimizers.lr_factor(epoch, flags['epochs'], flags['warmup'], **constant)
+
+
+def _first_constant_epoch(flags):
+    return math.floor((flags['swagstart'] or 0) * (flags['epochs'] + 1))

@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that explains defaults in --help and reports an error in one line."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=_HelpFormatter)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors='replace')  # the formulas in --help are not ASCII
@@ -48,6 +48,13 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise ValueError(f'there is no --{unknown[0]}')
         return argparse.Namespace(**{action.dest: _checked_value(action, values) for action in actions})
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags that have none."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def _checked_value(action, values):

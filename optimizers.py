@@ -1,4 +1,4 @@
-"""SGD, SAM and bSAM, each a triple of pure functions over an immutable state.
+"""Optimizers of networks and of posteriors over their weights, each a triple of pure functions over an immutable state.
 
     loss(params, batch_stats, batch) -> (scalar, new batch_stats)     the caller's
     optimizer = bsam(loss, alpha=0.5, ...)
@@ -6,10 +6,10 @@
     state, value = optimizer.step(state, batch, lr_factor)            jittable; the state may be donated
     params = optimizer.sample(state, key)                             a draw from the posterior
 
-`params` and `batch_stats` are any pytrees of arrays (`{}` for a network without batch statistics),
-`batch` any pytree of arrays [B, ...]. SAM and bSAM cut a batch into `batchsplit` consecutive
-sub-batches, perturb the weights for each of them on its own (m-sharpness) and go through them one
-after another. `bnupdate` is 'both', 'first' or 'second': at which of the two gradients batch statistics move.
+`state.params` is the mean of the posterior. `params` and `batch_stats` are any pytrees of arrays (`{}` for a network
+without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin cut a batch into `batchsplit`
+consecutive sub-batches, perturb the weights for each of them on its own (m-sharpness) and go through them one after
+another. `bnupdate` is 'both', 'first' or 'second': at which of their two gradients batch statistics move.
 
 Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 2023, arXiv 2210.01620):
     w  params         weights, the mean of the posterior
@@ -18,8 +18,8 @@ Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 202
     g  grads          gradients of the loss, without weight decay
     α  alpha          learning rate, times the schedule's `lr_factor`
     β₁ beta1          decay of the momentum
-    β₂ beta2          decay of the precision
-    δ  weight_decay   prior precision / N, coupled (L2)
+    β₂ beta2          decay of the precision, or of squared gradients
+    δ  weight_decay   prior precision / N, coupled (L2) unless an optimizer says otherwise
     ρ  rho            size of the perturbation
     γ  damping        added to the precision
     N  num_data       number of training examples, times the augmentation factor
@@ -45,7 +45,7 @@ class Optimizer(NamedTuple):
 
 
 class MomentumState(NamedTuple):
-    """State of SGD and SAM; `momentum` has the structure of `params`."""
+    """State of SGD, SAM and ASAM; `momentum` has the structure of `params`."""
 
     params: Any
     momentum: Any
@@ -63,11 +63,54 @@ class BSAMState(NamedTuple):
     key: jax.Array
 
 
-def lr_factor(epoch, epochs, warmup):
+class AdamState(NamedTuple):
+    """State of Adam, AdamW and SAM-Adam after `count` steps; `momentum` and `squares` are like `params`."""
+
+    params: Any
+    momentum: Any
+    squares: Any
+    count: jax.Array
+    batch_stats: Any
+    key: jax.Array
+
+
+class SWAGState(NamedTuple):
+    """State of SWAG after `count` steps and `num_snapshots` snapshots.
+
+    params: the snapshots' mean, SGD's weights before the first; iterate: SGD's weights; squares: the mean of squared
+    snapshots; deviations: the last snapshots minus the mean of their time, [rank, ...].
+    """
+
+    params: Any
+    iterate: Any
+    momentum: Any
+    squares: Any
+    deviations: Any
+    num_snapshots: jax.Array
+    count: jax.Array
+    batch_stats: Any
+    key: jax.Array
+
+
+class IVONState(NamedTuple):
+    """State of IVON after `count` steps; `momentum` and `hessian` have the structure of `params`."""
+
+    params: Any
+    momentum: Any
+    hessian: Any
+    count: jax.Array
+    batch_stats: Any
+    key: jax.Array
+
+
+def lr_factor(epoch, epochs, warmup, constant_from=math.inf, constant=None):
     """Learning rate of an epoch relative to alpha: linear warm-up, then half a cosine down to almost 0.
 
-    epoch: 0, 1, ..., epochs (the reference runs epochs + 1 of them); warmup: epochs of warm-up.
+    epoch: 0, 1, ..., epochs (the reference runs epochs + 1 of them); warmup: epochs of warm-up. From the epoch
+    `constant_from` on it is `constant`.
     """
+    if epoch >= constant_from:
+        return constant
     if epoch < warmup:
         return (epoch + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs + 1 - warmup)))
@@ -95,22 +138,11 @@ def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit, bnupdate='both'):
     update with the average g'. `step` returns the loss at the perturbed weights. Batch statistics are
     updated at `bnupdate` of the two points, and those of the first sub-batch are kept.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate)
 
     def step(state, batch, lr_factor=1.0):
-        def sharpness_aware_gradient(sub_batch, _):
-            (_, first), grads = value_and_grad(state.params, state.batch_stats, sub_batch)
-            norm = optax.tree.norm(grads)
-            scale = jnp.where(norm > 0, rho / norm, 0)
-            perturbed = tree.map(lambda w, g: w + scale * g, state.params, grads)
-            before = state.batch_stats if bnupdate == 'second' else first
-            (value, second), grads = value_and_grad(perturbed, before, sub_batch)
-            return grads, value, first if bnupdate == 'first' else second
-
-        key, step_key = jax.random.split(state.key)
-        grads, value, batch_stats = _over_sub_batches(sharpness_aware_gradient, batch, batchsplit, step_key)
-        state = _momentum_step(state, grads, alpha * lr_factor, beta1, weight_decay)
-        return state._replace(batch_stats=batch_stats, key=key), value
+        state, grads, value = gradient(state, batch)
+        return _momentum_step(state, grads, alpha * lr_factor, beta1, weight_decay), value
 
     return Optimizer(_init_momentum, step, _mean)
 
@@ -166,7 +198,181 @@ def bsam(
     return Optimizer(init, step, sample)
 
 
-OPTIMIZERS = {'sgd': sgd, 'sam': sam, 'bsam': bsam}
+def adam(loss, *, alpha, beta1, beta2, weight_decay):
+    """Adam (Kingma & Ba, 2015) with coupled weight decay, as the paper compares with.
+
+    g ← g + δw;  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸).
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state, batch, lr_factor=1.0):
+        (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
+        state = _adam_step(state, grads, alpha * lr_factor, beta1, beta2, coupled=weight_decay)
+        return state._replace(batch_stats=batch_stats), value
+
+    return Optimizer(_init_adam, step, _mean)
+
+
+def adamw(loss, *, alpha, beta1, beta2, weight_decay):
+    """AdamW (Loshchilov & Hutter, 2019): Adam whose weight decay, α δ w, is taken from the weights directly."""
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state, batch, lr_factor=1.0):
+        (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
+        state = _adam_step(state, grads, alpha * lr_factor, beta1, beta2, decoupled=weight_decay)
+        return state._replace(batch_stats=batch_stats), value
+
+    return Optimizer(_init_adam, step, _mean)
+
+
+def samadam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, bnupdate='both'):
+    """SAM's gradient in Adam's update, with coupled weight decay (SAM-Adam in Möllenhoff & Khan, 2023)."""
+    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate)
+
+    def step(state, batch, lr_factor=1.0):
+        state, grads, value = gradient(state, batch)
+        return _adam_step(state, grads, alpha * lr_factor, beta1, beta2, coupled=weight_decay), value
+
+    return Optimizer(_init_adam, step, _mean)
+
+
+def asam(loss, *, alpha, beta1, weight_decay, rho, eta, batchsplit, bnupdate='both'):
+    """Adaptive SAM (Kwon et al., 2021): SAM in weights that are measured by their own size, T = |w| + η.
+
+    For each sub-batch g' = ∇ℓ(w + ρ T²g/‖Tg‖) with the norm over all parameters. As published, T is 1 for biases; a
+    parameter is one if its name begins with `bias`, or with `threshold` (of filter response normalisation).
+    """
+
+    def perturb(params, grads):
+        sizes = tree.map_with_path(lambda path, w: jnp.ones_like(w) if _is_bias(path) else jnp.abs(w) + eta, params)
+        scaled = tree.map(jnp.multiply, sizes, grads)
+        scale = _over(rho, optax.tree.norm(scaled))
+        return tree.map(lambda w, t, g: w + scale * t * g, params, sizes, scaled)
+
+    gradient = _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate)
+
+    def step(state, batch, lr_factor=1.0):
+        state, grads, value = gradient(state, batch)
+        return _momentum_step(state, grads, alpha * lr_factor, beta1, weight_decay), value
+
+    return Optimizer(_init_momentum, step, _mean)
+
+
+def swag(loss, *, alpha, beta1, weight_decay, swagstart, swagevery, swagrank=20):
+    """SWAG (Maddox et al., 2019): SGD, and the Gaussian of the weights that it passes.
+
+    After step `swagstart` and every `swagevery` steps from there the weights θ are recorded: their mean θ̄ (SWA), that
+    of θ², and the last `swagrank` deviations D = θ − θ̄. The posterior has half of the covariance
+    diag(mean θ² − θ̄²) + DDᵀ/(K − 1). Batch statistics are those of SGD's weights: estimate them again for others.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def init(params, batch_stats, key):
+        momentum, squares = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
+        deviations = tree.map(lambda w: jnp.zeros((swagrank, *w.shape), w.dtype), params)
+        num_snapshots, count = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        iterate = tree.map(jnp.copy, params)
+        return SWAGState(params, iterate, momentum, squares, deviations, num_snapshots, count, batch_stats, key)
+
+    def step(state, batch, lr_factor=1.0):
+        (value, batch_stats), grads = value_and_grad(state.iterate, state.batch_stats, batch)
+        iterate, momentum = _heavy_ball(state.iterate, state.momentum, grads, alpha * lr_factor, beta1, weight_decay)
+        count = state.count + 1
+        state = state._replace(iterate=iterate, momentum=momentum, count=count, batch_stats=batch_stats)
+        due = (count >= swagstart) & ((count - swagstart) % swagevery == 0)
+        state = jax.lax.cond(due, record, lambda state: state, state)
+        before = state.num_snapshots == 0
+        return state._replace(params=tree.map(lambda m, w: jnp.where(before, w, m), state.params, iterate)), value
+
+    def record(state):
+        n = state.num_snapshots
+        params = tree.map(lambda m, w: (n * m + w) / (n + 1), state.params, state.iterate)
+        squares = tree.map(lambda s, w: (n * s + jnp.square(w)) / (n + 1), state.squares, state.iterate)
+        deviations = tree.map(lambda d, w, m: d.at[n % swagrank].set(w - m), state.deviations, state.iterate, params)
+        return state._replace(params=params, squares=squares, deviations=deviations, num_snapshots=n + 1)
+
+    def sample(state, key):
+        diagonal_key, low_rank_key = jax.random.split(key)
+        noise = _normal_like(diagonal_key, state.params)
+        weights = jax.random.normal(low_rank_key, (swagrank,))
+        weights /= jnp.sqrt(2 * jnp.maximum(jnp.minimum(state.num_snapshots, swagrank) - 1, 1))
+
+        def draw(w, s, d, e):
+            return w + jnp.sqrt(jnp.maximum(s - jnp.square(w), 0) / 2) * e + jnp.tensordot(weights, d, 1)
+
+        drawn = tree.map(draw, state.params, state.squares, state.deviations, noise)
+        return tree.map(lambda x, w: jnp.where(state.num_snapshots > 1, x, w), drawn, state.params)
+
+    return Optimizer(init, step, sample)
+
+
+def ivon(loss, *, alpha, beta1, beta2, weight_decay, num_data, hessinit, clip=math.inf, batchsplit=1, trainmc=1):
+    """IVON (Shen et al., 2024, Algorithm 1), variational inference with a posterior N(w, 1/(N (h + δ))).
+
+    For each sub-batch and each of `trainmc` samples, with ε ~ N(0, I): θ = w + ε/√(N (h + δ)), ĝ = ∇ℓ(θ),
+    ĥ = N (h + δ) (θ − w) ĝ, which estimates the Hessian's diagonal. With their averages
+    m ← β₁m + (1−β₁)ĝ;  h ← β₂h + (1−β₂)ĥ + ½(1−β₂)²(h − ĥ)²/(h + δ), which stays above −δ;
+    w ← w − α (h₀ + δ) clip((m/(1−β₁ᵗ) + δw)/(h + δ)), clip to [−`clip`, `clip`]; h₀ = `hessinit` is the first h.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def init(params, batch_stats, key):
+        hessian = tree.map(lambda w: jnp.full_like(w, hessinit), params)
+        return IVONState(params, tree.map(jnp.zeros_like, params), hessian, jnp.zeros((), jnp.int32), batch_stats, key)
+
+    def deviation(state, key):
+        noise = _normal_like(key, state.params)
+        return tree.map(lambda e, h: e / jnp.sqrt(num_data * (h + weight_decay)), noise, state.hessian)
+
+    def sample(state, key):
+        return tree.map(jnp.add, state.params, deviation(state, key))
+
+    def step(state, batch, lr_factor=1.0):
+        def gradient(sub_batch, key):
+            moved = deviation(state, key)
+            theta = tree.map(jnp.add, state.params, moved)
+            (value, batch_stats), grads = value_and_grad(theta, state.batch_stats, sub_batch)
+            return (grads, tree.map(jnp.multiply, moved, grads)), value, batch_stats
+
+        key, step_key = jax.random.split(state.key)
+        averages, value, batch_stats = _over_sub_batches(gradient, batch, batchsplit, step_key, trainmc)
+        return update(state, *averages, alpha * lr_factor)._replace(batch_stats=batch_stats, key=key), value
+
+    def update(state, grads, products, rate):
+        count = state.count + 1
+        momentum = tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.momentum, grads)
+        estimate = tree.map(lambda h, p: num_data * (h + weight_decay) * p, state.hessian, products)
+        hessian = tree.map(
+            lambda h, f: beta2 * h + (1 - beta2) * f + 0.5 * (1 - beta2) ** 2 * jnp.square(h - f) / (h + weight_decay),
+            state.hessian,
+            estimate,
+        )
+        debias = 1 - beta1**count
+        rate = rate * (hessinit + weight_decay)
+        params = tree.map(
+            lambda w, m, h: (
+                w - rate * jnp.clip((m / debias + weight_decay * w) / (h + weight_decay), -clip, clip)
+            ).astype(w.dtype),
+            state.params,
+            momentum,
+            hessian,
+        )
+        return state._replace(params=params, momentum=momentum, hessian=hessian, count=count)
+
+    return Optimizer(init, step, sample)
+
+
+OPTIMIZERS = {
+    'sgd': sgd,
+    'sam': sam,
+    'bsam': bsam,
+    'adam': adam,
+    'adamw': adamw,
+    'samadam': samadam,
+    'asam': asam,
+    'swag': swag,
+    'ivon': ivon,
+}
 
 # Numbers of noise drawn at once: few enough for a core's cache, enough to occupy all cores.
 _NOISE_BLOCK = 1 << 18
@@ -177,13 +383,77 @@ def _init_momentum(params, batch_stats, key):
 
 
 def _momentum_step(state, grads, rate, beta1, weight_decay):
-    momentum = tree.map(lambda m, g, w: beta1 * m + g + weight_decay * w, state.momentum, grads, state.params)
-    params = tree.map(lambda w, m: (w - rate * m).astype(w.dtype), state.params, momentum)
+    params, momentum = _heavy_ball(state.params, state.momentum, grads, rate, beta1, weight_decay)
     return state._replace(params=params, momentum=momentum)
 
 
+def _heavy_ball(params, momentum, grads, rate, beta1, weight_decay):
+    momentum = tree.map(lambda m, g, w: beta1 * m + g + weight_decay * w, momentum, grads, params)
+    return tree.map(lambda w, m: (w - rate * m).astype(w.dtype), params, momentum), momentum
+
+
+def _init_adam(params, batch_stats, key):
+    momentum, squares = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
+    return AdamState(params, momentum, squares, jnp.zeros((), jnp.int32), batch_stats, key)
+
+
+def _adam_step(state, grads, rate, beta1, beta2, coupled=0.0, decoupled=0.0):
+    """Adam's update with a weight decay that is added to the gradient, or taken from the weights."""
+    count = state.count + 1
+    grads = tree.map(lambda g, w: g + coupled * w, grads, state.params)
+    momentum = tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.momentum, grads)
+    squares = tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.squares, grads)
+
+    def moved(w, m, v):
+        direction = (m / (1 - beta1**count)) / (jnp.sqrt(v / (1 - beta2**count)) + 1e-8)
+        return (w - rate * (direction + decoupled * w)).astype(w.dtype)
+
+    params = tree.map(moved, state.params, momentum, squares)
+    return state._replace(params=params, momentum=momentum, squares=squares, count=count)
+
+
+def _in_direction_of_gradient(rho):
+    """SAM's perturbation: perturb(w, g) = w + ρ g/‖g‖."""
+
+    def perturb(params, grads):
+        scale = _over(rho, optax.tree.norm(grads))
+        return tree.map(lambda w, g: w + scale * g, params, grads)
+
+    return perturb
+
+
+def _over(rho, norm):
+    """Their quotient, and 0 where the norm is."""
+    return jnp.where(norm > 0, rho / norm, 0)
+
+
+def _is_bias(path):
+    return jax.tree_util.keystr(path[-1:], simple=True).startswith(('bias', 'threshold'))
+
+
+def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate):
+    """gradient(state, batch) -> (state, grads, value): averages over sub-batches of ∇ℓ at perturb(w, ∇ℓ(w)).
+
+    The state that is returned has new batch statistics and a new key.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(state, batch):
+        def of_sub_batch(sub_batch, _):
+            (_, first), grads = value_and_grad(state.params, state.batch_stats, sub_batch)
+            before = state.batch_stats if bnupdate == 'second' else first
+            (value, second), grads = value_and_grad(perturb(state.params, grads), before, sub_batch)
+            return grads, value, first if bnupdate == 'first' else second
+
+        key, step_key = jax.random.split(state.key)
+        grads, value, batch_stats = _over_sub_batches(of_sub_batch, batch, batchsplit, step_key)
+        return state._replace(batch_stats=batch_stats, key=key), grads, value
+
+    return gradient
+
+
 def _mean(state, key):
-    """SGD's and SAM's `sample`: their posterior is a point."""
+    """`sample` of optimizers whose posterior is a point."""
     del key
     return state.params
 
@@ -201,14 +471,16 @@ def _normal_like(key, params):
     return unravel(noise.reshape(-1)[: flat.size])
 
 
-def _over_sub_batches(gradient, batch, batchsplit, key):
+def _over_sub_batches(gradient, batch, batchsplit, key, repeats=1):
     """Calls gradient(sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches, one after another.
+
+    Each is taken `repeats` times, with another key.
 
     Returns the averages of grads and value, and the batch statistics of the first sub-batch. `vmap` over
     sub-batches would give every one its own weights and turn convolutions into slow grouped ones.
     """
-    sub_batches = tree.map(lambda x: _split(x, batchsplit), batch)
-    keys = jax.random.split(key, batchsplit)
+    sub_batches = tree.map(lambda x: jnp.repeat(_split(x, batchsplit), repeats, axis=0), batch)
+    keys = jax.random.split(key, batchsplit * repeats)
     grads, _, _ = jax.eval_shape(gradient, *tree.map(lambda x: x[0], (sub_batches, keys)))
 
     def accumulate(total, inputs):
@@ -217,7 +489,7 @@ def _over_sub_batches(gradient, batch, batchsplit, key):
 
     zeros = tree.map(lambda g: jnp.zeros(g.shape, g.dtype), grads)
     total, (values, batch_stats) = jax.lax.scan(accumulate, zeros, (sub_batches, keys))
-    grads = tree.map(lambda g: g / batchsplit, total)
+    grads = tree.map(lambda g: g / len(keys), total)
     return grads, values.mean(), tree.map(lambda x: x[0], batch_stats)
 
 

@@ -14,7 +14,6 @@ import checkpoints
 import data
 import experiments
 import metrics
-import optimizers
 import runs
 import training
 
@@ -125,7 +124,7 @@ class Trainer:
     def _take_steps(self, state, progress, writer):
         """The steps that are left of an epoch, or those up to a signal; saves the state where they end."""
         if progress.lr_factor is None:
-            lr_factor = optimizers.lr_factor(progress.epoch, self.args.epochs, self.args.warmup)
+            lr_factor = experiments.lr_factor(vars(self.args), progress.epoch)
             progress = progress._replace(lr_factor=lr_factor)
         began = time.perf_counter() - progress.seconds
         epoch, lr_factor = self._start_epoch(progress)

@@ -25,8 +25,9 @@ class Stop:
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self.signal is None:  # else the process is about to end, and another signal is to end it without a traceback
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def begin(self):
         self._begun = True

@@ -1,4 +1,4 @@
-"""Train an image classifier with SGD, SAM or bSAM and leave a run folder for test.py.
+"""Train an image classifier with SGD, SAM, bSAM or one of their kin and leave a run folder for test.py.
 
 python train.py --dataset cifar10 --model resnet18 --optim bsam --alpha 0.5 --priorprec 40 --rho 0.01 --dafactor 4
 python train.py --resume results/cifar10_resnet18/bsam/run_0
@@ -16,7 +16,25 @@ import signals
 
 DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
 MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
-OPTIMIZERS = ('sgd', 'sam', 'bsam')
+
+# The flags of each optimizer, with its defaults; those of sgd, sam and bsam are the reference's.
+_SGD = {'alpha': 1.0, 'beta1': 0.9, 'priorprec': 25.0}
+_ADAM = {'alpha': 0.001, 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0}
+_SHARP = {'rho': 0.1, 'batchsplit': 8, 'bnupdate': 'both'}
+OPTIMIZERS = {
+    'sgd': _SGD,
+    'sam': _SGD | _SHARP,
+    'bsam': _SGD | _SHARP | {'beta2': 0.999, 'custominit': 1.0, 'damping': 0.1},
+    'adam': _ADAM,
+    'adamw': _ADAM,
+    'samadam': _ADAM | _SHARP,
+    'asam': _SGD | _SHARP | {'rho': 0.5, 'eta': 0.01},
+    'swag': _SGD | {'swagstart': 0.5, 'swagrate': 0.2, 'swagrank': 20},
+    'ivon': {
+        'alpha': 0.2, 'beta1': 0.9, 'beta2': 0.99999, 'priorprec': 10.0, 'hessinit': 0.5, 'clip': None, 'batchsplit': 1,
+        'trainmc': 1,
+    },
+}  # fmt: skip
 PRECISIONS = ('float32', 'bfloat16')
 BNUPDATES = ('both', 'first', 'second')
 
@@ -30,11 +48,24 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.resume is None:
         parser.error('--checkpoint goes with --resume')
-    if args.optim != 'sgd' and args.batchsize % args.batchsplit:
+    if args.resume is None:
+        _choose_own_flags(parser, args)
+    if args.batchsplit and args.batchsize % args.batchsplit:
         parser.error(f'--batchsize {args.batchsize} does not divide into --batchsplit {args.batchsplit} sub-batches')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
         parser.error('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
     return args
+
+
+def _choose_own_flags(parser, args):
+    """Sets the optimizer's defaults where no flag was given; an error for flags of other optimizers."""
+    own = OPTIMIZERS[args.optim]
+    for name in {name for others in OPTIMIZERS.values() for name in others}:
+        if getattr(args, name) is None:
+            setattr(args, name, own.get(name))
+        elif name not in own:
+            takes = ', '.join(f'--{other}' for other in own)
+            parser.error(f'--{name} is no flag of {args.optim}, which takes {takes}')
 
 
 def flags_of(config, run):
@@ -71,14 +102,17 @@ def create_parser():
     help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     add('--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of everything that is random')
-    parser.add_choice('--optim', OPTIMIZERS, default='sgd', help='optimizer')
-    add('--alpha', type=flags.number(above=0), default=1.0, help='learning rate α, before the schedule')
-    add('--rho', type=flags.number(minimum=0), default=0.1, help='ρ: sam evaluates at w + ρ g/‖g‖, bsam at w + ρ g/s')
+    parser.add_choice('--optim', OPTIMIZERS, default='sgd', help=_OPTIMIZER_HELP)
     beta = flags.number(minimum=0, below=1)
-    add('--beta1', type=beta, default=0.9, help='β₁: m ← β₁m + g + δw (sgd, sam), m ← β₁m + (1−β₁)(g + δw) (bsam)')
-    add('--beta2', type=beta, default=0.999, help='β₂: s ← β₂s + (1−β₂)(√s|g| + γ + δ) (bsam)')
+    _add_own(parser, 'alpha', flags.number(above=0), 'learning rate α, before the schedule')
+    help = 'ρ: evaluate at w + ρ g/‖g‖ (sam, samadam), w + ρ g/s (bsam), w + ρ T²g/‖Tg‖ (asam)'
+    _add_own(parser, 'rho', flags.number(minimum=0), help)
+    help = 'β₁: m ← β₁m + g + δw (sgd, sam, asam, swag), m ← β₁m + (1−β₁)(g + δw) (bsam, Adam and its kin)'
+    _add_own(parser, 'beta1', beta, help)
+    help = 'β₂: s ← β₂s + (1−β₂)(√s|g| + γ + δ) (bsam); decay of g² (Adam and its kin) or of h (ivon)'
+    _add_own(parser, 'beta2', beta, help)
     help = 'prior precision: the weight decay is δ = priorprec / N'
-    add('--priorprec', type=flags.number(minimum=0), default=25.0, help=help)
+    _add_own(parser, 'priorprec', flags.number(minimum=0), help)
     help = 'data augmentation factor: N = training images × dafactor'
     add('--dafactor', type=flags.number(above=0), default=1.0, help=help)
     add('--batchsize', type=flags.integer(1), default=200, help='images per training step')
@@ -88,10 +122,10 @@ def create_parser():
     add('--warmup', type=flags.integer(0), default=5, help=help)
     help = 'data set; tfds/NAME is one that TensorFlow Datasets prepared in the folder of the data sets'
     parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
-    help = 'sub-batches m of a batch, each with a perturbation of its own (sam, bsam)'
-    add('--batchsplit', type=flags.integer(1), default=8, help=help)
-    help = 'which of the two gradients moves batch statistics (sam, bsam)'
-    parser.add_choice('--bnupdate', BNUPDATES, default='both', help=help)
+    help = 'sub-batches m of a batch, each with a perturbation or noise of its own'
+    _add_own(parser, 'batchsplit', flags.integer(1), help)
+    help = 'which of the two gradients moves batch statistics'
+    parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))
     help = 'keep this fraction of the training images out, and evaluate epochs on it instead of the test set'
     add('--validation', type=flags.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
     add('--noaugment', action='store_true', help='no random crops and flips')
@@ -107,9 +141,39 @@ def create_parser():
     help = 'keep the checkpoint of best test accuracy besides the last two; not for choosing what you report'
     add('--keepbest', action='store_true', help=help)
     add('--keepgoing', action='store_true', help='train on where the loss is not finite, instead of stopping')
-    add('--custominit', type=flags.number(above=0), default=1.0, help='initial precision s (bsam)')
-    add('--damping', type=flags.number(minimum=0), default=0.1, help='damping γ of the precision (bsam)')
+    _add_own(parser, 'custominit', flags.number(above=0), 'initial precision s')
+    _add_own(parser, 'damping', flags.number(minimum=0), 'damping γ of the precision')
+    _add_own(parser, 'eta', flags.number(minimum=0), 'η: T = |w| + η')
+    help = 'fraction of the epochs after which weights are recorded, once an epoch'
+    _add_own(parser, 'swagstart', flags.number(minimum=0, below=1), help)
+    _add_own(parser, 'swagrate', flags.number(above=0), 'learning rate from there on, relative to alpha')
+    _add_own(parser, 'swagrank', flags.integer(2), 'deviations that are kept for the covariance')
+    _add_own(parser, 'hessinit', flags.number(above=0), 'initial Hessian h₀')
+    _add_own(parser, 'clip', flags.number(above=0), 'bound of an update before the learning rate, none by default')
+    _add_own(parser, 'trainmc', flags.integer(1), 'samples of the weights a sub-batch')
     return parser
+
+
+_OPTIMIZER_HELP = (
+    'optimizer: sgd; sam (Foret et al., 2021); bsam (Möllenhoff & Khan, 2023); adam (Kingma & Ba, 2015); adamw '
+    '(Loshchilov & Hutter, 2019); samadam, SAM with Adam; asam (Kwon et al., 2021); swag (Maddox et al., 2019); ivon '
+    '(Shen et al., 2024)'
+)
+
+
+def _add_own(parser, name, type, help):
+    """A flag that some optimizers take, each with its own default."""
+    parser.add_argument(f'--{name}', type=type, help=help + _defaults(name))
+
+
+def _defaults(name):
+    """For --help: the default, or which optimizers have which."""
+    optimizers_of = {}
+    for optim, own in OPTIMIZERS.items():
+        if own.get(name) is not None:
+            optimizers_of.setdefault(own[name], []).append(optim)
+    texts = [f'{value} for {", ".join(names)}' for value, names in optimizers_of.items()]
+    return f' (default: {"; ".join(texts)})' if texts else ''
 
 
 def main(argv=None):

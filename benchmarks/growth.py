@@ -115,10 +115,10 @@ def bare_step(optim, num_params):
 
 
 PANELS = {
-    'batch': (step_of_batch, optimizers.OPTIMIZERS, BATCHES),
+    'batch': (step_of_batch, ('sgd', 'sam', 'bsam'), BATCHES),
     'sub_batches': (step_in_sub_batches, ('sam', 'bsam'), SUB_BATCHES),
     'samples': (evaluation_over, ('bsam',), SAMPLES),
-    'parameters': (bare_step, optimizers.OPTIMIZERS, PARAMETERS),
+    'parameters': (bare_step, ('sgd', 'sam', 'bsam'), PARAMETERS),
 }
 
 

@@ -30,6 +30,7 @@ import models  # noqa: E402
 import optimizers  # noqa: E402
 import posteriors  # noqa: E402
 import runs  # noqa: E402
+import train  # noqa: E402
 import training  # noqa: E402
 
 BATCH, SPLIT = 200, 8
@@ -111,11 +112,8 @@ def machine():
 
 
 def configuration(model, optim, precision, batchsplit=SPLIT):
-    flags = {
-        'model': model, 'optim': optim, 'precision': precision, 'alpha': 0.01, 'beta1': 0.9, 'beta2': 0.999,
-        'priorprec': 25.0, 'dafactor': 1.0, 'rho': 0.01, 'batchsplit': batchsplit, 'custominit': 1.0, 'damping': 0.1,
-        'bnupdate': 'both',
-    }  # fmt: skip
+    flags = vars(train.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}']))
+    flags |= {'alpha': 0.01, 'rho': flags['rho'] and 0.01, 'batchsplit': flags['batchsplit'] and batchsplit}
     row = data.DATASETS['cifar10']
     dataset = {'num_train': 50_000, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': row.mean, 'std': row.std}
     return {'flags': flags, 'dataset': dataset}

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 
 import jax
 import numpy as np
@@ -25,6 +26,15 @@ def compilecache(tmp_path_factory):
         patch.setenv('XDG_CACHE_HOME', str(folder))
         flags.use_compilecache(str(folder / 'bayesian-sam'))
         yield folder / 'bayesian-sam'
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run that a signal stopped leaves its handlers to the end of its process, which is this one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -66,9 +76,11 @@ def flags_of(datasets, tmp_path):
 
     def build(**changes):
         flags = {
-            'dataset': 'mnist', 'model': 'mlp', 'optim': 'bsam', 'alpha': 0.1, 'batchsize': 20, 'batchsplit': 2,
+            'dataset': 'mnist', 'model': 'mlp', 'optim': 'bsam', 'alpha': 0.1, 'batchsize': 20,
             'dafactor': 100, 'epochs': 1, 'warmup': 0, 'datasetfolder': datasets, 'resultsfolder': tmp_path / 'results',
         } | changes  # fmt: skip
+        if flags['optim'] not in ('sgd', 'adam', 'adamw', 'swag'):
+            flags = {'batchsplit': 2} | flags
         return [f'--{name}={value}' for name, value in flags.items()]
 
     return build

@@ -1,4 +1,4 @@
-"""SGD, SAM and bSAM in plain NumPy, written from the equations of Möllenhoff & Khan (ICLR 2023).
+"""SGD, SAM, bSAM and ASAM in plain NumPy, from the equations of Möllenhoff & Khan (2023) and Kwon et al. (2021).
 
 Weights are one vector; gradient(w, stats, sub_batch) returns (loss, gradient, new stats). Slow and obvious.
 """
@@ -38,6 +38,19 @@ def bsam_step(w, m, s, stats, sub_batches, noises, gradient, rate, beta1, beta2,
     w_next = w - rate * m / s
     s_next = beta2 * s + (1 - beta2) * (np.mean(magnitudes, axis=0) + damping + decay)
     return w_next, m, s_next, kept, np.mean(losses)
+
+
+def asam_step(w, m, sub_batches, gradient, rate, beta1, decay, rho, eta, is_bias):
+    """Kwon et al. (2021), with the perturbation of each sub-batch; returns new (w, m)."""
+    grads = []
+    for sub_batch in sub_batches:
+        _, g, _ = gradient(w, 0.0, sub_batch)
+        size = np.where(is_bias, 1.0, np.abs(w) + eta)
+        perturbation = rho * size**2 * g / np.sqrt(np.sum((size * g) ** 2))
+        _, g, _ = gradient(w + perturbation, 0.0, sub_batch)
+        grads.append(g)
+    m = beta1 * m + np.mean(grads, axis=0) + decay * w
+    return w - rate * m, m
 
 
 def logistic_gradient(w, stats, batch):

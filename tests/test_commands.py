@@ -1,5 +1,6 @@
 """train.py, test.py and demo2d.py as their users run them, on a few made images."""
 
+import inspect
 import json
 import os
 import re
@@ -40,7 +41,7 @@ def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
     run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
     log = read_log(run)
     assert [record['epoch'] for record in log] == [0, 1]
-    assert [record['learning_rate'] for record in log] == [0.1, 0.05]
+    assert [record['learning_rate'] for record in log] == [0.1, 0.1 * train.OPTIMIZERS[optim].get('swagrate', 0.5)]
     assert all(np.isfinite(record['loss']) and record['images_per_second'] > 0 for record in log)
     config = json.loads((run / 'config.json').read_text())
     assert (
@@ -58,7 +59,7 @@ def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
     assert results['mean']['accuracy'] == log[-1]['test_accuracy']
     assert results['trained'] == {'epoch': 1, 'steps_of_epoch': 2}
     nlls = [results[of]['nll'] for of in ('mean', 'average')]
-    assert (nlls[0] == pytest.approx(nlls[1], rel=1e-12)) == (optim != 'bsam')
+    assert (nlls[0] == pytest.approx(nlls[1], rel=1e-12)) == (optim not in ('bsam', 'ivon'))
     after = contents(run)
     assert after.pop(run / 'metrics.json') and after.pop(run / 'predictions.npz') and after == before
 
@@ -104,16 +105,18 @@ def test_digits_are_learned(flags_of):
     assert read_log(run)[-1]['test_accuracy'] > 0.9
 
 
-def test_no_hidden_transfers(flags_of):
+@pytest.mark.parametrize('optim', train.OPTIMIZERS)
+def test_no_hidden_transfers(optim, flags_of):
     """A whole run sends nothing to the device but what it means to: no scalar a step, no batch."""
     with jax.transfer_guard('disallow'):
-        train.main(flags_of(dataset='cifar10', model='lenet'))
+        train.main(flags_of(dataset='cifar10', model='mlp', optim=optim))
 
 
-def test_bfloat16_trains_and_keeps_float32_state(flags_of):
-    run = train.main(flags_of(dataset='cifar10', model='resnet18', optim='sgd', precision='bfloat16', epochs=0))
+@pytest.mark.parametrize('optim', train.OPTIMIZERS)
+def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18):
+    run = train.main(flags_of(dataset='cifar10', model='resnet18', optim=optim, precision='bfloat16', epochs=0))
     _, state, _ = restore(run)
-    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state._replace(key=()))}
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state._replace(key=()))} - {'int32'}
     assert dtypes == {'float32'} and np.isfinite(read_log(run)[0]['loss'])
 
 
@@ -189,12 +192,32 @@ def test_names_in_any_case(flags_of):
 def test_flags_offer_what_the_tables_hold():
     assert tuple(data.DATASETS) == train.DATASETS
     assert tuple(models.MODELS) == train.MODELS
-    assert tuple(optimizers.OPTIMIZERS) == train.OPTIMIZERS
+    assert list(optimizers.OPTIMIZERS) == list(train.OPTIMIZERS)
+
+
+@pytest.mark.parametrize('optim', train.OPTIMIZERS)
+def test_optimizers_take_the_flags_of_the_table(optim):
+    """weight_decay is made from priorprec, num_data from dafactor, swagevery from the data; clip may be unset."""
+    parameters = set(inspect.signature(optimizers.OPTIMIZERS[optim]).parameters)
+    own = set(train.OPTIMIZERS[optim]) - {'swagrate'}
+    assert parameters - {'loss', 'weight_decay', 'num_data', 'swagevery'} == own - {'priorprec'}
+
+
+def test_flags_of_other_optimizers_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(['--optim=sgd', '--rho=0.1'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and '--rho is no flag of sgd, which takes --alpha, --beta1, --priorprec' in error
+    assert train.parse_args(['--optim=ivon']).beta2 == 0.99999 and train.parse_args(['--optim=sgd']).beta2 is None
 
 
 def test_defaults_are_those_of_the_reference():
-    assert vars(train.parse_args([])) == {
-        'randomseed': 0, 'alpha': 1.0, 'rho': 0.1, 'optim': 'sgd', 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0,
+    args = vars(train.parse_args(['--optim=bsam']))
+    others = {'eta', 'swagstart', 'swagrate', 'swagrank', 'hessinit', 'clip', 'trainmc'}
+    assert all(args.pop(name) is None for name in others)
+    assert train.parse_args([]).optim == 'sgd'
+    assert args == {
+        'randomseed': 0, 'alpha': 1.0, 'rho': 0.1, 'optim': 'bsam', 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0,
         'dafactor': 1.0, 'batchsize': 200, 'testbatchsize': 200, 'epochs': 180, 'warmup': 5, 'dataset': 'cifar10',
         'batchsplit': 8, 'noaugment': False, 'model': 'resnet18', 'datasetfolder': 'datasets',
         'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1, 'precision': 'float32',

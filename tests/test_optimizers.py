@@ -1,4 +1,4 @@
-"""The three optimizers against closed forms, the paper's equations in NumPy, and the reference's own numbers."""
+"""The optimizers against closed forms, their equations in NumPy, optax, ivon-opt and the reference's own numbers."""
 
 from pathlib import Path
 
@@ -27,7 +27,23 @@ SETTINGS = {
         'custominit': 1.0,
         'damping': 0.1,
     },
+    'adam': {'alpha': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03},
+    'adamw': {'alpha': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03},
+    'samadam': {'alpha': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03, 'rho': 0.2, 'batchsplit': 4},
+    'asam': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'rho': 0.5, 'eta': 0.01, 'batchsplit': 4},
+    'swag': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'swagstart': 2, 'swagevery': 1, 'swagrank': 3},
+    'ivon': {
+        'alpha': 0.4,
+        'beta1': 0.8,
+        'beta2': 0.9,
+        'weight_decay': 0.03,
+        'num_data': 60,
+        'hessinit': 0.5,
+        'batchsplit': 4,
+        'trainmc': 2,
+    },
 }
+IVON = np.load(Path(__file__).parent / 'golden' / 'ivon.npz')
 
 
 def toy_loss(params, batch_stats, batch):
@@ -256,7 +272,8 @@ def test_second_step_neither_recompiles_nor_repeats_noise(name):
     traced = len(traces)
     state, _ = step(state, batch, jnp.float32(0.5))
     assert len(traces) == traced
-    assert (jax.random.key_data(state.key).tolist() != key_before) == (name != 'sgd')
+    draws_nothing = name in ('sgd', 'adam', 'adamw', 'swag')
+    assert (jax.random.key_data(state.key).tolist() == key_before) == draws_nothing
 
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
@@ -266,6 +283,148 @@ def test_step_keeps_dtypes(name):
     state = optimizer.init({'w': jnp.ones(3, jnp.bfloat16)}, {}, jax.random.key(0))
     stepped, _ = optimizer.step(state, jnp.zeros(4), jnp.float32(0.5))
     assert [leaf.dtype for leaf in jax.tree.leaves(stepped)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize(
+    ('name', 'transform'),
+    [
+        ('adam', optax.chain(optax.add_decayed_weights(0.03), optax.adam(0.05, 0.8, 0.9))),
+        ('adamw', optax.adamw(0.05, 0.8, 0.9, weight_decay=0.03)),
+    ],
+)
+def test_adam_equals_optax(name, transform, problem, x64):
+    x, y, w = problem
+    optimizer = optimizers.OPTIMIZERS[name](logistic_loss, **SETTINGS[name])
+    state, theirs = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0)), jnp.asarray(w)
+    opt_state = transform.init(theirs)
+    for t in range(5):
+        state, _ = optimizer.step(state, (x[t], y[t]), 0.5)
+        grads, _ = jax.grad(logistic_loss, has_aux=True)(theirs, jnp.zeros(()), (x[t], y[t]))
+        updates, opt_state = transform.update(grads, opt_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        np.testing.assert_allclose(state.params, theirs, rtol=1e-12)
+
+
+def test_samadam_is_sam_into_adam(problem, x64):
+    """With sub-batches: SAM's gradient from the NumPy transcription into optax's Adam."""
+    x, y, w = problem
+    optimizer = optimizers.samadam(logistic_loss, **SETTINGS['samadam'])
+    state, theirs = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0)), w
+    transform = optax.chain(optax.add_decayed_weights(0.03), optax.adam(0.05, 0.8, 0.9))
+    opt_state = transform.init(jnp.asarray(w))
+    for t in range(5):
+        state, _ = optimizer.step(state, (x[t], y[t]), 0.5)
+        moved, *_ = reference.sam_step(
+            theirs, np.zeros(3), 0.0, sub_batches(x[t], y[t], 4), reference.logistic_gradient, 1.0, 0.0, 0.0, rho=0.2
+        )
+        updates, opt_state = transform.update(jnp.asarray(theirs - moved), opt_state, jnp.asarray(theirs))
+        theirs = theirs + np.asarray(updates)
+        np.testing.assert_allclose(state.params, theirs, rtol=1e-12)
+
+
+def test_asam_equals_the_equations(problem, x64):
+    """Weights are measured by |w| + η, a bias is not."""
+    x, y, w = problem
+
+    def loss(params, batch_stats, batch):
+        return logistic_loss(jnp.append(params['kernel'], params['bias']), batch_stats, batch)
+
+    optimizer = optimizers.asam(loss, **SETTINGS['asam'])
+    state = optimizer.init({'kernel': jnp.asarray(w[:2]), 'bias': jnp.asarray(w[2])}, jnp.zeros(()), jax.random.key(0))
+    m = np.zeros(3)
+    for t in range(5):
+        state, _ = optimizer.step(state, (x[t], y[t]), 0.5)
+        parts = sub_batches(x[t], y[t], 4)
+        w, m = reference.asam_step(
+            w, m, parts, reference.logistic_gradient, 0.15, 0.9, 0.01, rho=0.5, eta=0.01, is_bias=np.arange(3) == 2
+        )
+        np.testing.assert_allclose([*state.params['kernel'], state.params['bias']], w, rtol=1e-12)
+
+
+def test_swag_records_what_sgd_passes(problem, x64):
+    """SGD's weights after the steps 2, 4, ... 10: their mean, and the mean of squares; the last three deviations."""
+    x, y, w = problem
+    common = {'alpha': 0.4, 'beta1': 0.8, 'weight_decay': 0.03}
+    swag = optimizers.swag(logistic_loss, **common, swagstart=2, swagevery=2, swagrank=3)
+    sgd = optimizers.sgd(logistic_loss, **common)
+    state = swag.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
+    iterate = sgd.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
+    snapshots, deviations = [], []
+    for t in range(10):
+        batch = x[t % 5], y[t % 5]
+        state, loss = swag.step(state, batch)
+        iterate, expected = sgd.step(iterate, batch)
+        np.testing.assert_allclose(loss, expected, rtol=1e-12)
+        np.testing.assert_allclose(state.iterate, iterate.params, rtol=1e-12)
+        if t % 2:
+            snapshots.append(iterate.params)
+            deviations.append(iterate.params - np.mean(snapshots, axis=0))
+        np.testing.assert_allclose(
+            state.params, np.mean(snapshots, axis=0) if snapshots else iterate.params, rtol=1e-12
+        )
+    np.testing.assert_allclose(state.squares, np.mean(np.square(snapshots), axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        sorted(state.deviations.tolist()), sorted(np.array(deviations[-3:]).tolist()), atol=1e-14
+    )
+    assert state.num_snapshots == 5
+
+
+def test_moments_of_swag_samples(x64):
+    """The mean, and half of the diagonal and the low-rank covariance."""
+    swag = optimizers.swag(quadratic_loss, **SETTINGS['swag'])
+    mean, deviations = jnp.array([1.0, -2.0]), jnp.array([[1.0, 1.0], [0.5, -1.0], [-2.0, 0.0]])
+    state = swag.init(mean, {}, jax.random.key(0))
+    state = state._replace(squares=mean**2 + jnp.array([0.5, 2.0]), deviations=deviations, num_snapshots=jnp.int32(7))
+    drawn = jax.vmap(lambda key: swag.sample(state, key))(jax.random.split(jax.random.key(1), 40_000))
+    covariance = np.diag([0.25, 1.0]) + np.asarray(deviations.T @ deviations) / 4
+    np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=0.03)
+    np.testing.assert_allclose(np.cov(drawn.T), covariance, atol=0.05)
+    few = state._replace(num_snapshots=jnp.int32(1))
+    np.testing.assert_array_equal(swag.sample(few, jax.random.key(1)), mean)
+
+
+@pytest.mark.parametrize(('case', 'clip', 'trainmc'), [('plain', np.inf, 1), ('clipped', 0.1, 2)])
+def test_ivon_equals_the_package_of_its_authors(case, clip, trainmc, monkeypatch, x64):
+    """ivon-opt with the same noise, recorded by record_ivon.py."""
+    settings = SETTINGS['ivon'] | {'batchsplit': 1, 'trainmc': trainmc, 'clip': clip}
+    optimizer = optimizers.ivon(logistic_loss, **settings)
+    state = optimizer.init(jnp.asarray(IVON['w']), jnp.zeros(()), jax.random.key(0))
+    for t in range(5):
+        keys = jax.random.key_data(jax.random.split(jax.random.split(state.key)[1], trainmc))
+        noise = jnp.asarray(IVON['noise'][t, :trainmc])
+
+        def lookup(key, params, keys=keys, noise=noise):
+            return noise[jnp.argmax((keys == jax.random.key_data(key)[None]).all(axis=1))]
+
+        monkeypatch.setattr(optimizers, '_normal_like', lookup)
+        state, _ = optimizer.step(state, (IVON['x'][t], IVON['y'][t]))
+        np.testing.assert_allclose(state.params, IVON[f'{case}_params'][t], rtol=1e-10)
+        np.testing.assert_allclose(state.hessian, IVON[f'{case}_hessian'][t], rtol=1e-10)
+
+
+def test_precision_of_ivon_stays_positive():
+    """Whatever the gradients are: those of this loss are large, random and of either sign."""
+
+    def wild_loss(params, batch_stats, batch):
+        return (params * batch.mean(axis=0)).sum(), batch_stats
+
+    optimizer = optimizers.ivon(wild_loss, **SETTINGS['ivon'] | {'batchsplit': 1, 'beta2': 0.5})
+    state = optimizer.init(jnp.ones(50), {}, jax.random.key(0))
+    for t in range(30):
+        state, _ = optimizer.step(state, 1e3 * jax.random.normal(jax.random.key(t), (2, 50)))
+        precision = np.asarray(state.hessian) + 0.03
+        assert (precision > 0).all() and np.isfinite(state.params).all()
+
+
+def test_sub_batches_and_samples_of_ivon_average(x64):
+    """A quadratic has the gradient θ: over many samples the average of θ is w, and the Hessian's estimate is 1."""
+    settings = SETTINGS['ivon'] | {'batchsplit': 2, 'trainmc': 4000, 'beta1': 0.0, 'beta2': 0.0, 'weight_decay': 0.0}
+    optimizer = optimizers.ivon(quadratic_loss, **settings)
+    state = optimizer.init(jnp.array([2.0, -1.0]), {}, jax.random.key(0))
+    state, _ = optimizer.step(state, jnp.zeros((4, 1)))
+    np.testing.assert_allclose(state.momentum, [2.0, -1.0], atol=0.02)
+    h = np.array([1.0, 1.0])
+    np.testing.assert_allclose(state.hessian, h + 0.5 * (0.5 - h) ** 2 / 0.5, atol=0.3)
 
 
 def test_batch_that_does_not_divide():

@@ -69,11 +69,9 @@ INSIDE_THE_FIRST_EPOCH, AFTER_AN_EPOCH, INSIDE_THE_SECOND = 1, 2, 3
 @pytest.mark.parametrize(
     ('optim', 'dataset', 'model', 'steps'),
     [
+        *((optim, 'mnist', 'mlp', INSIDE_THE_SECOND) for optim in train.OPTIMIZERS),
         ('sgd', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
-        ('sgd', 'mnist', 'mlp', AFTER_AN_EPOCH),
-        ('sam', 'mnist', 'mlp', INSIDE_THE_SECOND),
-        ('sam', 'mnist', 'mlp', AFTER_AN_EPOCH),
-        ('bsam', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
+        ('swag', 'mnist', 'mlp', AFTER_AN_EPOCH),
         ('bsam', 'mnist', 'mlp', AFTER_AN_EPOCH),
         ('bsam', 'mnist', 'resnet18', INSIDE_THE_SECOND),
         ('sgd', 'cifar10', 'resnet18', INSIDE_THE_SECOND),

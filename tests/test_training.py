@@ -7,16 +7,14 @@ import pytest
 import experiments
 import models
 import optimizers
+import train
 import training
 
 
 def create(optim, num_images=40):
     """A step of an MLP whose 1.7 million parameters are most of what it holds, and its arguments."""
-    flags = {
-        'model': 'mlp', 'optim': optim, 'precision': 'float32', 'alpha': 0.01, 'beta1': 0.9, 'beta2': 0.999,
-        'priorprec': 25.0, 'dafactor': 1.0, 'rho': 0.01, 'batchsplit': 4, 'custominit': 1.0, 'damping': 0.1,
-        'bnupdate': 'both',
-    }  # fmt: skip
+    flags = vars(train.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8']))
+    flags['batchsplit'] = flags['batchsplit'] and 4
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
     experiment = experiments.create({'flags': flags, 'dataset': dataset})
     step = training.step_function(experiment.optimizer, lambda key, batch: experiment.normalise(batch))
@@ -32,7 +30,9 @@ def peak_bytes(function, *arguments):
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(('optim', 'most'), [('sgd', 2), ('sam', 5), ('bsam', 7)])
+@pytest.mark.parametrize(
+    ('optim', 'most'), [('sgd', 2), ('sam', 5), ('bsam', 7), ('adam', 3), ('samadam', 6), ('asam', 6), ('ivon', 7)]
+)
 def test_memory_of_a_step(optim, most):
     """One sub-batch's gradient and so many arrays of the size of the parameters, however many sub-batches there are.
 
