@@ -4,6 +4,7 @@ The images are resampled, not the training: intervals tell what other test image
 Percentile intervals of calibration errors lie high, as each resample adds noise of its own to every bin.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,9 +36,13 @@ def interval(values):
 def difference(values, other_values):
     """The interval of values − other_values, [R] each on the same resamples, and the two-sided p-value of none.
 
-    Returns (low, high, p); p is twice the share of the resamples on the rarer side of 0, and at least 2/(R + 1).
+    Returns (low, high, p); p is twice the share of the resamples on the rarer side of 0, and at least 2/(R + 1). All are
+    nan where a metric is infinite, as the NLL of an impossible class.
     """
-    differences = values - other_values
+    with np.errstate(invalid='ignore'):
+        differences = values - other_values
+    if not np.isfinite(differences).all():
+        return math.nan, math.nan, math.nan
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return *interval(differences), float(min(1, 2 * (rarer + 1) / (len(differences) + 1)))
 

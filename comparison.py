@@ -133,7 +133,7 @@ def _cell(name, values, best):
     scale, digits = (100, 2) if name == 'accuracy' else (1, 4)
     text = f'{scale * np.mean(values):.{digits}f}'
     if len(values) > 1:
-        text += f' ± {scale * np.std(values, ddof=1):.{digits}f}'
+        text += f' ± {scale * _standard_deviation(values):.{digits}f}'
     return f'**{text}**' if round(float(np.mean(values)), 4) == best else text
 
 
@@ -149,7 +149,8 @@ def full_table(rows, values):
 
 
 def _standard_deviation(values):
-    return np.std(values, ddof=1) if len(values) > 1 else np.nan
+    """nan of a single run, and of infinite values."""
+    return np.std(values, ddof=1) if len(values) > 1 and np.isfinite(values).all() else np.nan
 
 
 _TESTED = ('accuracy', 'nll', 'ece')

@@ -63,6 +63,17 @@ def test_test_table():
     assert 0 < low < difference < high
 
 
+def test_impossible_classes():
+    """An infinite NLL has no deviation, and no difference to test."""
+    certain = np.eye(3)[(LABELS + 1) % 3]
+    results = [result('sgd', seed)._replace(probs_at_mean=certain, probs=certain) for seed in (0, 1)]
+    rows = comparison.rows([result('sam', 0), *results])
+    values = comparison.values(rows, LABELS, num_bins=20)
+    assert comparison.main_table(rows, values, bold=True)[1][1][3] == 'inf ± nan'
+    assert comparison.full_table(rows, values)[1][1][6:8] == ['inf', 'nan']
+    assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['[+nan, +nan]', 'nan']
+
+
 def test_other_images_are_refused():
     other = result('sgd', 0)._replace(labels=LABELS[::-1])
     with pytest.raises(comparison.ComparisonError, match='b is of other test images than a'):
