@@ -36,7 +36,7 @@ def interval(values):
 def difference(values, other_values):
     """The interval of values − other_values, [R] each on the same resamples, and the two-sided p-value of none.
 
-    Returns (low, high, p); p is twice the share of the resamples on the rarer side of 0, and at least 2/(R + 1). All are
+    Returns (low, high, p); p is twice the share of resamples on the rarer side of 0, and at least 2/(R + 1). All are
     nan where a metric is infinite, as the NLL of an impossible class.
     """
     with np.errstate(invalid='ignore'):

@@ -79,12 +79,14 @@ def _names(methods):
     return names
 
 
-def check(results, runs):
+def check(results):
     """Raises a ComparisonError unless all results are of the same images."""
-    for result, run in zip(results, runs, strict=True):
-        same_set = result.flags['dataset'] == results[0].flags['dataset']
-        if not same_set or not np.array_equal(result.labels, results[0].labels):
-            raise ComparisonError(f'{run} is of other test images than {runs[0]}: compare runs of one data set')
+    for result in results:
+        sets = [r.flags['dataset'] for r in (results[0], result)]
+        if sets[0] != sets[1] or not np.array_equal(result.labels, results[0].labels):
+            raise ComparisonError(
+                f'runs of {sets[0]} and {sets[1]} have different test images: compare those of one set'
+            )
 
 
 def ensembles(results):

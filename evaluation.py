@@ -16,7 +16,9 @@ import checkpoints
 import corruptions
 import data
 import experiments
+import laplace
 import metrics
+import models
 import posteriors
 import runs
 
@@ -38,11 +40,12 @@ class Subject(NamedTuple):
     posterior: posteriors.Posterior
 
 
-def load(run, config, *, split, step, dataset_folder, batch_size, bn_refresh):
+def load(run, config, *, split, step, dataset_folder, batch_size, bn_refresh, with_laplace):
     """The Subject of a run. Raises DataError, ModelError and RunError.
 
     config: as from runs.read_config; step: a checkpoint, None for the newest; bn_refresh: training batches over which
-    batch statistics of each weights are estimated again, None for those of training.
+    batch statistics of each weights are estimated again, None for those of training; with_laplace: the posterior is a
+    Laplace approximation of the last layer.
     """
     flags = config['flags']
     data.check_description(config['dataset'], run / 'config.json')
@@ -52,7 +55,7 @@ def load(run, config, *, split, step, dataset_folder, batch_size, bn_refresh):
     _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
     folder = dataset_folder or flags['datasetfolder']
     dataset = data.dataset(flags['dataset'], folder)
-    train = dataset.read('train') if flags['validation'] or bn_refresh else None
+    train = dataset.read('train') if flags['validation'] or bn_refresh or with_laplace else None
     train, held_out = data.hold_out(*train, flags['validation']) if flags['validation'] else (train, None)
     if split == 'validation':
         require_held_out(run, held_out)
@@ -61,11 +64,27 @@ def load(run, config, *, split, step, dataset_folder, batch_size, bn_refresh):
         raise data.DataError(
             f'the {split} images are {images.shape[1:]}, not {config["dataset"]["image_shape"]} as in training'
         )
-    posterior = _posterior(experiment, flags, state, batch_size, bn_refresh, train, dataset.augment)
+    sample = partial(jax.jit(experiment.optimizer.sample), state)
+    if with_laplace:
+        sample = _laplace_sample(experiment, flags, state, batch_size, train[0])
+    posterior = _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, dataset.augment)
     return Subject(run, flags, progress, dataset, folder, images, labels, held_out, posterior)
 
 
-def _posterior(experiment, flags, state, batch_size, bn_refresh, train, augment):
+def _laplace_sample(experiment, flags, state, batch_size, images):
+    """sample(key) of a Laplace approximation around the trained weights. Raises RunError for a posterior beside it."""
+    if flags['optim'] in _WITH_POSTERIORS:
+        raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
+    layer = models.LAST_LAYERS[flags['model']]
+    outputs = partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
+    factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
+    return partial(laplace.sample, factors, state.params, layer=layer)
+
+
+_WITH_POSTERIORS = ('bsam', 'swag', 'ivon')
+
+
+def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, augment):
     _, _, key = experiments.keys(flags['randomseed'])
     sample_key, refresh_key = jax.random.split(key)
     refresh = None
@@ -76,7 +95,6 @@ def _posterior(experiment, flags, state, batch_size, bn_refresh, train, augment)
         refresh = partial(
             posteriors.batch_statistics, experiment.update, batch_stats=state.batch_stats, batches=batches
         )
-    sample = partial(jax.jit(experiment.optimizer.sample), state)
     apply, params, batch_stats = experiment.apply, state.params, state.batch_stats
     return posteriors.Posterior(apply, sample, params, batch_stats, sample_key, batch_size, refresh)
 

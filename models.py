@@ -169,6 +169,10 @@ class MLP(nn.Module):
 MODELS = {'resnet18': ResNet18, 'resnet20': ResNet20, 'mlp': MLP, 'lenet': LeNet}
 
 
+# The dense layer whose outputs are the logits.
+LAST_LAYERS = {'resnet18': 'head', 'resnet20': 'head', 'mlp': 'dense3', 'lenet': 'dense2'}
+
+
 def create(name, num_classes):
     """The network called `name` in MODELS, with `num_classes` logits; a ModelError if there is none."""
     if name not in MODELS:
@@ -185,6 +189,23 @@ def apply(model, params, batch_stats, images, train, dtype=None):
     variables = {'params': params, 'batch_stats': batch_stats}
     logits, updates = model.apply(variables, images, train=train, mutable=['batch_stats'] if train else [])
     return _at_least_float32(logits), updates.get('batch_stats', batch_stats)
+
+
+def with_features(apply, last_layer):
+    """A function that returns what apply(...) does, and the input of the layer called `last_layer` in it."""
+
+    def applied(*args):
+        features = []
+
+        def intercept(function, inputs, options, context):
+            if context.module.name == last_layer:
+                features.append(_at_least_float32(inputs[0]))
+            return function(*inputs, **options)
+
+        with nn.intercept_methods(intercept):
+            return apply(*args), features[0]
+
+    return applied
 
 
 def _require_size(name, images, pixels, reason):

@@ -35,6 +35,8 @@ def parse_args(argv=None):
     parser.add_choice('--ood', DATASETS, also='tfds/', nargs='+', default=[], help=help)
     help = 'evaluate corrupted test images: built-in corruptions, or those of a folder CIFAR-10-C or CIFAR-100-C'
     add('--corruptions', nargs='?', const='', metavar='FOLDER', help=help)
+    help = 'sample from a Laplace approximation of the last layer, of runs whose optimizer has no posterior'
+    add('--laplace', action='store_true', help=help)
     add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
     add('--ensemble', action='store_true', help='also the average over all given runs')
     add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
@@ -77,7 +79,7 @@ def main(argv=None):
         for run in args.resultsfolder:
             if several and not args.reuse:
                 print(f'\n{run}')
-            results.append(read_again(run, args) if args.reuse else evaluate(run, args))
+            results += read_again(run, args) if args.reuse else [evaluate(run, args)]
         if several:
             compare(results, args)
 
@@ -98,6 +100,7 @@ def evaluate(run, args):
         dataset_folder=args.datasetfolder,
         batch_size=args.testbatchsize,
         bn_refresh=args.bnrefresh,
+        with_laplace=args.laplace,
     )
     num_samples = args.testmc[-1]
     unknown = {name: evaluation.read_unknown(subject, name) for name in args.ood}
@@ -116,6 +119,7 @@ def evaluate(run, args):
         'testmc': num_samples,
         'bins': args.bins,
         'bnrefresh': args.bnrefresh,
+        'laplace': args.laplace,
         **measured,
     }
     print_metrics(measured, num_samples)
@@ -132,26 +136,42 @@ def evaluate(run, args):
         results['corruptions'] = evaluation.all_corrupted(subject, *corrupted, num_samples, args.bins)
         print_corruptions(results['corruptions'], measured, num_samples)
 
-    mark = '' if args.split == 'test' else f'-{args.split}'
+    mark = _mark(args.split, args.laplace)
     evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
     runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
     if args.plots:
         print(f'\npictures: {draw(run, subject, prediction, results)}')
-    return comparison.Result(config['flags'], subject.labels, prediction.probs_at_mean, prediction.probs, num_samples)
+    flags_shown = _with_posterior(config['flags'], args.laplace)
+    return comparison.Result(flags_shown, subject.labels, prediction.probs_at_mean, prediction.probs, num_samples)
+
+
+def _mark(split, laplace):
+    """What tells the files of an evaluation from those of the usual one."""
+    return ('' if split == 'test' else f'-{split}') + ('-laplace' if laplace else '')
+
+
+def _with_posterior(flags, laplace):
+    return flags | {'optim': f'{flags["optim"]} laplace'} if laplace else flags
 
 
 def read_again(run, args):
-    """The comparison.Result of a run that was evaluated before."""
+    """The comparison.Results of a run that was evaluated before, with its own posterior, Laplace's or both."""
     import comparison
     import evaluation
     import runs
 
     config = runs.read_config(run)
-    mark = '' if args.split == 'test' else f'-{args.split}'
-    labels, prediction, num_samples = evaluation.read_predictions(run / f'predictions{mark}.npz')
-    return comparison.Result(
-        vars(flags_of(config, run)), labels, prediction.probs_at_mean, prediction.probs, num_samples
-    )
+    config_flags = vars(flags_of(config, run))
+    files = {laplace: run / f'predictions{_mark(args.split, laplace)}.npz' for laplace in (False, True)}
+    results = []
+    for laplace, path in files.items():
+        if path.exists() or not any(other.exists() for other in files.values()):
+            labels, prediction, num_samples = evaluation.read_predictions(path)
+            flags_shown = _with_posterior(config_flags, laplace)
+            results.append(
+                comparison.Result(flags_shown, labels, prediction.probs_at_mean, prediction.probs, num_samples)
+            )
+    return results
 
 
 def compare(results, args):
@@ -159,7 +179,7 @@ def compare(results, args):
     import comparison
     import tables
 
-    comparison.check(results, args.resultsfolder)
+    comparison.check(results)
     rows = comparison.rows([*results, *comparison.ensembles(results)] if args.ensemble else results)
     values = comparison.values(rows, results[0].labels, args.bins)
     order = comparison.order(values)

@@ -108,6 +108,23 @@ def test_batch_statistics_over_training_batches(flags_of, small_resnet18, capsys
     )
 
 
+def test_laplace(trained, flags_of, tmp_path, capsys):
+    """Samples around SGD's weights; its files stand beside the others, and --reuse compares both."""
+    run = trained(optim='sgd')
+    evaluate.main([f'--resultsfolder={run}', '--testmc=4'])
+    evaluate.main([f'--resultsfolder={run}', '--testmc=4', '--laplace'])
+    usual, with_laplace = results_of(run), results_of(run, 'metrics-laplace')
+    assert usual['mean'] == with_laplace['mean'] and usual['average']['mutual_information'] < 1e-9
+    assert with_laplace['average']['mutual_information'] > 1e-4
+    other = trained(optim='bsam')
+    assert '--laplace: bsam has a posterior of its own' in error_of([f'--resultsfolder={other}', '--laplace'], capsys)
+    evaluate.main([f'--resultsfolder={other}', '--testmc=4'])
+    capsys.readouterr()
+    evaluate.main(['--resultsfolder', str(run), str(other), '--reuse'])
+    out = capsys.readouterr().out
+    assert 'sgd, mean' in out and 'sgd laplace, 4 samples' in out and 'bsam, 4 samples' in out
+
+
 def test_several_runs(trained, tmp_path, capsys):
     """Two methods, one with two seeds; the same tables from the predictions alone."""
     for optim, seed in (('sgd', 0), ('bsam', 0), ('bsam', 1)):

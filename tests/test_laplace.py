@@ -1,0 +1,53 @@
+"""The Laplace approximation of a last layer against the Hessian that JAX differentiates, and moments of its samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import laplace
+import models
+
+FEATURES = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+
+
+def outputs_of(head):
+    def outputs(images):
+        features = jnp.asarray(FEATURES)[images]
+        return features @ head['kernel'] + head['bias'][None], features
+
+    return outputs
+
+
+def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
+    """With zero weights all images have the same probabilities, so that A ⊗ B is the Hessian itself."""
+    head = {'kernel': jnp.zeros((2, 3)), 'bias': jnp.zeros(3)}
+    factors = laplace.fit(outputs_of(head), np.arange(6), batch_size=4, num_data=60, prior_precision=2.0)
+
+    def loss(weights):
+        head = {'kernel': weights[:-1], 'bias': weights[-1]}
+        logits, _ = outputs_of(head)(np.arange(6))
+        return -60 * jax.nn.log_softmax(logits)[:, 0].mean() + jnp.square(weights).sum()
+
+    hessian = jax.hessian(loss)(jnp.zeros((3, 3))).reshape(9, 9)
+    draw = jax.vmap(lambda key: laplace.sample(factors, {'head': head, 'other': jnp.ones(1)}, key, layer='head'))
+    drawn = draw(jax.random.split(jax.random.key(0), 60_000))
+    weights = np.concatenate([drawn['head']['kernel'], drawn['head']['bias'][:, None]], axis=1).reshape(-1, 9)
+    expected = np.linalg.inv(hessian)
+    np.testing.assert_allclose(np.cov(weights.T), expected, atol=0.02 * np.abs(expected).max())
+    assert (drawn['other'] == 1).all()
+
+
+@pytest.mark.parametrize('name', ['mlp', 'lenet', 'resnet20'])
+def test_features_enter_the_last_layer(name):
+    model = models.create(name, 10)
+    images = jax.random.normal(jax.random.key(0), (3, 32, 32, 1))
+    variables = model.init(jax.random.key(1), images, train=False)
+    apply = models.with_features(lambda images: model.apply(variables, images, train=False), models.LAST_LAYERS[name])
+    logits, features = jax.jit(apply)(images)
+    head = variables['params'][models.LAST_LAYERS[name]]
+    np.testing.assert_allclose(features @ head['kernel'] + head['bias'][None], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_network_names_its_last_layer():
+    assert models.LAST_LAYERS.keys() == models.MODELS.keys()
