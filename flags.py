@@ -42,7 +42,10 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(args).items() if value is not unset}
 
     def from_values(self, values, without=()):
-        """A Namespace of all flags but those named, from plain values held to the bounds of each. Raises ValueError."""
+        """A Namespace of all flags but those named, from plain values held to the bounds of each. Raises ValueError.
+
+        A flag that is not among the values is one that there was not yet when they were written: it has its default.
+        """
         actions = [action for action in self._actions if action.dest not in ('help', *without)]
         unknown = sorted(set(values) - {action.dest for action in actions})
         if unknown:
@@ -59,7 +62,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def _checked_value(action, values):
     if action.dest not in values:
-        raise ValueError(f'--{action.dest} is missing')
+        return action.default
     value = values[action.dest]
     if value is None and action.default is None:
         return None

@@ -1,7 +1,7 @@
 """The Laplace approximation of a trained network's last layer, a posterior after the fact (Daxberger et al., 2021).
 
-The Hessian of the loss by the last layer's weights is approximated by Kronecker factors A ⊗ B (Ritter et al., 2018): A
-is the mean of φφᵀ over the features φ that enter the layer, 1 for its bias appended, and B that of diag(p) − ppᵀ over the
+The Hessian of the loss by the last layer's weights is approximated by Kronecker factors A ⊗ B (Ritter et al., 2018):
+A is the mean of φφᵀ over the features φ that enter the layer, 1 for its bias appended, B that of diag(p) − ppᵀ over the
 predicted probabilities p. The posterior is N(w, (N A ⊗ B + τ I)⁻¹) with the prior precision τ of the training.
 """
 

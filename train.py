@@ -59,13 +59,22 @@ def parse_args(argv=None):
 
 def _choose_own_flags(parser, args):
     """Sets the optimizer's defaults where no flag was given; an error for flags of other optimizers."""
-    own = OPTIMIZERS[args.optim]
-    for name in {name for others in OPTIMIZERS.values() for name in others}:
-        if getattr(args, name) is None:
-            setattr(args, name, own.get(name))
-        elif name not in own:
-            takes = ', '.join(f'--{other}' for other in own)
+    for name in _OWN_FLAGS - OPTIMIZERS[args.optim].keys():
+        if getattr(args, name) is not None:
+            takes = ', '.join(f'--{other}' for other in OPTIMIZERS[args.optim])
             parser.error(f'--{name} is no flag of {args.optim}, which takes {takes}')
+    _set_defaults(args)
+
+
+def _set_defaults(args):
+    """The optimizer's defaults where there is no value; None for flags of other optimizers."""
+    own = OPTIMIZERS[args.optim]
+    for name in _OWN_FLAGS:
+        if name not in own or getattr(args, name) is None:
+            setattr(args, name, own.get(name))
+
+
+_OWN_FLAGS = {name for own in OPTIMIZERS.values() for name in own}
 
 
 def flags_of(config, run):
@@ -73,9 +82,11 @@ def flags_of(config, run):
     import runs
 
     try:
-        return create_parser().from_values(config['flags'], without=('resume', 'checkpoint'))
+        args = create_parser().from_values(config['flags'], without=('resume', 'checkpoint'))
     except (ValueError, KeyError, TypeError) as error:
         raise runs.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
+    _set_defaults(args)
+    return args
 
 
 def continued(args, given, run):

@@ -137,6 +137,16 @@ def test_absurd_config(part, name, value, message, run, capsys):
     assert message in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
 
 
+def test_config_from_before_a_flag_was_there(run):
+    """A flag that is missing has its default, which is what was done then."""
+    config = runs.read_config(run)
+    del config['flags']['validation'], config['flags']['bnupdate'], config['flags']['eta']
+    runs.write_config(run, config)
+    evaluate.main([f'--resultsfolder={run}'])
+    args = train.flags_of(runs.read_config(run), run)
+    assert (args.validation, args.bnupdate, args.eta) == (0.0, 'both', None)
+
+
 def test_damaged_log_is_written_again_from_the_checkpoint(run):
     log = read_log(run)
     (run / 'log.jsonl').write_text('{"epoch": 0, "lo')
