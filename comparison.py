@@ -9,6 +9,7 @@ import numpy as np
 
 import bootstrap
 import metrics
+import runs
 import tables
 
 # Flags that do not make a method another one.
@@ -181,10 +182,10 @@ def _resampled(tested, probs, labels):
 
 
 def write(folder, rows, values):
-    """comparison.md, .csv and .tex in a folder; returns their paths."""
+    """comparison.md, .csv and .tex in a folder; returns their paths. Raises RunError."""
     main, full = main_table(rows, values, bold=True), full_table(rows, values)
     texts = {'md': tables.markdown(*main), 'csv': tables.comma_separated(*full), 'tex': tables.latex(*main)}
     paths = [Path(folder) / f'comparison.{suffix}' for suffix in texts]
     for path, text in zip(paths, texts.values(), strict=True):
-        path.write_text(text)
+        runs.write_bytes(path, text.encode())
     return paths

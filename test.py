@@ -216,8 +216,11 @@ def draw(run, subject, prediction, results):
             for at, title in (('mean', 'at the mean'), ('average', average))
         }
         figures['severities'] = plots.severities(curves)
-    for name, figure in figures.items():
-        plots.save(figure, run / 'plots', name)
+    try:
+        for name, figure in figures.items():
+            plots.save(figure, run / 'plots', name)
+    except OSError as error:
+        raise runs.RunError(f'{run / "plots"} cannot be written: {error.strerror}') from error
     return run / 'plots'
 
 

@@ -148,5 +148,7 @@ def test_several_runs(trained, tmp_path, capsys):
     again = capsys.readouterr().out
     assert again.split('written')[0].strip() == tables.split('written')[0].strip()
     assert (tmp_path / 'comparison.md').read_text() == written['.md']
+    error = error_of([f'--resultsfolder={pattern}', '--reuse', f'--output={tmp_path}/absent'], capsys)
+    assert 'absent/comparison.md cannot be written' in error
     (folder / 'sgd' / 'run_0' / 'predictions.npz').write_bytes(b'damaged')
     assert 'predictions.npz is missing or damaged' in error_of([f'--resultsfolder={pattern}', '--reuse'], capsys)
