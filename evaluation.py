@@ -15,6 +15,7 @@ import bootstrap
 import checkpoints
 import corruptions
 import data
+import devices
 import experiments
 import laplace
 import metrics
@@ -40,12 +41,12 @@ class Subject(NamedTuple):
     posterior: posteriors.Posterior
 
 
-def load(run, config, *, split, step, dataset_folder, batch_size, bn_refresh, with_laplace):
+def load(run, config, mesh, *, split, step, dataset_folder, batch_size, bn_refresh, with_laplace):
     """The Subject of a run. Raises DataError, ModelError and RunError.
 
-    config: as from runs.read_config; step: a checkpoint, None for the newest; bn_refresh: training batches over which
-    batch statistics of each weights are estimated again, None for those of training; with_laplace: the posterior is a
-    Laplace approximation of the last layer.
+    config: as from runs.read_config; mesh: the devices that share the work; step: a checkpoint, None for the newest;
+    bn_refresh: training batches over which batch statistics of each weights are estimated again, None for those of
+    training; with_laplace: the posterior is a Laplace approximation of the last layer.
     """
     flags = config['flags']
     data.check_description(config['dataset'], run / 'config.json')
@@ -53,6 +54,7 @@ def load(run, config, *, split, step, dataset_folder, batch_size, bn_refresh, wi
         raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
     experiment = experiments.create(config)
     _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
+    state = devices.replicate(state, mesh)
     folder = dataset_folder or flags['datasetfolder']
     dataset = data.dataset(flags['dataset'], folder)
     train = dataset.read('train') if flags['validation'] or bn_refresh or with_laplace else None

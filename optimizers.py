@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import optax
 from jax import tree
 from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec as P
 
 
 class Optimizer(NamedTuple):
@@ -169,7 +170,7 @@ def bsam(
         return tree.map(lambda w, e, s: w + e / jnp.sqrt(num_data * s), state.params, noise, state.precision)
 
     def step(state, batch, lr_factor=1.0):
-        def sharpness_aware_gradient(sub_batch, key):
+        def sharpness_aware_gradient(state, sub_batch, key):
             (_, first), grads = value_and_grad(sample(state, key), state.batch_stats, sub_batch)
             magnitude = tree.map(jnp.abs, grads)
             perturbed = tree.map(lambda w, g, s: w + rho * g / s, state.params, grads, state.precision)
@@ -178,7 +179,7 @@ def bsam(
             return (grads, magnitude), value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = _over_sub_batches(sharpness_aware_gradient, batch, batchsplit, step_key)
+        averages, value, batch_stats = _over_sub_batches(sharpness_aware_gradient, state, batch, batchsplit, step_key)
         state = update(state, *averages, alpha * lr_factor)
         return state._replace(batch_stats=batch_stats, key=key), value
 
@@ -328,14 +329,14 @@ def ivon(loss, *, alpha, beta1, beta2, weight_decay, num_data, hessinit, clip=ma
         return tree.map(jnp.add, state.params, deviation(state, key))
 
     def step(state, batch, lr_factor=1.0):
-        def gradient(sub_batch, key):
+        def gradient(state, sub_batch, key):
             moved = deviation(state, key)
             theta = tree.map(jnp.add, state.params, moved)
             (value, batch_stats), grads = value_and_grad(theta, state.batch_stats, sub_batch)
             return (grads, tree.map(jnp.multiply, moved, grads)), value, batch_stats
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = _over_sub_batches(gradient, batch, batchsplit, step_key, trainmc)
+        averages, value, batch_stats = _over_sub_batches(gradient, state, batch, batchsplit, step_key, trainmc)
         return update(state, *averages, alpha * lr_factor)._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, products, rate):
@@ -439,14 +440,14 @@ def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate):
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def gradient(state, batch):
-        def of_sub_batch(sub_batch, _):
+        def of_sub_batch(state, sub_batch, _):
             (_, first), grads = value_and_grad(state.params, state.batch_stats, sub_batch)
             before = state.batch_stats if bnupdate == 'second' else first
             (value, second), grads = value_and_grad(perturb(state.params, grads), before, sub_batch)
             return grads, value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        grads, value, batch_stats = _over_sub_batches(of_sub_batch, batch, batchsplit, step_key)
+        grads, value, batch_stats = _over_sub_batches(of_sub_batch, state, batch, batchsplit, step_key)
         return state._replace(batch_stats=batch_stats, key=key), grads, value
 
     return gradient
@@ -471,26 +472,50 @@ def _normal_like(key, params):
     return unravel(noise.reshape(-1)[: flat.size])
 
 
-def _over_sub_batches(gradient, batch, batchsplit, key, repeats=1):
-    """Calls gradient(sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches, one after another.
+def _over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1):
+    """Calls gradient(state, sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches.
 
-    Each is taken `repeats` times, with another key.
-
-    Returns the averages of grads and value, and the batch statistics of the first sub-batch. `vmap` over
-    sub-batches would give every one its own weights and turn convolutions into slow grouped ones.
+    Each is taken `repeats` times, with another key. Returns the averages of grads and value, and the batch statistics
+    of the first sub-batch. They are taken one after another: `vmap` would give every one its own weights and turn
+    convolutions into slow grouped ones. Under a mesh of several devices each takes its share of them.
     """
     sub_batches = tree.map(lambda x: jnp.repeat(_split(x, batchsplit), repeats, axis=0), batch)
     keys = jax.random.split(key, batchsplit * repeats)
-    grads, _, _ = jax.eval_shape(gradient, *tree.map(lambda x: x[0], (sub_batches, keys)))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        totals = _totals(gradient, state, sub_batches, keys)
+    else:
+        axis = mesh.axis_names[0]
+        share = jax.shard_map(
+            lambda *shares: _over_devices(_totals(gradient, *shares), axis),
+            in_specs=(P(), P(axis), P(axis)),
+            out_specs=P(),
+            check_vma=False,
+        )
+        totals = share(state, sub_batches, keys)
+    grads, value, batch_stats = totals
+    return *tree.map(lambda x: x / len(keys), (grads, value)), batch_stats
+
+
+def _totals(gradient, state, sub_batches, keys):
+    """The sums of grads and value over sub-batches, and the batch statistics of the first."""
+    first = tree.map(lambda x: x[0], (sub_batches, keys))
+    grads, _, _ = jax.eval_shape(gradient, state, *first)
 
     def accumulate(total, inputs):
-        grads, value, batch_stats = gradient(*inputs)
+        grads, value, batch_stats = gradient(state, *inputs)
         return tree.map(jnp.add, total, grads), (value, batch_stats)
 
     zeros = tree.map(lambda g: jnp.zeros(g.shape, g.dtype), grads)
-    total, (values, batch_stats) = jax.lax.scan(accumulate, zeros, (sub_batches, keys))
-    grads = tree.map(lambda g: g / len(keys), total)
-    return grads, values.mean(), tree.map(lambda x: x[0], batch_stats)
+    grads, (values, batch_stats) = jax.lax.scan(accumulate, zeros, (sub_batches, keys))
+    return grads, values.sum(), tree.map(lambda x: x[0], batch_stats)
+
+
+def _over_devices(totals, axis):
+    """Sums over devices, but of batch statistics those of the first device."""
+    grads, value, batch_stats = totals
+    of_first = tree.map(lambda x: jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros((), x.dtype)), batch_stats)
+    return jax.lax.psum((grads, value, of_first), axis)
 
 
 def _split(x, batchsplit):

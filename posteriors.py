@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import devices
 import metrics
 
 
@@ -18,7 +19,8 @@ def logits(apply, params, batch_stats, images, batch_size):
     """
     batch_size = min(batch_size, len(images))
     full = len(images) // batch_size * batch_size
-    whole = jax.lax.map(partial(apply, params, batch_stats), images[:full].reshape(-1, batch_size, *images.shape[1:]))
+    batches = devices.spread(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
+    whole = jax.lax.map(partial(apply, params, batch_stats), batches)
     parts = [whole.reshape(full, -1)]
     if full < len(images):
         parts.append(apply(params, batch_stats, images[full:]))

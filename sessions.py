@@ -12,6 +12,7 @@ import numpy as np
 
 import checkpoints
 import data
+import devices
 import experiments
 import metrics
 import runs
@@ -36,6 +37,7 @@ class Session(NamedTuple):
 
     run: Path
     args: argparse.Namespace
+    mesh: jax.sharding.Mesh
     experiment: experiments.Experiment
     images: Images
     augmented: bool
@@ -53,6 +55,7 @@ def begin(args, held):
 
     Raises DataError, ModelError and RunError.
     """
+    mesh = _share(args)
     config, augmented, images = _read(args)
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)
@@ -60,7 +63,7 @@ def begin(args, held):
     run = runs.create(args.resultsfolder, args.dataset, args.model, args.optim)
     held.enter_context(runs.locked(run))
     runs.write_config(run, config | {'num_data': experiment.num_data} | runs.environment())
-    return Session(run, args, experiment, images, augmented, state, checkpoints.Progress())
+    return Session(run, args, mesh, experiment, images, augmented, state, checkpoints.Progress())
 
 
 def resume(run, args, before, held, step=None):
@@ -69,6 +72,7 @@ def resume(run, args, before, held, step=None):
     before: the run's configuration; args may have other paths and more epochs. Raises DataError, ModelError, RunError.
     """
     held.enter_context(runs.locked(run))
+    mesh = _share(args)
     config, augmented, images = _read(args)
     if config['dataset'] != before['dataset']:
         raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
@@ -78,7 +82,17 @@ def resume(run, args, before, held, step=None):
     checkpoints.discard_after(run, step)
     runs.write_config(run, before | config)
     runs.write_log(run, progress.log)
-    return Session(run, args, experiment, images, augmented, state, progress)
+    return Session(run, args, mesh, experiment, images, augmented, state, progress)
+
+
+def _share(args):
+    """The mesh of devices, if each of them can have an equal share of a batch. Raises DeviceError."""
+    mesh = devices.create_mesh(args.devices)
+    if args.batchsplit is None:
+        devices.require_divisible('--batchsize', args.batchsize, mesh)
+    elif args.batchsplit * (args.trainmc or 1) % mesh.size:
+        devices.require_divisible('--batchsplit', args.batchsplit, mesh)
+    return mesh
 
 
 def _read(args):
@@ -98,16 +112,20 @@ class Trainer:
 
     def __init__(self, session, stop, report):
         self.session, self.stop, self.report = session, stop, report
-        self.args, self.experiment, self.images = session.args, session.experiment, jax.device_put(session.images)
+        self.args, self.experiment = session.args, session.experiment
+        _, data_key, _ = experiments.keys(self.args.randomseed)
+        self.images, self.data_key = devices.replicate((session.images, data_key), session.mesh)
         self.steps = len(self.images.train) // self.args.batchsize
-        _, self.data_key, _ = experiments.keys(self.args.randomseed)
         self.step = training.step_function(self.experiment.optimizer, self._prepare)
         self.log_failed = False
 
     def run(self):
         """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
-        state, progress = self.session.state, self.session.progress
-        with checkpoints.Writer(self.session.run, self.steps, self.args.keepbest, self.report.warn) as writer:
+        state, progress = devices.replicate(self.session.state, self.session.mesh), self.session.progress
+        with (
+            jax.set_mesh(self.session.mesh),
+            checkpoints.Writer(self.session.run, self.steps, self.args.keepbest, self.report.warn) as writer,
+        ):
             while progress.epoch <= self.args.epochs and not self.stop.signal:
                 state, progress = self._take_steps(state, progress, writer)
                 if self.stop.signal:
@@ -169,14 +187,13 @@ class Trainer:
 
     def _start_epoch(self, progress):
         """The epoch on the device, as it was after progress.step steps, and its lr_factor there."""
-        sent = jax.device_put(
-            {
-                'number': np.int32(progress.epoch),
-                'step': np.int32(progress.step),
-                'loss': np.float32(progress.loss),
-                'lr_factor': np.float32(progress.lr_factor),
-            }
-        )
+        numbers = {
+            'number': np.int32(progress.epoch),
+            'step': np.int32(progress.step),
+            'loss': np.float32(progress.loss),
+            'lr_factor': np.float32(progress.lr_factor),
+        }
+        sent = devices.replicate(numbers, self.session.mesh)
         epoch = training.start_epoch(self.data_key, sent['number'], len(self.images.train), self.args.batchsize)
         return epoch._replace(step=sent['step'], loss=sent['loss']), sent['lr_factor']
 

@@ -42,6 +42,11 @@ def parse_args(argv=None):
     add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
     help = 'folder of the tables of several runs; without it the one that all of them are in'
     add('--output', type=Path, help=help)
+    add(
+        '--devices',
+        type=flags.integer(1),
+        help='devices that share the images of a batch; all that there are by default',
+    )
     flags.add_compilecache(parser)
     args = parser.parse_args(argv)
     args.testmc = sorted(set(args.testmc))
@@ -67,24 +72,30 @@ def main(argv=None):
     args = parse_args(argv)
 
     # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
+    import jax
+
     import comparison
     import data
+    import devices
     import models
     import runs
 
     flags.use_compilecache(args.compilecache)
-    with flags.one_line_errors('test.py', data.DataError, models.ModelError, runs.RunError, comparison.ComparisonError):
+    errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError, comparison.ComparisonError
+    with flags.one_line_errors('test.py', *errors):
         several = len(args.resultsfolder) > 1
         results = []
+        mesh = devices.create_mesh(args.devices)
         for run in args.resultsfolder:
             if several and not args.reuse:
                 print(f'\n{run}')
-            results += read_again(run, args) if args.reuse else [evaluate(run, args)]
+            with jax.set_mesh(mesh):
+                results += read_again(run, args) if args.reuse else [evaluate(run, args, mesh)]
         if several:
             compare(results, args)
 
 
-def evaluate(run, args):
+def evaluate(run, args, mesh):
     """Prints and writes all that the flags ask for of one run; returns its comparison.Result."""
     import comparison
     import evaluation
@@ -95,6 +106,7 @@ def evaluate(run, args):
     subject = evaluation.load(
         run,
         config,
+        mesh,
         split=args.split,
         step=args.checkpoint,
         dataset_folder=args.datasetfolder,

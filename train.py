@@ -39,7 +39,9 @@ PRECISIONS = ('float32', 'bfloat16')
 BNUPDATES = ('both', 'first', 'second')
 
 # Flags that may be given with --resume and another value than the run has.
-MAY_CHANGE = ('epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize')
+MAY_CHANGE = (
+    'epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize', 'devices',
+)  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -144,6 +146,8 @@ def create_parser():
     add('--datasetfolder', default='datasets', help='folder of the data sets')
     help = 'the run is kept in RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K'
     add('--resultsfolder', default='results', help=help)
+    help = 'devices that share batches, or the sub-batches of optimizers that have them; all that there are by default'
+    add('--devices', type=flags.integer(1), help=help)
     help = 'what networks compute in; weights, optimizer state, statistics and loss are float32'
     parser.add_choice('--precision', PRECISIONS, default='float32', help=help)
     flags.add_compilecache(parser)
@@ -192,12 +196,14 @@ def main(argv=None):
     with signals.Stop() as stop, contextlib.ExitStack() as held:
         # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
         import data
+        import devices
         import models
         import runs
         import sessions
 
         flags.use_compilecache(args.compilecache)
-        with flags.one_line_errors('train.py', data.DataError, models.ModelError, runs.RunError):
+        errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError
+        with flags.one_line_errors('train.py', *errors):
             run, step = args.resume, args.checkpoint
             del args.resume, args.checkpoint
             args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import data
+import devices
 import models
 
 
@@ -55,7 +56,7 @@ def step_function(optimizer, prepare):
 
     @partial(jax.jit, donate_argnames=('state', 'epoch'))
     def step(state, epoch, images, labels, lr_factor):
-        chosen = epoch.batches[epoch.step]
+        chosen = devices.spread(epoch.batches[epoch.step])
         batch = prepare(jax.random.fold_in(epoch.key, epoch.step), images[chosen]), labels[chosen]
         state, loss = optimizer.step(state, batch, lr_factor)
         return state, epoch._replace(step=epoch.step + 1, loss=epoch.loss + loss), loss

@@ -64,6 +64,17 @@ class SmallResNet(nn.Module):
         return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
 
 
+class SmallResNet20(nn.Module):
+    """A convolution with filter response normalisation, and a head."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = models._ConvFRN(4, name='stem')(images)
+        return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
+
+
 @pytest.fixture
 def small_resnet18(monkeypatch):
     """Lets this process take SmallResNet for ResNet-18."""

@@ -213,7 +213,7 @@ def test_flags_of_other_optimizers_are_refused(capsys):
 
 def test_defaults_are_those_of_the_reference():
     args = vars(train.parse_args(['--optim=bsam']))
-    others = {'eta', 'swagstart', 'swagrate', 'swagrank', 'hessinit', 'clip', 'trainmc'}
+    others = {'devices', 'eta', 'swagstart', 'swagrate', 'swagrank', 'hessinit', 'clip', 'trainmc'}
     assert all(args.pop(name) is None for name in others)
     assert train.parse_args([]).optim == 'sgd'
     assert args == {
