@@ -281,12 +281,15 @@ def _channels_last(pixels):
 
 
 def _joined(parts):
-    """np.concatenate that empties the list of parts on its way and grows in place, so that nothing is held twice."""
-    joined = parts.pop(0)
+    """np.concatenate that empties the list of parts on its way: memory is taken when it is written to."""
+    if len(parts) == 1:
+        return parts.pop()
+    joined = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    end = 0
     while parts:
-        part, end = parts.pop(0), len(joined)
-        joined.resize((end + len(part), *part.shape[1:]), refcheck=False)
-        joined[end:] = part
+        part = parts.pop(0)
+        joined[end : end + len(part)] = part
+        end += len(part)
     return joined
 
 

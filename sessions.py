@@ -134,6 +134,8 @@ class Trainer:
                 progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
                 self._write_log(progress.log)
                 self.report.epoch(record)
+        if self.log_failed:  # as long as a checkpoint was being written, the disk may have been fuller than it is now
+            self._write_log(progress.log)
         return not (writer.failed or self.log_failed)
 
     def _prepare(self, key, batch):
