@@ -33,7 +33,6 @@ class Subject(NamedTuple):
     run: Path
     flags: dict
     progress: checkpoints.Progress
-    dataset: data.Dataset
     dataset_folder: str
     images: np.ndarray
     labels: np.ndarray
@@ -70,7 +69,7 @@ def load(run, config, mesh, *, split, step, dataset_folder, batch_size, bn_refre
     if with_laplace:
         sample = _laplace_sample(experiment, flags, state, batch_size, train[0])
     posterior = _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, dataset.augment)
-    return Subject(run, flags, progress, dataset, folder, images, labels, held_out, posterior)
+    return Subject(run, flags, progress, folder, images, labels, held_out, posterior)
 
 
 def _laplace_sample(experiment, flags, state, batch_size, images):

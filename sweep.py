@@ -1,0 +1,197 @@
+"""Train a grid or random draws of any flags of train.py, and rank the runs by validation metrics.
+
+python sweep.py sweep.toml --output results/sweep
+python sweep.py sweep.toml --output results/sweep --part $SLURM_ARRAY_TASK_ID/8
+
+    [flags]                  # of every run; images are kept out of training to choose by
+    dataset = 'digits'
+    validation = 0.2
+
+    [grid]                   # all combinations
+    optim = ['sgd', 'bsam']
+    randomseed = [0, 1]
+
+    [random]                 # so many draws of each combination, log-uniform between two numbers
+    draws = 8
+    alpha = [0.01, 1.0]
+"""
+
+import itertools
+import json
+import math
+import os
+import queue
+import random
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import flags
+import tables
+import train
+
+SCRIPTS = Path(__file__).parent
+SHOWN = ('nll', 'accuracy', 'ece')
+
+
+class SweepError(Exception):
+    """A sweep that is not what it should be, in one line for the user."""
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.splitlines()[0])
+    parser.add_argument('sweep', type=Path, help='the TOML file; its format stands at the top of sweep.py')
+    parser.add_argument('--output', type=Path, required=True, help='folder of the runs and of summary.md and .csv')
+    parser.add_argument('--part', type=_part, default=(0, 1), metavar='I/M', help='only every M-th run, from I on')
+    parser.add_argument('--jobs', type=flags.integer(1), help='runs at once; one a GPU by default, else one')
+    parser.add_argument('--testmc', type=flags.integer(1), default=8, help='posterior samples of the evaluation')
+    parser.add_argument('--summary', action='store_true', help='train nothing, only write the tables')
+    return parser.parse_args(argv)
+
+
+def _part(text):
+    """'I/M' as two whole numbers, I less than M."""
+    index, _, number = text.partition('/')
+    number = flags.integer(1)(number)
+    return flags.integer(0, below=number)(index), number
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with flags.one_line_errors('sweep.py', SweepError):
+        fixed, runs = read(args.sweep)
+        chosen = [] if args.summary else range(args.part[0], len(runs), args.part[1])
+        for number in chosen:
+            train.parse_args(_arguments(fixed | runs[number]))
+        succeeded = _run_all(args, fixed, runs, chosen)
+        print(summarise(args.output, runs))
+    if not succeeded:
+        sys.exit(1)
+
+
+def read(path):
+    """The flags of every run, and a list with the varied ones of each. Raises SweepError."""
+    try:
+        sweep = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SweepError(f'{path} cannot be read: {error}') from error
+    unknown = sweep.keys() - {'flags', 'grid', 'random'}
+    fixed, grid, ranges = (dict(sweep.get(name, {})) for name in ('flags', 'grid', 'random'))
+    draws = ranges.pop('draws', 1)
+    if unknown:
+        raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
+    if not fixed.get('validation'):
+        raise SweepError(f'{path} keeps no images out to choose by: set validation = 0.1 in [flags]')
+    if not all(isinstance(values, list) and values for values in grid.values()):
+        raise SweepError(f'{path}: each flag in [grid] has a list of values')
+    if not isinstance(draws, int) or draws < 1 or not all(map(_is_range, ranges.values())):
+        raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
+    rng = random.Random(0)
+    drawn = [{name: _log_uniform(rng, *bounds) for name, bounds in ranges.items()} for _ in range(draws)]
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return fixed, [combination | draw for combination in combinations for draw in drawn]
+
+
+def _is_range(bounds):
+    numbers = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+    return numbers and 0 < bounds[0] < bounds[1]
+
+
+def _log_uniform(rng, low, high):
+    return float(f'{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}')
+
+
+def _arguments(values):
+    """Flags as on the command line; a switch is given where it is true."""
+    given = {name: value for name, value in values.items() if value is not False}
+    return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
+
+
+def _run_all(args, fixed, runs, chosen):
+    """Returns whether all chosen runs are complete."""
+    gpus = _gpus()
+    jobs = args.jobs or len(gpus) or 1
+    free = queue.SimpleQueue()
+    for job in range(jobs):
+        free.put({'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} if gpus else {})
+
+    def one(number):
+        environment = free.get()
+        try:
+            return _run(args, number, fixed | runs[number], environment)
+        finally:
+            free.put(environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return all(list(pool.map(one, chosen)))
+
+
+def _gpus():
+    """The ids of the GPUs that CUDA_VISIBLE_DEVICES names, or all that nvidia-smi lists."""
+    if 'CUDA_VISIBLE_DEVICES' in os.environ:
+        return [gpu for gpu in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if gpu]
+    if shutil.which('nvidia-smi') is None:
+        return []
+    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True).stdout
+    return [str(i) for i, _ in enumerate(listed.splitlines())]
+
+
+def _run(args, number, values, environment):
+    """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns whether it is now."""
+    folder = args.output / f'{number:04}'
+    if _metrics(folder):
+        return True
+    begun = sorted(folder.glob('*/*/run_*/checkpoints/[0-9]*'))
+    if begun:
+        arguments = [f'--resume={begun[-1].parent.parent}']
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        arguments = [*_arguments(values), f'--resultsfolder={folder}']
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'output.txt', 'a') as output:
+        for script, more in (('train.py', arguments), ('test.py', ['--split=validation', f'--testmc={args.testmc}'])):
+            if script == 'test.py':
+                more = [f'--resultsfolder={next(folder.glob("*/*/run_*"))}', *more]
+            command = [sys.executable, SCRIPTS / script, *more]
+            done = subprocess.run(command, stdout=output, stderr=output, env=os.environ | environment)
+            if done.returncode:
+                print(f'{folder}: {script} ended with status {done.returncode}, see output.txt', file=sys.stderr)
+                return False
+    print(f'{folder}: validation nll {_metrics(folder)["nll"]}', flush=True)
+    return True
+
+
+def _metrics(folder):
+    """What test.py measured of the average over samples, None before it has."""
+    for path in folder.glob('*/*/run_*/metrics-validation.json'):
+        return json.loads(path.read_text())['average']
+    return None
+
+
+def summarise(output, runs):
+    """Writes summary.md and summary.csv, the run of least validation NLL first; returns the first."""
+    measured = [(number, run, _metrics(output / f'{number:04}')) for number, run in enumerate(runs)]
+    complete = [(number, run, found) for number, run, found in measured if found]
+    complete.sort(key=lambda entry: math.inf if entry[2]['nll'] is None else entry[2]['nll'])
+    varied = list(dict.fromkeys(name for run in runs for name in run))
+    header = ['run', *varied, *SHOWN]
+    rows = [
+        [f'{number:04}', *(str(run[name]) for name in varied), *(_cell(found[name]) for name in SHOWN)]
+        for number, run, found in complete
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    text = tables.markdown(header, rows) + f'\n{len(complete)} of {len(runs)} runs, by validation metrics\n'
+    (output / 'summary.md').write_text(text)
+    (output / 'summary.csv').write_text(tables.comma_separated(header, rows))
+    return text
+
+
+def _cell(value):
+    return 'nan' if value is None else f'{value:.4f}'
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,91 @@
+"""Sweeps: which runs they make, that they go on where they were, and the table of validation metrics."""
+
+import csv
+
+import pytest
+
+import sweep
+
+SWEEP = """
+[flags]
+dataset = 'mnist'
+model = 'mlp'
+datasetfolder = '{datasets}'
+validation = 0.25
+batchsize = 10
+epochs = 0
+warmup = 0
+noaugment = true
+
+[grid]
+optim = ['sgd', 'adam']
+
+[random]
+draws = 2
+alpha = [0.001, 0.1]
+"""
+
+
+@pytest.fixture
+def toml(datasets, tmp_path):
+    path = tmp_path / 'sweep.toml'
+    path.write_text(SWEEP.format(datasets=datasets))
+    return path
+
+
+def test_runs_of_a_sweep(toml):
+    """Every combination with the same draws, between the bounds."""
+    fixed, runs = sweep.read(toml)
+    assert fixed['noaugment'] is True and [run['optim'] for run in runs] == ['sgd', 'sgd', 'adam', 'adam']
+    alphas = [run['alpha'] for run in runs]
+    assert alphas[:2] == alphas[2:] and len(set(alphas)) == 2 and all(0.001 <= a <= 0.1 for a in alphas)
+    assert sweep.read(toml)[1] == runs
+    assert '--noaugment' in sweep._arguments(fixed) and '--validation=0.25' in sweep._arguments(fixed)
+
+
+def test_parts_and_going_on(toml, tmp_path, capsys):
+    """Half of a sweep, then the rest; complete runs are left as they are."""
+    output = tmp_path / 'sweep'
+    sweep.main([str(toml), f'--output={output}', '--part=1/2', '--testmc=1', '--jobs=2'])
+    assert '2 of 4 runs' in capsys.readouterr().out
+    first = {path: path.stat().st_mtime_ns for path in output.rglob('metrics-validation.json')}
+    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--jobs=2'])
+    assert '4 of 4 runs' in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
+    header, *rows = csv.reader((output / 'summary.csv').read_text().splitlines())
+    assert header == ['run', 'optim', 'alpha', 'nll', 'accuracy', 'ece']
+    assert sorted(row[0] for row in rows) == ['0000', '0001', '0002', '0003']
+    assert [float(row[3]) for row in rows] == sorted(float(row[3]) for row in rows)
+
+
+def test_a_run_that_fails(toml, tmp_path, capsys):
+    """The others are made; the status tells."""
+    head = toml.read_text().split('[grid]')[0]
+    toml.write_text(head + "[grid]\noptim = ['sgd']\nalpha = [0.01, 1e30]\n")
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(toml), f'--output={tmp_path / "sweep"}', '--testmc=1'])
+    out, error = capsys.readouterr()
+    assert (
+        stop.value.code == 1 and '0001: train.py ended with status 1, see output.txt' in error and '1 of 2 runs' in out
+    )
+    assert 'try a smaller --alpha' in (tmp_path / 'sweep' / '0001' / 'output.txt').read_text()
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'message'),
+    [
+        ('[grid]', '[grids]', 'has a table [grids]'),
+        ('validation = 0.25', '', 'keeps no images out to choose by'),
+        ("['sgd', 'adam']", "'sgd'", 'each flag in [grid] has a list of values'),
+        ('[0.001, 0.1]', '[0.1, 0.001]', 'two numbers, 0 < low < high'),
+        ('[flags]', '[flags', 'cannot be read'),
+        ("optim = ['sgd', 'adam']", 'rho = [0.1]', '--rho is no flag of sgd'),
+    ],
+)
+def test_what_is_refused(old, new, message, toml, tmp_path, capsys):
+    toml.write_text(toml.read_text().replace(old, new))
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(toml), f'--output={tmp_path / "sweep"}'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and message in error
+    assert not (tmp_path / 'sweep').exists()
