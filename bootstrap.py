@@ -30,7 +30,7 @@ def resampled(metrics, probs, labels):
 
 def interval(values):
     """The percentile interval (low, high) of a metric's values [R]; nan if one is, as an AUROC without errors."""
-    return tuple(float(x) for x in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return tuple(float(x) for x in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method='inverted_cdf'))
 
 
 def difference(values, other_values):

@@ -113,7 +113,9 @@ class Writer:
 
 
 def _accuracy(record):
-    return record['validation_accuracy'] if 'validation_accuracy' in record else record['test_accuracy']
+    """An epoch's accuracy, the lowest of all if it is no number, as after a divergence."""
+    accuracy = record['validation_accuracy'] if 'validation_accuracy' in record else record['test_accuracy']
+    return -1.0 if accuracy is None or math.isnan(accuracy) else accuracy
 
 
 def _require_room(folder, state):

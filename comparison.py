@@ -34,7 +34,8 @@ class Result(NamedTuple):
     labels: np.ndarray
     probs_at_mean: np.ndarray
     probs: np.ndarray
-    num_samples: int
+    num_samples: int | str
+    with_laplace: bool = False
 
 
 class Row(NamedTuple):
@@ -46,8 +47,16 @@ class Row(NamedTuple):
 
 def rows(results):
     """The Rows of results: a method at the mean, and averaged over samples where that makes a difference."""
-    methods = _methods(results)
-    return [Row(f'{name}, {of}', probs) for name, group in methods.items() for of, probs in _of_method(group)]
+    found = {}
+    for with_laplace in (False, True):
+        methods = _methods([result for result in results if result.with_laplace == with_laplace])
+        for name, group in methods.items():
+            at_mean, averaged = [r.probs_at_mean for r in group], [r.probs for r in group]
+            found.setdefault(f'{name}, mean', at_mean)
+            if not all(np.allclose(a, b, atol=1e-6) for a, b in zip(at_mean, averaged, strict=True)):
+                laplace = ' laplace' if with_laplace else ''
+                found[f'{name}{laplace}, {_num_samples(group)} samples'] = averaged
+    return [Row(name, probs) for name, probs in found.items()]
 
 
 def _methods(results):
@@ -58,11 +67,8 @@ def _methods(results):
     return dict(zip(_names(list(groups)), groups.values(), strict=True))
 
 
-def _of_method(group):
-    at_mean, averaged = [r.probs_at_mean for r in group], [r.probs for r in group]
-    yield 'mean', at_mean
-    if not all(np.allclose(a, b, atol=1e-6) for a, b in zip(at_mean, averaged, strict=True)):
-        yield f'{"/".join(sorted({str(r.num_samples) for r in group}))} samples', averaged
+def _num_samples(results):
+    return '/'.join(sorted({str(result.num_samples) for result in results}))
 
 
 def _method(flags):
@@ -80,19 +86,29 @@ def _names(methods):
     return names
 
 
-def check(results):
+def check_flags(flags, split):
+    """Raises a ComparisonError unless runs with these flags are of the same images and of different seeds."""
+    for other in flags:
+        for name in ('dataset', *(['validation'] if split == 'validation' else [])):
+            if other[name] != flags[0][name]:
+                values = f'--{name} {flags[0][name]} and --{name} {other[name]}'
+                raise ComparisonError(f'runs with {values} are not evaluated on the same images: compare those of one')
+    seeds = [(_method(f), f['randomseed']) for f in flags]
+    for twice in (seed for seed in seeds if seeds.count(seed) > 1):
+        optim = json.loads(twice[0])['optim']
+        raise ComparisonError(f'two runs of {optim} have the same flags and --randomseed {twice[1]}: leave one out')
+
+
+def check_labels(results):
     """Raises a ComparisonError unless all results are of the same images."""
-    for result in results:
-        sets = [r.flags['dataset'] for r in (results[0], result)]
-        if sets[0] != sets[1] or not np.array_equal(result.labels, results[0].labels):
-            raise ComparisonError(
-                f'runs of {sets[0]} and {sets[1]} have different test images: compare those of one set'
-            )
+    if not all(np.array_equal(result.labels, results[0].labels) for result in results):
+        raise ComparisonError('the runs were evaluated on different images: evaluate them again, without --reuse')
 
 
 def ensembles(results):
     """Deep ensembles (Lakshminarayanan et al., 2017), averages of runs with their posterior samples: one of each
-    method that has several runs, and one of all where there are several methods."""
+    method that has several runs, and one of all where there are several methods. Laplace approximations stay out."""
+    results = [result for result in results if not result.with_laplace]
     methods = _methods(results)
     groups = {f'{name} ensemble': group for name, group in methods.items() if len(group) > 1}
     if len(methods) > 1:
@@ -102,7 +118,7 @@ def ensembles(results):
 
 def _ensemble(name, results):
     at_mean, averaged = (np.mean([getattr(r, part) for r in results], axis=0) for part in ('probs_at_mean', 'probs'))
-    return Result({'optim': name}, results[0].labels, at_mean, averaged, results[0].num_samples)
+    return Result({'optim': name}, results[0].labels, at_mean, averaged, _num_samples(results))
 
 
 def values(rows, labels, num_bins):
@@ -113,13 +129,14 @@ def values(rows, labels, num_bins):
 
 def order(values):
     """Row numbers, that of the lowest NLL first: it is a proper score, of accuracy and calibration at once."""
-    return sorted(range(len(values)), key=lambda i: np.mean(values[i]['nll']))
+    nlls = [np.mean(v['nll']) for v in values]
+    return sorted(range(len(values)), key=lambda i: (np.isnan(nlls[i]), nlls[i]))
 
 
 def main_table(rows, values, bold):
     """Header and rows: mean ± standard deviation over the runs of a method, the best value of a column `bold`."""
     means = {name: [round(float(np.mean(v[name])), 4) for v in values] for name in SHOWN}
-    best = {name: _best(name)(column) for name, column in means.items()}
+    best = {name: _best(name, column) for name, column in means.items()}
     header = ['method', 'runs', *SHOWN]
     cells = [
         [row.name, str(len(row.probs)), *(_cell(name, v[name], bold and best[name]) for name in SHOWN)]
@@ -128,8 +145,9 @@ def main_table(rows, values, bold):
     return header, cells
 
 
-def _best(name):
-    return np.nanmax if name in _HIGHER_IS_BETTER else np.nanmin
+def _best(name, column):
+    numbers = [value for value in column if not np.isnan(value)]
+    return (max if name in _HIGHER_IS_BETTER else min)(numbers, default=None)
 
 
 def _cell(name, values, best):

@@ -18,8 +18,6 @@ from data import DataError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-_NUM_OFFICIAL = 10_000  # images of a severity in an official file
-
 
 def corrupt(name, severity, images):
     """uint8 [N, H, W, C] with the corruption `name` of CORRUPTIONS at a severity from 1 to 5."""
@@ -27,33 +25,32 @@ def corrupt(name, severity, images):
     return function(amounts[severity - 1], images)
 
 
-def read_official(folder, num_test):
-    """The corruptions of an official folder: {name: function(severity) -> uint8 [N, H, W, C]}, and labels int32 [N].
+def read_official(folder, shape, labels):
+    """The corruptions of an official folder, {name: function(severity) -> uint8 [N, H, W, C]}. Raises DataError.
 
-    Raises DataError.
+    They are of test images of a shape [H, W, C] with these labels, int [N].
     """
     folder = Path(folder)
-    labels = _load(folder / 'labels.npy')
     names = sorted(path.stem for path in folder.glob('*.npy') if path.name != 'labels.npy')
+    held = _load(folder / 'labels.npy')
     if not names:
         raise DataError(f'{folder} holds no corruptions: unpack CIFAR-10-C.tar or CIFAR-100-C.tar there')
-    if labels.shape != (5 * num_test,) or labels.dtype.kind not in 'iu':
-        raise DataError(f'{folder / "labels.npy"} holds {labels.dtype} {labels.shape}, not 5 × {num_test} labels')
-    return {name: partial(_official, folder / f'{name}.npy', num_test) for name in names}, labels[:num_test].astype(
-        np.int32
-    )
+    if not np.array_equal(held, np.tile(labels, len(SEVERITIES))):
+        raise DataError(f'{folder / "labels.npy"} has other labels than the test images: it is of another data set')
+    arrays = {name: _load(folder / f'{name}.npy') for name in names}
+    for name, array in arrays.items():
+        if array.dtype != np.uint8 or array.shape != (len(held), *shape):
+            raise DataError(f'{folder / name}.npy holds {array.dtype} {array.shape}, not uint8 {(len(held), *shape)}')
+    return {name: partial(_official, array, len(labels)) for name, array in arrays.items()}
 
 
-def _official(path, num_test, severity):
-    images = _load(path)
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != 5 * num_test:
-        raise DataError(f'{path} holds {images.dtype} {images.shape}, not uint8 [{5 * num_test}, H, W, C]')
-    return np.array(images[(severity - 1) * num_test : severity * num_test])
+def _official(array, num_images, severity):
+    return np.array(array[(severity - 1) * num_images : severity * num_images])
 
 
 def _load(path):
     try:
-        return np.load(path, mmap_mode='r')
+        return np.lib.format.open_memmap(path, mode='r')
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f'{path} is missing or no array of numbers: {error}') from error
 

@@ -673,7 +673,8 @@ def download(official, path):
             f'{path} is missing and could not be fetched ({reason}): download {official.url} and put it there'
         ) from error
     finally:
-        partial_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial_path.unlink(missing_ok=True)
 
 
 def _partial_path(path):

@@ -3,6 +3,8 @@
 import io
 import math
 import os
+import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +78,8 @@ def _laplace_sample(experiment, flags, state, batch_size, images):
     """sample(key) of a Laplace approximation around the trained weights. Raises RunError for a posterior beside it."""
     if flags['optim'] in _WITH_POSTERIORS:
         raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
+    if flags['priorprec'] == 0:
+        raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
     layer = models.LAST_LAYERS[flags['model']]
     outputs = partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
@@ -168,6 +172,8 @@ def tempered(subject, prediction, num_samples, num_bins):
 
 def read_unknown(subject, name):
     """The test images of another data set in the shape of the run's, and the shape that they had. Raises DataError."""
+    if name == subject.flags['dataset']:
+        raise data.DataError(f'--ood {name}: these are the images that the run knows')
     images, _ = data.dataset(name, subject.dataset_folder).read('test')
     return data.fitted(images, subject.images.shape[1:]), list(images.shape[1:])
 
@@ -190,12 +196,10 @@ def unknown(known, prediction):
     is_unknown = np.repeat([False, True], [len(known.probs), len(prediction.probs)])
     results = {}
     for at in ('mean', 'average'):
-        of_known, of_unknown = _scores(known, at), _scores(prediction, at)
-        results[at] = {
-            name: _separation(np.concatenate([scores, of_unknown[name]]), is_unknown)
-            for name, scores in of_known.items()
-            if np.ptp(scores) > 1e-9  # the mutual information of a point is 0 everywhere
-        }
+        of_unknown = _scores(prediction, at)
+        scores = {name: np.concatenate([s, of_unknown[name]]) for name, s in _scores(known, at).items()}
+        varying = {name: s for name, s in scores.items() if np.ptp(s) > 1e-9}  # a point has no mutual information
+        results[at] = {name: _separation(s, is_unknown) for name, s in varying.items()}
     return results
 
 
@@ -216,18 +220,17 @@ def _separation(scores, is_unknown):
 
 
 def read_corrupted(subject, folder):
-    """The corruptions of the run's test images, {name: function(severity) -> images}, and labels.
+    """The corruptions of the run's test images, {name: function(severity) -> images}.
 
     folder: that of the official files, or None for the built-in corruptions. Raises DataError.
     """
-    if folder is not None:
-        return corruptions.read_official(folder, len(subject.labels))
     images = subject.images
-    built_in = {name: partial(corruptions.corrupt, name, images=images) for name in corruptions.CORRUPTIONS}
-    return built_in, subject.labels
+    if folder is not None:
+        return corruptions.read_official(folder, images.shape[1:], subject.labels)
+    return {name: partial(corruptions.corrupt, name, images=images) for name in corruptions.CORRUPTIONS}
 
 
-def all_corrupted(subject, sets, labels, num_samples, num_bins):
+def all_corrupted(subject, sets, num_samples, num_bins):
     """Accuracy, NLL and ECE of corrupted images, {name: [{'mean': {...}, 'average': {...}} of severity 1, ..., 5]}."""
     results = {}
     total = len(sets) * len(corruptions.SEVERITIES)
@@ -235,17 +238,15 @@ def all_corrupted(subject, sets, labels, num_samples, num_bins):
         for name, images in sets.items():
             results[name] = []
             for severity in corruptions.SEVERITIES:
-                results[name].append(_corrupted(subject, images(severity=severity), labels, num_samples, num_bins))
+                results[name].append(_corrupted(subject, images(severity=severity), num_samples, num_bins))
                 progress.update()
     return results
 
 
-def _corrupted(subject, images, labels, num_samples, num_bins):
-    if images.shape[1:] != subject.images.shape[1:]:
-        raise data.DataError(f'the corrupted images are {images.shape[1:]}, not {subject.images.shape[1:]}')
+def _corrupted(subject, images, num_samples, num_bins):
     (prediction,) = subject.posterior.predict(images, [num_samples])
     probs = {'mean': prediction.probs_at_mean, 'average': prediction.probs}
-    return {at: _short_summary(p, labels, num_bins) for at, p in probs.items()}
+    return {at: _short_summary(p, subject.labels, num_bins) for at, p in probs.items()}
 
 
 def over_corruptions(results, at):
@@ -268,6 +269,7 @@ def write_predictions(path, prediction, labels, num_samples):
         'labels': labels.astype(np.int32),
         'logits': prediction.logits.astype(np.float32),
         'probs': prediction.probs.astype(np.float32),
+        'log_probs': _log(prediction.probs).astype(np.float32),
         'entropy': prediction.entropy.astype(np.float32),
         'expected_entropy': prediction.expected_entropy.astype(np.float32),
         'votes': prediction.votes,
@@ -278,23 +280,28 @@ def write_predictions(path, prediction, labels, num_samples):
         runs.write_bytes(path, file.getvalue())
 
 
+def _log(probs):
+    with np.errstate(divide='ignore'):
+        return np.log(probs)
+
+
 def read_predictions(path):
     """(labels, Prediction, num_samples) of predictions.npz. Raises RunError."""
     try:
-        with np.load(path) as file:
+        with open(path, 'rb') as opened, np.load(opened) as file:
             held = {name: file[name] for name in _TYPES}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise runs.RunError(f'{path} is missing or damaged ({error}): evaluate the run without --reuse') from error
     n, k = held['logits'].shape if held['logits'].ndim == 2 else (0, 0)
-    shapes = {'labels': (n,), 'logits': (n, k), 'probs': (n, k), 'expected_entropy': (n,), 'votes': (n, k)}
+    shapes = {'labels': (n,), 'logits': (n, k), 'log_probs': (n, k), 'expected_entropy': (n,), 'votes': (n, k)}
     fits = all(
         held[name].shape == shapes.get(name, ()) and held[name].dtype.kind == kind for name, kind in _TYPES.items()
     )
     if not n or not fits or not 0 <= held['labels'].min() <= held['labels'].max() < k:
         raise runs.RunError(f'{path} is not what test.py writes: evaluate the run without --reuse')
-    probs = held['probs'].astype(np.float64)
+    probs = metrics.softmax(held['log_probs'])
     prediction = posteriors.Prediction(held['logits'], probs, held['expected_entropy'], held['votes'])
     return held['labels'], prediction, int(held['num_samples'])
 
 
-_TYPES = {'labels': 'i', 'logits': 'f', 'probs': 'f', 'expected_entropy': 'f', 'votes': 'i', 'num_samples': 'i'}
+_TYPES = {'labels': 'i', 'logits': 'f', 'log_probs': 'f', 'expected_entropy': 'f', 'votes': 'i', 'num_samples': 'i'}

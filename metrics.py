@@ -22,15 +22,15 @@ def softmax(logits):
 
 
 def accuracy(probs, labels, weights=None):
-    """Share of images whose most probable class is the true one, in [0, 1]."""
-    return _mean(_correct(probs, labels), weights)
+    """Share of images whose most probable class is the true one, in [0, 1]; nan if a probability is."""
+    return _mean(_where_finite(_correct(probs, labels), probs), weights)
 
 
 def top5(probs, labels, weights=None):
     """Share of images with fewer than five classes that are more probable than the true one, in [0, 1]."""
     probs = np.asarray(probs)
     true_probs = probs[np.arange(len(labels)), labels]
-    return _mean((probs > true_probs[:, None]).sum(axis=1) < 5, weights)
+    return _mean(_where_finite((probs > true_probs[:, None]).sum(axis=1) < 5, probs), weights)
 
 
 def nll(probs, labels, weights=None):
@@ -127,8 +127,13 @@ def risk_at_80(probs, labels, weights=None):
     """Error rate of the most confident 80 % of the images, in [0, 1]; of tied ones in between, a share of each."""
     coverage, risk = risk_coverage(probs, labels, weights)
     if coverage.ndim == 1:
-        return float(np.interp(0.8, coverage, coverage * risk) / 0.8)
-    return np.array([np.interp(0.8, c, c * r) for c, r in zip(coverage, risk, strict=True)]) / 0.8
+        return float(_errors_at(0.8, coverage, risk) / 0.8)
+    return np.array([_errors_at(0.8, *curve) for curve in zip(coverage, risk, strict=True)]) / 0.8
+
+
+def _errors_at(share, coverage, risk):
+    """The share of all images that is wrong among as many of the most confident."""
+    return np.interp(share, [0, *coverage], [0, *(coverage * risk)])
 
 
 def risk_coverage(probs, labels, weights=None):
@@ -266,8 +271,19 @@ def _correct(probs, labels):
     return np.argmax(probs, axis=1) == np.asarray(labels)
 
 
+def _where_finite(values, probs):
+    """Values [N] of every image, nan for all if a probability is."""
+    return values if np.isfinite(probs).all() else np.full(len(values), np.nan)
+
+
 def _mean(values, weights):
-    return _scalar(values.mean() if weights is None else weights @ values.astype(np.float64) / np.sum(weights, axis=-1))
+    if weights is None:
+        return _scalar(values.mean())
+    infinite = np.isinf(values)
+    sums = weights @ np.where(infinite, 0, values).astype(np.float64)
+    if infinite.any():  # of an image that was not drawn it does not count
+        sums = np.where(weights @ infinite > 0, np.inf, sums)
+    return _scalar(sums / np.sum(weights, axis=-1))
 
 
 def _total(labels, weights):

@@ -91,7 +91,12 @@ def read_log(run):
     if not path.exists():
         return []
     try:
-        return [_parse_json(line) for line in _read_text(path).splitlines()]
+        records = [_parse_json(line) for line in _read_text(path).splitlines()]
+        if not all(
+            isinstance(record, dict) and {'epoch', 'loss', 'learning_rate'} <= record.keys() for record in records
+        ):
+            raise ValueError('a line is no record of an epoch')
+        return records
     except (ValueError, OSError) as error:
         raise RunError(f'{path} is damaged or cannot be read: {error}') from error
 
@@ -158,12 +163,12 @@ def write_config(run, content):
 def read_config(run):
     """The configuration that train.py wrote, a dict. Raises RunError."""
     path = Path(run) / 'config.json'
-    if not path.exists():
-        raise RunError(
-            f'{run} is not a run folder: it holds no config.json (name the folder run_K that train.py printed)'
-        )
     try:
         config = read_json(path)
+    except FileNotFoundError as error:
+        raise RunError(
+            f'{run} is not a run folder: it holds no config.json (name the folder run_K that train.py printed)'
+        ) from error
     except (ValueError, OSError) as error:
         raise RunError(f'{path} is damaged or cannot be read: {error}') from error
     sha256 = config.pop('sha256', None) if isinstance(config, dict) else None

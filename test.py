@@ -7,6 +7,7 @@ python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
 import glob
 import math
 import os
+import sys
 from pathlib import Path
 
 import flags
@@ -26,7 +27,7 @@ def parse_args(argv=None):
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     help = 'evaluate on the test set, or on what train.py --validation kept out of training'
     parser.add_choice('--split', ('test', 'validation'), default='test', help=help)
-    add('--bins', type=flags.integer(1), default=20, help='bins of ECE, MCE and the reliability diagram')
+    add('--bins', type=flags.integer(1, below=10_001), default=20, help='bins of ECE, MCE and the reliability diagram')
     help = 'estimate batch statistics of the mean and of every sample again, over K training batches'
     add('--bnrefresh', type=flags.integer(1), metavar='K', help=help)
     help = 'also the metrics at the temperature that is best for what train.py --validation kept out of training'
@@ -52,20 +53,23 @@ def parse_args(argv=None):
     args.testmc = sorted(set(args.testmc))
     args.resultsfolder = _expanded(args.resultsfolder)
     several = len(args.resultsfolder) > 1
+    if args.split == 'validation' and args.temperature:
+        parser.error('--temperature is fitted on the images of --split validation: evaluate it on others')
     for flag in ('ensemble', 'reuse', 'output'):
         if getattr(args, flag) and not several:
             parser.error(f'--{flag} goes with several run folders')
     if args.checkpoint is not None and several:
         parser.error('--checkpoint goes with one run folder')
-    if args.reuse and (args.plots or args.ood or args.temperature or args.corruptions is not None):
-        parser.error('--reuse evaluates nothing, so --plots, --ood, --temperature and --corruptions go without it')
+    effective = {'resultsfolder', 'reuse', 'ensemble', 'output', 'split', 'bins', 'compilecache', 'devices'}
+    if args.reuse and parser.given(argv).keys() - effective:
+        parser.error(f'--reuse evaluates nothing, so --{min(parser.given(argv).keys() - effective)} goes without it')
     return args
 
 
 def _expanded(patterns):
     """Folders of names and patterns, those that a shell left alone; each once."""
-    found = [sorted(glob.glob(pattern)) or [pattern] for pattern in patterns]
-    return [Path(path) for path in dict.fromkeys(path for paths in found for path in paths)]
+    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
+    return list({path.resolve(): path for path in found}.values())
 
 
 def main(argv=None):
@@ -86,6 +90,8 @@ def main(argv=None):
         several = len(args.resultsfolder) > 1
         results = []
         mesh = devices.create_mesh(args.devices)
+        if several:
+            require_comparable(args)
         for run in args.resultsfolder:
             if several and not args.reuse:
                 print(f'\n{run}')
@@ -93,6 +99,18 @@ def main(argv=None):
                 results += read_again(run, args) if args.reuse else [evaluate(run, args, mesh)]
         if several:
             compare(results, args)
+
+
+def require_comparable(args):
+    """Raises a ComparisonError or a RunError for what would otherwise be found out after all runs are evaluated."""
+    import comparison
+    import runs
+
+    if args.output and not args.output.is_dir():
+        raise runs.RunError(f'--output {args.output} is no folder: make it first')
+    configs = [runs.read_config(run) for run in args.resultsfolder]
+    pairs = zip(configs, args.resultsfolder, strict=True)
+    comparison.check_flags([vars(flags_of(config, run)) for config, run in pairs], args.split)
 
 
 def evaluate(run, args, mesh):
@@ -114,6 +132,7 @@ def evaluate(run, args, mesh):
         bn_refresh=args.bnrefresh,
         with_laplace=args.laplace,
     )
+    warn_if_incomplete(subject, config)
     num_samples = args.testmc[-1]
     unknown = {name: evaluation.read_unknown(subject, name) for name in args.ood}
     corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
@@ -145,25 +164,30 @@ def evaluate(run, args, mesh):
         results['ood'] = evaluation.all_unknown(subject, prediction, unknown, num_samples)
         print_unknown(results['ood'])
     if corrupted:
-        results['corruptions'] = evaluation.all_corrupted(subject, *corrupted, num_samples, args.bins)
+        results['corruptions'] = evaluation.all_corrupted(subject, corrupted, num_samples, args.bins)
         print_corruptions(results['corruptions'], measured, num_samples)
 
-    mark = _mark(args.split, args.laplace)
+    mark = _mark(args.split, args.laplace, args.checkpoint)
     evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
     runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
     if args.plots:
-        print(f'\npictures: {draw(run, subject, prediction, results)}')
-    flags_shown = _with_posterior(config['flags'], args.laplace)
-    return comparison.Result(flags_shown, subject.labels, prediction.probs_at_mean, prediction.probs, num_samples)
+        print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
+    return comparison.Result(
+        config['flags'], subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
+    )
 
 
-def _mark(split, laplace):
+def _mark(split, laplace, checkpoint=None):
     """What tells the files of an evaluation from those of the usual one."""
-    return ('' if split == 'test' else f'-{split}') + ('-laplace' if laplace else '')
+    marks = [split] * (split != 'test') + ['laplace'] * laplace + [str(checkpoint)] * (checkpoint is not None)
+    return ''.join(f'-{mark}' for mark in marks)
 
 
-def _with_posterior(flags, laplace):
-    return flags | {'optim': f'{flags["optim"]} laplace'} if laplace else flags
+def warn_if_incomplete(subject, config):
+    steps = config['dataset']['num_train'] // subject.flags['batchsize']
+    if subject.progress[:2] != (subject.flags['epochs'], steps):
+        where = f'epoch {subject.progress.epoch + 1} of {subject.flags["epochs"] + 1}'
+        print(f'test.py: warning: {subject.run} is evaluated in {where}', file=sys.stderr)
 
 
 def read_again(run, args):
@@ -173,16 +197,14 @@ def read_again(run, args):
     import runs
 
     config = runs.read_config(run)
-    config_flags = vars(flags_of(config, run))
+    run_flags = vars(flags_of(config, run))
     files = {laplace: run / f'predictions{_mark(args.split, laplace)}.npz' for laplace in (False, True)}
     results = []
     for laplace, path in files.items():
         if path.exists() or not any(other.exists() for other in files.values()):
             labels, prediction, num_samples = evaluation.read_predictions(path)
-            flags_shown = _with_posterior(config_flags, laplace)
-            results.append(
-                comparison.Result(flags_shown, labels, prediction.probs_at_mean, prediction.probs, num_samples)
-            )
+            probs = prediction.probs_at_mean, prediction.probs
+            results.append(comparison.Result(run_flags, labels, *probs, num_samples, laplace))
     return results
 
 
@@ -191,7 +213,7 @@ def compare(results, args):
     import comparison
     import tables
 
-    comparison.check(results)
+    comparison.check_labels(results)
     rows = comparison.rows([*results, *comparison.ensembles(results)] if args.ensemble else results)
     values = comparison.values(rows, results[0].labels, args.bins)
     order = comparison.order(values)
@@ -205,8 +227,8 @@ def compare(results, args):
     print('written: ' + ', '.join(str(path) for path in comparison.write(folder, rows, values)))
 
 
-def draw(run, subject, prediction, results):
-    """Writes the pictures of a run; returns their folder."""
+def draw(folder, subject, prediction, results):
+    """Writes the pictures of a run, in place of those that there were; returns their folder."""
     import evaluation
     import plots
     import runs
@@ -217,7 +239,7 @@ def draw(run, subject, prediction, results):
     figures = {
         'reliability': plots.reliability(predictions, subject.labels, results['bins']),
         'risk_coverage': plots.risk_coverage(predictions, subject.labels),
-        'training': plots.training(runs.read_log(run), split),
+        'training': plots.training(runs.read_log(subject.run), split),
         'images': plots.image_sheet(subject.images, subject.labels, prediction.probs),
     }
     if 'samples' in results:
@@ -229,11 +251,13 @@ def draw(run, subject, prediction, results):
         }
         figures['severities'] = plots.severities(curves)
     try:
+        for old in (*folder.glob('*.png'), *folder.glob('*.pdf')):
+            old.unlink()
         for name, figure in figures.items():
-            plots.save(figure, run / 'plots', name)
+            plots.save(figure, folder, name)
     except OSError as error:
-        raise runs.RunError(f'{run / "plots"} cannot be written: {error.strerror}') from error
-    return run / 'plots'
+        raise runs.RunError(f'{folder} cannot be written: {error.strerror}') from error
+    return folder
 
 
 def print_reference_lines(measured, num_samples):

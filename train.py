@@ -6,6 +6,7 @@ python train.py --resume results/cifar10_resnet18/bsam/run_0
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -52,11 +53,17 @@ def parse_args(argv=None):
         parser.error('--checkpoint goes with --resume')
     if args.resume is None:
         _choose_own_flags(parser, args)
+        _require_consistency(parser, args)
+    return args
+
+
+def _require_consistency(parser, args):
     if args.batchsplit and args.batchsize % args.batchsplit:
         parser.error(f'--batchsize {args.batchsize} does not divide into --batchsplit {args.batchsplit} sub-batches')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
         parser.error('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
-    return args
+    if args.optim == 'swag' and args.epochs + 1 - math.floor(args.swagstart * (args.epochs + 1)) < 2:
+        parser.error(f'swag needs two epochs or more after --swagstart {args.swagstart} of {args.epochs + 1}')
 
 
 def _choose_own_flags(parser, args):
@@ -102,6 +109,8 @@ def continued(args, given, run):
         held = getattr(args, name)
         if value != held and name not in MAY_CHANGE:
             raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
+        if name == 'epochs' and value != held and args.optim == 'swag':
+            raise runs.RunError(f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run')
         if name == 'epochs' and value < held:
             raise runs.RunError(f'--epochs {value}: {run} was begun with {held}; only more are possible')
     return argparse.Namespace(**vars(args) | given)
@@ -162,7 +171,7 @@ def create_parser():
     help = 'fraction of the epochs after which weights are recorded, once an epoch'
     _add_own(parser, 'swagstart', flags.number(minimum=0, below=1), help)
     _add_own(parser, 'swagrate', flags.number(above=0), 'learning rate from there on, relative to alpha')
-    _add_own(parser, 'swagrank', flags.integer(2), 'deviations that are kept for the covariance')
+    _add_own(parser, 'swagrank', flags.integer(2, below=1001), 'deviations that are kept for the covariance')
     _add_own(parser, 'hessinit', flags.number(above=0), 'initial Hessian h₀')
     _add_own(parser, 'clip', flags.number(above=0), 'bound of an update before the learning rate, none by default')
     _add_own(parser, 'trainmc', flags.integer(1), 'samples of the weights a sub-batch')

@@ -92,6 +92,8 @@ def flags_of(datasets, tmp_path):
         } | changes  # fmt: skip
         if flags['optim'] not in ('sgd', 'adam', 'adamw', 'swag'):
             flags = {'batchsplit': 2} | flags
+        if flags['optim'] == 'swag':  # needs two snapshots
+            flags = {'swagstart': 0} | flags
         return [f'--{name}={value}' for name, value in flags.items()]
 
     return build

@@ -41,7 +41,7 @@ def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
     run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
     log = read_log(run)
     assert [record['epoch'] for record in log] == [0, 1]
-    assert [record['learning_rate'] for record in log] == [0.1, 0.1 * train.OPTIMIZERS[optim].get('swagrate', 0.5)]
+    assert [record['learning_rate'] for record in log] == ([0.1 * 0.2] * 2 if optim == 'swag' else [0.1, 0.05])
     assert all(np.isfinite(record['loss']) and record['images_per_second'] > 0 for record in log)
     config = json.loads((run / 'config.json').read_text())
     assert (
@@ -59,7 +59,7 @@ def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
     assert results['mean']['accuracy'] == log[-1]['test_accuracy']
     assert results['trained'] == {'epoch': 1, 'steps_of_epoch': 2}
     nlls = [results[of]['nll'] for of in ('mean', 'average')]
-    assert (nlls[0] == pytest.approx(nlls[1], rel=1e-12)) == (optim not in ('bsam', 'ivon'))
+    assert (nlls[0] == pytest.approx(nlls[1], rel=1e-12)) == (optim not in ('bsam', 'swag', 'ivon'))
     after = contents(run)
     assert after.pop(run / 'metrics.json') and after.pop(run / 'predictions.npz') and after == before
 
@@ -114,7 +114,7 @@ def test_no_hidden_transfers(optim, flags_of):
 
 @pytest.mark.parametrize('optim', train.OPTIMIZERS)
 def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18):
-    run = train.main(flags_of(dataset='cifar10', model='resnet18', optim=optim, precision='bfloat16', epochs=0))
+    run = train.main(flags_of(dataset='cifar10', model='resnet18', optim=optim, precision='bfloat16'))
     _, state, _ = restore(run)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state._replace(key=()))} - {'int32'}
     assert dtypes == {'float32'} and np.isfinite(read_log(run)[0]['loss'])
@@ -208,6 +208,9 @@ def test_flags_of_other_optimizers_are_refused(capsys):
         train.parse_args(['--optim=sgd', '--rho=0.1'])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and '--rho is no flag of sgd, which takes --alpha, --beta1, --priorprec' in error
+    with pytest.raises(SystemExit):
+        train.parse_args(['--optim=swag', '--epochs=1'])
+    assert 'swag needs two epochs or more after --swagstart 0.5 of 2' in capsys.readouterr().err
     assert train.parse_args(['--optim=ivon']).beta2 == 0.99999 and train.parse_args(['--optim=sgd']).beta2 is None
 
 

@@ -74,10 +74,40 @@ def test_impossible_classes():
     assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['[+nan, +nan]', 'nan']
 
 
-def test_other_images_are_refused():
-    other = result('sgd', 0)._replace(labels=LABELS[::-1])
-    with pytest.raises(comparison.ComparisonError, match='runs of mnist and mnist have different test images'):
-        comparison.check([result('sgd', 0), other])
+def test_diverged_runs_come_last_and_are_not_tested():
+    diverged = [result('sgd', seed)._replace(probs_at_mean=np.full((400, 3), np.nan)) for seed in (0, 1)]
+    diverged = [r._replace(probs=r.probs_at_mean) for r in diverged]
+    rows = comparison.rows([*diverged, result('sam', 0), result('bsam', 0, strength=4)])
+    values = comparison.values(rows, LABELS, num_bins=20)
+    order = comparison.order(values)
+    assert [rows[i].name for i in order] == ['bsam, mean', 'sam, mean', 'sgd, mean', 'sgd, 8 samples']
+    rows, values = [rows[i] for i in order], [values[i] for i in order]
+    assert comparison.main_table(rows, values, bold=True)[1][2][2:] == ['nan ± nan'] * 4
+    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['[+nan, +nan]', 'nan'] * 3
+
+
+def test_laplace_is_a_row_beside_its_run():
+    """With one row at the mean; ensembles are of the runs alone."""
+    run = result('sgd', 0)
+    laplace = run._replace(probs=probs(5, 3), with_laplace=True)
+    assert [row.name for row in comparison.rows([run, laplace])] == ['sgd, mean', 'sgd laplace, 8 samples']
+    assert [row.name for row in comparison.rows([laplace])] == ['sgd, mean', 'sgd laplace, 8 samples']
+    (of_all,) = comparison.ensembles([run, laplace, result('sam', 0)])
+    assert of_all.flags['optim'] == 'all as an ensemble of 2'
+
+
+def test_what_cannot_be_compared():
+    flags = result('sgd', 0).flags | {'validation': 0.1}
+    with pytest.raises(comparison.ComparisonError, match='--dataset mnist and --dataset digits'):
+        comparison.check_flags([flags, flags | {'dataset': 'digits'}], 'test')
+    other = flags | {'validation': 0.2, 'randomseed': 1}
+    comparison.check_flags([flags, other], 'test')
+    with pytest.raises(comparison.ComparisonError, match=r'--validation 0\.1 and --validation 0\.2'):
+        comparison.check_flags([flags, other], 'validation')
+    with pytest.raises(comparison.ComparisonError, match='two runs of sgd have the same flags and --randomseed 0'):
+        comparison.check_flags([flags, flags | {'resultsfolder': 'elsewhere'}], 'test')
+    with pytest.raises(comparison.ComparisonError, match='evaluated on different images'):
+        comparison.check_labels([result('sgd', 0), result('sgd', 1)._replace(labels=LABELS[::-1])])
 
 
 def test_tables():

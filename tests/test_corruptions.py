@@ -49,17 +49,23 @@ def test_official_files(tmp_path):
     images, labels = rng.integers(0, 256, (15, 32, 32, 3), np.uint8), np.tile([3, 1, 2], 5)
     np.save(tmp_path / 'fog.npy', images)
     np.save(tmp_path / 'labels.npy', labels.astype(np.uint8))
-    functions, read_labels = corruptions.read_official(tmp_path, 3)
-    assert list(functions) == ['fog'] and read_labels.tolist() == [3, 1, 2]
+    functions = corruptions.read_official(tmp_path, (32, 32, 3), np.array([3, 1, 2]))
+    assert list(functions) == ['fog']
     np.testing.assert_array_equal(functions['fog'](severity=4), images[9:12])
-    with pytest.raises(data.DataError, match='not 5 × 4 labels'):
-        corruptions.read_official(tmp_path, 4)
+
+    def refused(message, shape=(32, 32, 3), labels=(3, 1, 2)):
+        with pytest.raises(data.DataError, match=message):
+            corruptions.read_official(tmp_path, shape, np.array(labels))
+
+    refused(r'labels\.npy has other labels than the test images', labels=(3, 1, 9))
+    refused(r'labels\.npy has other labels than the test images', labels=(3, 1, 2, 0))
+    refused(r'fog\.npy holds uint8 \(15, 32, 32, 3\), not uint8 \(15, 28, 28, 1\)', shape=(28, 28, 1))
     np.save(tmp_path / 'fog.npy', np.array([print], object), allow_pickle=True)
-    with pytest.raises(data.DataError, match=r'fog\.npy is missing or no array of numbers'):
-        functions['fog'](severity=1)
+    refused(r'fog\.npy is missing or no array of numbers')
+    (tmp_path / 'fog.npy').write_bytes(b'PK\x03\x04')
+    refused(r'fog\.npy is missing or no array of numbers')
     (tmp_path / 'fog.npy').unlink()
-    with pytest.raises(data.DataError, match='holds no corruptions'):
-        corruptions.read_official(tmp_path, 3)
+    refused('holds no corruptions')
 
 
 def test_fitted_images():

@@ -79,7 +79,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_offered(name, damage, ru
         assert f'is damaged: {name}' in error or name == 'checksums.json'
     assert not (run / 'metrics.json').exists()
     evaluate.main([f'--resultsfolder={run}', '--checkpoint=4'])
-    assert json.loads((run / 'metrics.json').read_text())['trained'] == {'epoch': 1, 'steps_of_epoch': 2}
+    assert json.loads((run / 'metrics-4.json').read_text())['trained'] == {'epoch': 1, 'steps_of_epoch': 2}
 
 
 def test_training_goes_on_from_the_checkpoint_before(run, finished):

@@ -66,6 +66,7 @@ def test_figures_can_be_computed_again_from_the_predictions(trained):
     information = metrics.mutual_information(held['entropy'], held['expected_entropy']).mean()
     np.testing.assert_allclose(information, results['average']['mutual_information'], rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(metrics.disagreement(held['votes']).mean(), results['average']['disagreement'])
+    np.testing.assert_allclose(held['log_probs'], np.log(held['probs']), rtol=1e-5, atol=1e-6)
     assert held['num_samples'] == 3 and (held['votes'].sum(axis=1) == 3).all()
 
 
@@ -87,6 +88,8 @@ def test_what_is_refused(trained, flags_of, capsys):
         (['--split=validation'], 'kept no training images out'),
         (['--bnrefresh=1'], '--bnrefresh 1: mlp has no batch normalisation'),
         (['--corruptions=/nowhere'], '/nowhere/labels.npy is missing'),
+        (['--ood=mnist'], '--ood mnist: these are the images that the run knows'),
+        (['--split=validation', '--temperature'], '--temperature is fitted on the images of --split validation'),
         (['--ood=cifar100'], 'could not be fetched'),
     ]:
         assert message in error_of([f'--resultsfolder={run}', *flags], capsys)
@@ -149,6 +152,23 @@ def test_several_runs(trained, tmp_path, capsys):
     assert again.split('written')[0].strip() == tables.split('written')[0].strip()
     assert (tmp_path / 'comparison.md').read_text() == written['.md']
     error = error_of([f'--resultsfolder={pattern}', '--reuse', f'--output={tmp_path}/absent'], capsys)
-    assert 'absent/comparison.md cannot be written' in error
-    (folder / 'sgd' / 'run_0' / 'predictions.npz').write_bytes(b'damaged')
-    assert 'predictions.npz is missing or damaged' in error_of([f'--resultsfolder={pattern}', '--reuse'], capsys)
+    assert 'absent is no folder: make it first' in error
+    assert '--reuse evaluates nothing, so --testmc goes without it' in error_of(
+        [f'--resultsfolder={pattern}', '--reuse', '--testmc=8'], capsys
+    )
+    predictions = folder / 'sgd' / 'run_0' / 'predictions.npz'
+    for damaged in (b'damaged', predictions.read_bytes()[:1000]):
+        predictions.write_bytes(damaged)
+        assert 'predictions.npz is missing or damaged' in error_of([f'--resultsfolder={pattern}', '--reuse'], capsys)
+
+
+def test_an_earlier_checkpoint(trained, capsys):
+    """Its results stand beside those of the end, and a warning says where it is."""
+    run = trained()
+    evaluate.main([f'--resultsfolder={run}'])
+    before = (run / 'metrics.json').read_text()
+    assert 'warning' not in capsys.readouterr().err
+    evaluate.main([f'--resultsfolder={run}', '--checkpoint=3'])
+    assert f'{run} is evaluated in epoch 1 of 2' in capsys.readouterr().err
+    assert results_of(run, 'metrics-3')['trained'] == {'epoch': 0, 'steps_of_epoch': 3}
+    assert (run / 'metrics.json').read_text() == before

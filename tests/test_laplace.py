@@ -38,8 +38,8 @@ def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
     assert (drawn['other'] == 1).all()
 
 
-@pytest.mark.parametrize('name', ['mlp', 'lenet', 'resnet20'])
-def test_features_enter_the_last_layer(name):
+@pytest.mark.parametrize('name', ['mlp', 'lenet', 'resnet18'])
+def test_features_enter_the_last_layer(name, small_resnet18):
     model = models.create(name, 10)
     images = jax.random.normal(jax.random.key(0), (3, 32, 32, 1))
     variables = model.init(jax.random.key(1), images, train=False)

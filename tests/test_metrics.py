@@ -148,6 +148,19 @@ def test_risk_and_coverage_by_hand():
     np.testing.assert_allclose(metrics.risk_at_80(probs, labels), 2 / 4)
 
 
+def test_risk_of_ties_that_are_more_than_the_share():
+    """All images are tied: of any share of them as many are wrong."""
+    probs = binary([1.0] * 10)
+    assert metrics.risk_at_80(probs, np.ones(10, int)) == 1
+    np.testing.assert_allclose(metrics.risk_at_80(probs, np.arange(10) % 2), 0.5)
+    np.testing.assert_allclose(metrics.risk_at_80(probs, np.arange(10) % 2, np.ones((2, 10))), 0.5)
+
+
+def test_impossible_classes_count_where_they_are_drawn():
+    probs, labels = np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([1, 0])
+    np.testing.assert_allclose(metrics.nll(probs, labels, np.array([[0, 2], [1, 1]])), [np.log(2), np.inf])
+
+
 def test_entropies_by_hand():
     """Two samples that are sure of different classes: all of the uncertainty is about the weights."""
     samples = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])

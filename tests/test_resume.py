@@ -158,6 +158,19 @@ def test_flags_beside_resume(changes, message, flags_of, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == before
 
 
+def test_flags_that_agree_beside_resume(flags_of):
+    """They are held to the run's other flags, not to defaults."""
+    run = train.main(flags_of(batchsize=12, batchsplit=3))
+    assert train.main([f'--resume={run}', '--batchsplit=3']) == run
+
+
+def test_swag_has_one_schedule(flags_of, capsys):
+    run = train.main(flags_of(optim='swag'))
+    with pytest.raises(SystemExit) as stop:
+        train.main([f'--resume={run}', '--epochs=5'])
+    assert stop.value.code == 2 and 'records weights by a schedule of 1; begin another run' in capsys.readouterr().err
+
+
 def test_checkpoint_without_resume(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(['--checkpoint=3'])
