@@ -11,7 +11,6 @@ an image; where confidences are tied, no metric depends on the order of the imag
 from functools import partial
 
 import numpy as np
-import scipy.optimize
 
 
 def softmax(logits):
@@ -219,6 +218,7 @@ def temper(probs, temperature):
 
 def fit_temperature(probs, labels):
     """The temperature, between 0.05 and 20, at which the NLL of `temper(probs, temperature)` is least."""
+    import scipy.optimize  # a third of a second that no start of a training should wait for
 
     def loss(log_temperature):
         return nll(temper(probs, np.exp(log_temperature)), labels)
