@@ -179,7 +179,7 @@ def bsam(
             return (grads, magnitude), value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = _over_sub_batches(sharpness_aware_gradient, state, batch, batchsplit, step_key)
+        averages, value, batch_stats = over_sub_batches(sharpness_aware_gradient, state, batch, batchsplit, step_key)
         state = update(state, *averages, alpha * lr_factor)
         return state._replace(batch_stats=batch_stats, key=key), value
 
@@ -336,7 +336,7 @@ def ivon(loss, *, alpha, beta1, beta2, weight_decay, num_data, hessinit, clip=ma
             return (grads, tree.map(jnp.multiply, moved, grads)), value, batch_stats
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = _over_sub_batches(gradient, state, batch, batchsplit, step_key, trainmc)
+        averages, value, batch_stats = over_sub_batches(gradient, state, batch, batchsplit, step_key, trainmc)
         return update(state, *averages, alpha * lr_factor)._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, products, rate):
@@ -447,7 +447,7 @@ def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate):
             return grads, value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        grads, value, batch_stats = _over_sub_batches(of_sub_batch, state, batch, batchsplit, step_key)
+        grads, value, batch_stats = over_sub_batches(of_sub_batch, state, batch, batchsplit, step_key)
         return state._replace(batch_stats=batch_stats, key=key), grads, value
 
     return gradient
@@ -472,7 +472,7 @@ def _normal_like(key, params):
     return unravel(noise.reshape(-1)[: flat.size])
 
 
-def _over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1):
+def over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1):
     """Calls gradient(state, sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches.
 
     Each is taken `repeats` times, with another key. Returns the averages of grads and value, and the batch statistics

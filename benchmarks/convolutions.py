@@ -14,13 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import run
-
-import experiments
-import models
-import optimizers
-import training
 
 SUB_BATCHES, SUB_BATCH = 4, 25
 
@@ -29,8 +23,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
     args = parser.parse_args(argv)
-    function, arguments = gradient(args.model)
-    compiled = function.lower(*arguments).compile()
+    gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)
+    compiled = gradient.lower(*arguments).compile()
     run.seconds(compiled, *arguments)
     elapsed = run.seconds(compiled, *arguments) / SUB_BATCHES
     times = operation_times(partial(compiled, *arguments))
@@ -44,24 +38,6 @@ def main(argv=None):
         rate = gflop / milliseconds * 1e3
         print(f'| {label} | {milliseconds:.0f} | {rate:.0f} | {rate / matrix_rate:.0%} |')
     print(f'| all else: normalisation, additions, transpositions | {other:.0f} | | |')
-
-
-def gradient(model):
-    """A jitted gradient over sub-batches in a loop, as in a training step, and its arguments."""
-    experiment = experiments.create(run.configuration(model, 'bsam', 'float32'))
-    loss = training.loss_function(models.create(model, 10), jnp.dtype('float32'))
-    state = jax.jit(experiment.init)(jax.random.key(0))
-
-    @jax.jit
-    def function(params, batch_stats, batch):
-        def of_sub_batch(sub_batch, key):
-            del key
-            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, batch_stats, sub_batch)
-            return grads, value, stats
-
-        return optimizers._over_sub_batches(of_sub_batch, batch, SUB_BATCHES, jax.random.key(0))
-
-    return function, (state.params, state.batch_stats, run.batch_at_hand(experiment, SUB_BATCHES * SUB_BATCH))
 
 
 def operation_times(call):

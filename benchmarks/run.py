@@ -167,28 +167,29 @@ class TrainerOfOneBatch:
         return self.state
 
 
-def gradient_over_sub_batches(model, precision):
-    """A function of no arguments: one gradient over the sub-batches of a batch."""
+def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPLIT):
+    """A jitted function of (state, batch): one gradient over the sub-batches of a batch; with its arguments."""
     experiment = experiments.create(configuration(model, 'bsam', precision))
     loss = training.loss_function(models.create(model, 10), jnp.dtype(precision))
     state = jax.jit(experiment.init)(jax.random.key(0))
 
     @jax.jit
-    def gradient(params, batch_stats, batch):
-        def of_sub_batch(sub_batch, key):
+    def gradient(state, batch):
+        def of_sub_batch(state, sub_batch, key):
             del key
-            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, batch_stats, sub_batch)
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.batch_stats, sub_batch)
             return grads, value, stats
 
-        return optimizers._over_sub_batches(of_sub_batch, batch, SPLIT, jax.random.key(0))
+        return optimizers.over_sub_batches(of_sub_batch, state, batch, batchsplit, jax.random.key(0))
 
-    return partial(gradient, state.params, state.batch_stats, batch_at_hand(experiment))
+    return gradient, (state, batch_at_hand(experiment, batch_size))
 
 
 def step_times(model, precision, repeats):
     """A step of each optimizer beside one gradient over the same sub-batches."""
+    gradient, arguments = gradient_over_sub_batches(model, precision)
     functions = {
-        'gradient': gradient_over_sub_batches(model, precision),
+        'gradient': partial(gradient, *arguments),
         'sgd': Trainer(model, 'sgd', precision),
         'sam': Trainer(model, 'sam', precision),
         'bsam': Trainer(model, 'bsam', precision),
