@@ -22,8 +22,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+import devices
 import runs
 
 logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it also raises, with tracebacks
@@ -67,9 +69,14 @@ class Writer:
         self._thread.shutdown()
 
     def save(self, state, progress):
-        """Copies the state, so that it may be donated at once, and writes it while training goes on."""
+        """Copies the state, so that it may be donated at once, and writes it while training goes on.
+
+        Only the first of several processes does; the state is the same in all.
+        """
         self.wait()
-        self._saving = self._thread.submit(self._write, _copy(state), progress)
+        of_one_device = jax.tree.map(lambda x: x.addressable_data(0), _copy(state))
+        if devices.is_first():
+            self._saving = self._thread.submit(self._write, of_one_device, progress)
 
     def wait(self):
         """Waits until the last save has ended. The first that fails after one that did not is reported."""
@@ -85,13 +92,14 @@ class Writer:
     def _write(self, state, progress):
         step = progress.epoch * self.steps_per_epoch + progress.step
         partial = self.folder / f'{step}.partial'
+        arrays = jax.tree.map(lambda x: np.asarray(devices.key_data(x)), state)
         try:
             self.folder.mkdir(exist_ok=True)
             _discard_leftovers(self.folder)
             partial.mkdir()
-            _require_room(partial, state)
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                checkpointer.save(partial / 'state', args=ocp.args.StandardSave(state))
+            _require_room(partial, arrays)
+            with _checkpointer() as checkpointer:
+                checkpointer.save(partial / 'state', args=ocp.args.StandardSave(arrays))
             (partial / 'progress.json').write_text(json.dumps(runs.finite(progress._asdict())))
             (partial / 'checksums.json').write_text(json.dumps(_checksums(partial), indent=0))
             _flush(partial)
@@ -110,6 +118,13 @@ class Writer:
             return []
         best = max(log, key=_accuracy)
         return [(best['epoch'] + 1) * self.steps_per_epoch]
+
+
+def _checkpointer():
+    """Orbax, in the first process only."""
+    options = ocp.options.MultiprocessingOptions(active_processes={0})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _accuracy(record):
@@ -199,12 +214,14 @@ def _checksums(checkpoint):
 
 
 def _read_state(checkpoint, like):
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    types = jax.eval_shape(lambda state: jax.tree.map(devices.key_data, state), like)
+    types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), types)
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            _require_same_arrays(checkpointer.metadata(checkpoint / 'state').item_metadata.tree, like)
-            return checkpointer.restore(checkpoint / 'state', args=ocp.args.StandardRestore(like))
+        with _checkpointer() as checkpointer:
+            _require_same_arrays(checkpointer.metadata(checkpoint / 'state').item_metadata.tree, types)
+            held = checkpointer.restore(checkpoint / 'state', args=ocp.args.StandardRestore(types))
+            return jax.tree.map(devices.like_key, held, like)
     except Exception as error:  # what Orbax raises for files that it does not understand is not documented
         lines = str(error).splitlines() or [type(error).__name__]
         raise runs.RunError(
@@ -213,7 +230,7 @@ def _read_state(checkpoint, like):
 
 
 def _require_same_arrays(held, like):
-    """Raises a ValueError if a checkpoint's arrays are not those of `like`; keys are held as their data."""
+    """Raises a ValueError if a checkpoint's arrays are not those of `like`."""
     held, needed = _array_types(held), _array_types(like)
     for name in sorted({*held, *needed}):
         if held.get(name) != needed.get(name):
@@ -223,8 +240,6 @@ def _require_same_arrays(held, like):
 def _array_types(arrays):
     types = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
         types[jax.tree_util.keystr(path, simple=True, separator='.')] = f'{leaf.dtype} {list(leaf.shape)}'
     return types
 

@@ -3,9 +3,21 @@
 Weights and images are on every device; under `jax.set_mesh(create_mesh())` training and evaluation share their batches
 out. The same seeds give the same batches, perturbations and noise on any number of devices, and results that are equal
 to rounding.
+
+The devices may belong to several processes, on one host or many, that `join` makes one run of. All of them run the
+same program; the first alone reads and writes the run folder.
 """
 
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +31,8 @@ class DeviceError(Exception):
 def create_mesh(number=None):
     """A mesh of all devices, or of the first `number` of them. Raises DeviceError."""
     devices = jax.devices()
+    if number is not None and jax.process_count() > 1:
+        raise DeviceError(f'--devices {number} is for a run of one process: start fewer processes')
     if number is not None and number > len(devices):
         raise DeviceError(f'--devices {number}: there are {len(devices)} ({devices[0].platform})')
     devices = devices[:number]
@@ -36,8 +50,25 @@ def require_divisible(flag, number, mesh):
 
 
 def replicate(arrays, mesh):
-    """A pytree of arrays on every device of a mesh."""
-    return jax.device_put(arrays, NamedSharding(mesh, P()))
+    """A pytree of arrays, the same in all processes, on every device of a mesh."""
+    everywhere = NamedSharding(mesh, P())
+    if jax.process_count() > 1:
+        return jax.jit(lambda x: x, out_shardings=everywhere)(arrays)
+    return jax.device_put(arrays, everywhere)
+
+
+def place_rows(arrays, indices, mesh):
+    """The rows of host arrays [N, ...] that are at `indices`, int [B], shared out over a mesh if they can be equally.
+
+    Each process reads those rows only that its devices hold.
+    """
+    shares = NamedSharding(mesh, P() if len(indices) % mesh.size else P(AXIS))
+
+    def place(array):
+        shape = len(indices), *array.shape[1:]
+        return jax.make_array_from_callback(shape, shares, lambda where: array[indices[where[0]]])
+
+    return jax.tree.map(place, arrays)
 
 
 def spread(x, axis=0):
@@ -46,3 +77,111 @@ def spread(x, axis=0):
     if mesh.empty or mesh.size == 1 or x.shape[axis] % mesh.size:
         return x
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS))
+
+
+def gather(x):
+    """In a jitted function: gives all of x to every device of the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P())
+
+
+def join(coordinator, processes=None, process_id=None):
+    """Makes the processes that call it one run: jax.devices() are those of all of them. Raises DeviceError.
+
+    coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. A process that is
+    not heard of for half a minute ends the others. SIGTERM is left to JAX, and SIGINT does the same.
+    """
+    given = {} if coordinator == 'auto' else {'coordinator_address': coordinator}
+    try:
+        jax.distributed.initialize(
+            **given,
+            num_processes=processes,
+            process_id=process_id,
+            heartbeat_timeout_seconds=30,
+            shutdown_timeout_seconds=60,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise DeviceError(f'--coordinator {coordinator}: {str(error).splitlines()[0]}') from error
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def is_first():
+    """Whether this is the process that reads and writes the run folder."""
+    return jax.process_index() == 0
+
+
+def from_first(function):
+    """What a function of no arguments returns in the first process, in all of them; it is called there only.
+
+    It is a value that JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return function()
+    encoded = json.dumps(function()).encode() if is_first() else b''
+    size = multihost_utils.broadcast_one_to_all(np.int32(len(encoded)))
+    text = np.frombuffer(encoded, np.uint8) if is_first() else np.zeros(size, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def arrays_from_first(arrays):
+    """A pytree of arrays of the first process, keys among them, in all; the others have its jax.ShapeDtypeStructs."""
+    if jax.process_count() == 1:
+        return arrays
+    types = jax.eval_shape(lambda held: jax.tree.map(key_data, held), arrays)
+    numbers = jax.tree.map(
+        lambda x, of: np.asarray(key_data(x)) if is_first() else np.zeros(of.shape, of.dtype), arrays, types
+    )
+    return jax.tree.map(like_key, multihost_utils.broadcast_one_to_all(numbers), arrays)
+
+
+def key_data(x):
+    """An array, or the numbers of a key."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def like_key(x, like):
+    """An array, or a key of the numbers x if `like` is one and x is not."""
+    return jax.random.wrap_key_data(x) if _is_key(like) and not _is_key(x) else x
+
+
+def _is_key(x):
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def reached_stop(stop, step):
+    """Whether training is to end after a step, which is asked once a step: all processes end after the same one.
+
+    stop: a signals.Stop. Of several processes, JAX's service for preemption tells all of the SIGTERM of any.
+    """
+    if jax.process_count() == 1:
+        return stop.signal is not None
+    if multihost_utils.reached_preemption_sync_point(step):
+        stop.signal = signal.SIGTERM
+    return stop.signal is not None
+
+
+@contextlib.contextmanager
+def ended_together(script):
+    """Ends this process at once if an error or another process's end does, as each would wait for the other.
+
+    In a run of one process it does nothing.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized() or (isinstance(error, SystemExit) and error.code not in (1, 2)):
+            raise
+        if isinstance(error, SystemExit):
+            _leave(error.code)
+        if any(name in str(error) for name in ('Gloo', 'NCCL', 'UNAVAILABLE')):
+            ended = f'{script}: error: another process ended, so process {jax.process_index()} does too'
+            print(f'{ended}; go on with --resume when all are back', file=sys.stderr)
+        else:
+            traceback.print_exc()
+        _leave(1)
+
+
+def _leave(status):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -24,7 +24,7 @@ def logits(apply, params, batch_stats, images, batch_size):
     parts = [whole.reshape(full, -1)]
     if full < len(images):
         parts.append(apply(params, batch_stats, images[full:]))
-    return jnp.concatenate(parts)
+    return devices.gather(jnp.concatenate(parts))
 
 
 class Prediction(NamedTuple):

@@ -14,6 +14,7 @@ import checkpoints
 import data
 import devices
 import experiments
+import feeds
 import metrics
 import runs
 import training
@@ -60,9 +61,14 @@ def begin(args, held):
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)
     state = jax.jit(experiment.init)(init_key)
-    run = runs.create(args.resultsfolder, args.dataset, args.model, args.optim)
-    held.enter_context(runs.locked(run))
-    runs.write_config(run, config | {'num_data': experiment.num_data} | runs.environment())
+
+    def create():
+        run = runs.create(args.resultsfolder, args.dataset, args.model, args.optim)
+        held.enter_context(runs.locked(run))
+        runs.write_config(run, config | {'num_data': experiment.num_data} | runs.environment())
+        return str(run)
+
+    run = Path(devices.from_first(create))
     return Session(run, args, mesh, experiment, images, augmented, state, checkpoints.Progress())
 
 
@@ -71,18 +77,26 @@ def resume(run, args, before, held, step=None):
 
     before: the run's configuration; args may have other paths and more epochs. Raises DataError, ModelError, RunError.
     """
-    held.enter_context(runs.locked(run))
+    if devices.is_first():
+        held.enter_context(runs.locked(run))
     mesh = _share(args)
     config, augmented, images = _read(args)
     if config['dataset'] != before['dataset']:
         raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)
-    step, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, init_key), step)
-    checkpoints.discard_after(run, step)
-    runs.write_config(run, before | config)
-    runs.write_log(run, progress.log)
-    return Session(run, args, mesh, experiment, images, augmented, state, progress)
+    state = jax.eval_shape(experiment.init, init_key)
+
+    def restore():
+        nonlocal step, state
+        step, state, progress = checkpoints.restore(run, state, step)
+        checkpoints.discard_after(run, step)
+        runs.write_config(run, before | config)
+        runs.write_log(run, progress.log)
+        return progress._asdict()
+
+    progress = checkpoints.Progress(**devices.from_first(restore))
+    return Session(run, args, mesh, experiment, images, augmented, devices.arrays_from_first(state), progress)
 
 
 def _share(args):
@@ -114,10 +128,12 @@ class Trainer:
         self.session, self.stop, self.report = session, stop, report
         self.args, self.experiment = session.args, session.experiment
         _, data_key, _ = experiments.keys(self.args.randomseed)
-        self.images, self.data_key = devices.replicate((session.images, data_key), session.mesh)
-        self.steps = len(self.images.train) // self.args.batchsize
-        self.step = training.step_function(self.experiment.optimizer, self._prepare)
-        self.log_failed = False
+        images = session.images
+        self.feed = feeds.create(images.train, images.train_labels, session.mesh, self.args.stream)
+        self.held_out, self.data_key = devices.replicate((images.held_out, data_key), session.mesh)
+        self.steps = len(images.train) // self.args.batchsize
+        self.step = training.step_function(self.experiment.optimizer, self._prepare, self.feed.choose)
+        self.stopped = self.log_failed = False
 
     def run(self):
         """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
@@ -126,9 +142,9 @@ class Trainer:
             jax.set_mesh(self.session.mesh),
             checkpoints.Writer(self.session.run, self.steps, self.args.keepbest, self.report.warn) as writer,
         ):
-            while progress.epoch <= self.args.epochs and not self.stop.signal:
+            while progress.epoch <= self.args.epochs and not self.stopped:
                 state, progress = self._take_steps(state, progress, writer)
-                if self.stop.signal:
+                if self.stopped:
                     break
                 record = self._evaluate(state, progress)
                 progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
@@ -150,20 +166,22 @@ class Trainer:
         epoch, lr_factor = self._start_epoch(progress)
         due = _Due(self.args.checkpointevery)
         in_flight = collections.deque()
-        for done in range(progress.step + 1, self.steps + 1):
-            state, epoch, loss = self.step(state, epoch, self.images.train, self.images.train_labels, lr_factor)
+        batches = self.feed.of_epoch(epoch, progress.step)
+        for done, batch in enumerate(batches, start=progress.step + 1):
+            state, epoch, loss = self.step(state, epoch, *batch, lr_factor)
             in_flight.append((done, loss))
             if len(in_flight) > 2:
                 self._check_loss(progress, *in_flight.popleft())
             self.report.step(done, epoch.loss)
-            if done == self.steps or self.stop.signal or due(done):
+            self.stopped = devices.reached_stop(self.stop, progress.epoch * self.steps + done)
+            if done == self.steps or self.stopped or due(done):
                 while in_flight:
                     self._check_loss(progress, *in_flight.popleft())
                 self._check_state(progress, done, state)
                 loss = float(jax.device_get(epoch.loss))
                 progress = progress._replace(step=done, loss=loss, seconds=time.perf_counter() - began)
                 writer.save(state, progress)
-            if self.stop.signal:
+            if self.stopped:
                 break
         return state, progress
 
@@ -196,12 +214,13 @@ class Trainer:
             'lr_factor': np.float32(progress.lr_factor),
         }
         sent = devices.replicate(numbers, self.session.mesh)
-        epoch = training.start_epoch(self.data_key, sent['number'], len(self.images.train), self.args.batchsize)
+        num_images = len(self.session.images.train)
+        epoch = training.start_epoch(self.data_key, sent['number'], num_images, self.args.batchsize)
         return epoch._replace(step=sent['step'], loss=sent['loss']), sent['lr_factor']
 
     def _evaluate(self, state, progress):
         """The log's record of an epoch."""
-        probs = self.experiment.probs(state.params, state.batch_stats, self.images.held_out, self.args.testbatchsize)
+        probs = self.experiment.probs(state.params, state.batch_stats, self.held_out, self.args.testbatchsize)
         return {
             'epoch': progress.epoch,
             'loss': progress.loss / self.steps,
@@ -212,6 +231,8 @@ class Trainer:
         }
 
     def _write_log(self, log):
+        if not devices.is_first():
+            return
         try:
             runs.write_log(self.session.run, log)
             self.log_failed = False

@@ -19,21 +19,19 @@ python sweep.py sweep.toml --output results/sweep --part $SLURM_ARRAY_TASK_ID/8
 import itertools
 import json
 import math
-import os
-import queue
 import random
 import shutil
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import flags
+import jobs
 import tables
 import train
 
-SCRIPTS = Path(__file__).parent
 SHOWN = ('nll', 'accuracy', 'ece')
 
 
@@ -65,10 +63,11 @@ def main(argv=None):
         fixed, runs = read(args.sweep)
         chosen = [] if args.summary else range(args.part[0], len(runs), args.part[1])
         for number in chosen:
-            train.parse_args(_arguments(fixed | runs[number]))
-        succeeded = _run_all(args, fixed, runs, chosen)
+            train.parse_args(jobs.arguments(fixed | runs[number]))
+        tasks = [partial(_run, args, number, fixed | runs[number]) for number in chosen]
+        complete = jobs.on_devices(tasks, args.jobs)
         print(summarise(args.output, runs))
-    if not succeeded:
+    if not all(complete):
         sys.exit(1)
 
 
@@ -104,41 +103,6 @@ def _log_uniform(rng, low, high):
     return float(f'{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}')
 
 
-def _arguments(values):
-    """Flags as on the command line; a switch is given where it is true."""
-    given = {name: value for name, value in values.items() if value is not False}
-    return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
-
-
-def _run_all(args, fixed, runs, chosen):
-    """Returns whether all chosen runs are complete."""
-    gpus = _gpus()
-    jobs = args.jobs or len(gpus) or 1
-    free = queue.SimpleQueue()
-    for job in range(jobs):
-        free.put({'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} if gpus else {})
-
-    def one(number):
-        environment = free.get()
-        try:
-            return _run(args, number, fixed | runs[number], environment)
-        finally:
-            free.put(environment)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return all(list(pool.map(one, chosen)))
-
-
-def _gpus():
-    """The ids of the GPUs that CUDA_VISIBLE_DEVICES names, or all that nvidia-smi lists."""
-    if 'CUDA_VISIBLE_DEVICES' in os.environ:
-        return [gpu for gpu in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if gpu]
-    if shutil.which('nvidia-smi') is None:
-        return []
-    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True).stdout
-    return [str(i) for i, _ in enumerate(listed.splitlines())]
-
-
 def _run(args, number, values, environment):
     """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns whether it is now."""
     folder = args.output / f'{number:04}'
@@ -149,14 +113,14 @@ def _run(args, number, values, environment):
         arguments = [f'--resume={begun[-1].parent.parent}']
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        arguments = [*_arguments(values), f'--resultsfolder={folder}']
+        arguments = [*jobs.arguments(values), f'--resultsfolder={folder}']
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'output.txt', 'a') as output:
         for script, more in (('train.py', arguments), ('test.py', ['--split=validation', f'--testmc={args.testmc}'])):
             if script == 'test.py':
                 more = [f'--resultsfolder={next(folder.glob("*/*/run_*"))}', *more]
-            command = [sys.executable, SCRIPTS / script, *more]
-            done = subprocess.run(command, stdout=output, stderr=output, env=os.environ | environment)
+            command = [sys.executable, jobs.SCRIPTS / script, *more]
+            done = subprocess.run(command, stdout=output, stderr=output, env=environment)
             if done.returncode:
                 print(f'{folder}: {script} ended with status {done.returncode}, see output.txt', file=sys.stderr)
                 return False

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import flags
+import jobs
 import signals
 
 DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
@@ -39,9 +40,13 @@ OPTIMIZERS = {
 PRECISIONS = ('float32', 'bfloat16')
 BNUPDATES = ('both', 'first', 'second')
 
+# Flags of a start, which are not kept with the run.
+OF_START = ('resume', 'checkpoint', 'coordinator', 'processes', 'processid', 'seeds')
+
 # Flags that may be given with --resume and another value than the run has.
 MAY_CHANGE = (
     'epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize', 'devices',
+    'stream',
 )  # fmt: skip
 
 
@@ -51,10 +56,30 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.resume is None:
         parser.error('--checkpoint goes with --resume')
+    _require_whole_address(parser, args)
+    _require_own_seeds(parser, args, argv)
     if args.resume is None:
         _choose_own_flags(parser, args)
         _require_consistency(parser, args)
     return args
+
+
+def _require_whole_address(parser, args):
+    numbers = (args.processes, args.processid)
+    if args.coordinator in (None, 'auto'):
+        if numbers != (None, None):
+            parser.error('--processes and --processid go with --coordinator HOST:PORT')
+    elif None in numbers or args.processid >= args.processes:
+        parser.error('--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1')
+
+
+def _require_own_seeds(parser, args, argv):
+    given = parser.given(argv) if args.seeds else {}
+    for name in ('resume', 'randomseed', 'coordinator'):
+        if name in given:
+            parser.error(f'--seeds does not go with --{name}')
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error('--seeds names a seed twice')
 
 
 def _require_consistency(parser, args):
@@ -91,7 +116,7 @@ def flags_of(config, run):
     import runs
 
     try:
-        args = create_parser().from_values(config['flags'], without=('resume', 'checkpoint'))
+        args = create_parser().from_values(config['flags'], without=OF_START)
     except (ValueError, KeyError, TypeError) as error:
         raise runs.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
     _set_defaults(args)
@@ -102,7 +127,7 @@ def continued(args, given, run):
     """The flags `args` of a run, with those that were given now, if they may differ. Raises RunError."""
     import runs
 
-    given = {name: value for name, value in given.items() if name not in ('resume', 'checkpoint')}
+    given = {name: value for name, value in given.items() if name not in OF_START}
     if 'datasetfolder' in given:
         given['datasetfolder'] = os.path.abspath(given['datasetfolder'])
     for name, value in given.items():
@@ -124,6 +149,8 @@ def create_parser():
     help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     add('--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of everything that is random')
+    help = 'train with each of these seeds, a run each: on a GPU each, or one after another'
+    add('--seeds', type=flags.integer(0, below=2**32), nargs='+', default=[], metavar='SEED', help=help)
     parser.add_choice('--optim', OPTIMIZERS, default='sgd', help=_OPTIMIZER_HELP)
     beta = flags.number(minimum=0, below=1)
     _add_own(parser, 'alpha', flags.number(above=0), 'learning rate α, before the schedule')
@@ -157,6 +184,12 @@ def create_parser():
     add('--resultsfolder', default='results', help=help)
     help = 'devices that share batches, or the sub-batches of optimizers that have them; all that there are by default'
     add('--devices', type=flags.integer(1), help=help)
+    help = 'send each batch when it is due, instead of all images at first; done anyway with images too large for that'
+    add('--stream', action='store_true', help=help)
+    help = 'run on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
+    add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
+    add('--processes', type=flags.integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
+    add('--processid', type=flags.integer(0), metavar='I', help='with HOST:PORT: which of them this is')
     help = 'what networks compute in; weights, optimizer state, statistics and loss are float32'
     parser.add_choice('--precision', PRECISIONS, default='float32', help=help)
     flags.add_compilecache(parser)
@@ -185,6 +218,14 @@ _OPTIMIZER_HELP = (
 )
 
 
+def _address(text):
+    """A flag type: HOST:PORT or auto."""
+    host, _, port = text.rpartition(':')
+    if text != 'auto' and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither HOST:PORT nor auto')
+    return text
+
+
 def _add_own(parser, name, type, help):
     """A flag that some optimizers take, each with its own default."""
     parser.add_argument(f'--{name}', type=type, help=help + _defaults(name))
@@ -202,6 +243,9 @@ def _defaults(name):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.seeds:
+        values = {name: value for name, value in create_parser().given(argv).items() if name != 'seeds'}
+        sys.exit(jobs.train_seeds(values, args.seeds))
     with signals.Stop() as stop, contextlib.ExitStack() as held:
         # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
         import data
@@ -212,14 +256,19 @@ def main(argv=None):
 
         flags.use_compilecache(args.compilecache)
         errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError
+        held.enter_context(devices.ended_together('train.py'))
         with flags.one_line_errors('train.py', *errors):
-            run, step = args.resume, args.checkpoint
-            del args.resume, args.checkpoint
+            of_start = {name: vars(args).pop(name) for name in OF_START}
+            if of_start['coordinator']:
+                devices.join(of_start['coordinator'], of_start['processes'], of_start['processid'])
+            if not devices.is_first():
+                held.enter_context(contextlib.redirect_stdout(None))
             args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
+            run = of_start['resume']
             if run:
-                config = runs.read_config(run)
+                config = devices.from_first(lambda: runs.read_config(run))
                 args = continued(flags_of(config, run), create_parser().given(argv), run)
-                session = sessions.resume(run, args, config, held, step)
+                session = sessions.resume(run, args, config, held, of_start['checkpoint'])
             else:
                 session = sessions.begin(args, held)
         images = session.images
@@ -229,13 +278,14 @@ def main(argv=None):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
             all_saved = trainer.run()
-    if not all_saved:
-        print(f'train.py: error: the last state or log of {session.run} could not be saved', file=sys.stderr)
-        sys.exit(128 + stop.signal if stop.signal else 1)
-    if stop.signal:
-        print(f'saved; go on with: python train.py --resume {session.run}', file=sys.stderr)
-        sys.exit(128 + stop.signal)
-    print(f'evaluate it with: python test.py --resultsfolder {session.run} --testmc 32')
+        if not all_saved:
+            print(f'train.py: error: the last state or log of {session.run} could not be saved', file=sys.stderr)
+            sys.exit(128 + stop.signal if stop.signal else 1)
+        if stop.signal:
+            if devices.is_first():
+                print(f'saved; go on with: python train.py --resume {session.run}', file=sys.stderr)
+            sys.exit(128 + stop.signal)
+        print(f'evaluate it with: python test.py --resultsfolder {session.run} --testmc 32')
     return session.run
 
 
@@ -245,13 +295,15 @@ class Report:
     def __init__(self, session):
         from tqdm import tqdm
 
+        import devices
+
         self.num_epochs, self.batch_size = session.args.epochs + 1, session.args.batchsize
         self.split = session.split
         self.steps = len(session.images.train) // self.batch_size
         self.steps_before = session.progress.epoch * self.steps
         total = self.num_epochs * self.steps * self.batch_size
         begun = (self.steps_before + session.progress.step) * self.batch_size
-        hidden = not sys.stderr.isatty()
+        hidden = not (sys.stderr.isatty() and devices.is_first())
         self.bar = tqdm(total=total, initial=begun, unit=' images', disable=hidden, dynamic_ncols=True)
         self.accuracy, self.refreshed = '', time.monotonic()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import data
-import devices
+import feeds
 import models
 
 
@@ -47,18 +47,18 @@ def all_finite(arrays):
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
-def step_function(optimizer, prepare):
+def step_function(optimizer, prepare, choose=feeds.Resident.choose):
     """The jitted step(state, epoch, images, labels, lr_factor) -> (state, epoch, loss), which reuses the first two.
 
-    images: uint8 [N, H, W, C], labels: int [N], all of them: a step finds its batch by the epoch's count, so that
-    nothing is sent to the device for it. prepare(key, images uint8 [B, H, W, C]) augments and normalises.
+    choose(epoch, images, labels) returns the step's batch, images uint8 [B, H, W, C] and labels int [B]: of all images,
+    which stay on the device, or what was sent for the step. prepare(key, images) augments and normalises.
     """
 
     @partial(jax.jit, donate_argnames=('state', 'epoch'))
     def step(state, epoch, images, labels, lr_factor):
-        chosen = devices.spread(epoch.batches[epoch.step])
-        batch = prepare(jax.random.fold_in(epoch.key, epoch.step), images[chosen]), labels[chosen]
-        state, loss = optimizer.step(state, batch, lr_factor)
+        images, labels = choose(epoch, images, labels)
+        images = prepare(jax.random.fold_in(epoch.key, epoch.step), images)
+        state, loss = optimizer.step(state, (images, labels), lr_factor)
         return state, epoch._replace(step=epoch.step + 1, loss=epoch.loss + loss), loss
 
     return step

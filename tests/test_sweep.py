@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+import jobs
 import sweep
 
 SWEEP = """
@@ -40,7 +41,7 @@ def test_runs_of_a_sweep(toml):
     alphas = [run['alpha'] for run in runs]
     assert alphas[:2] == alphas[2:] and len(set(alphas)) == 2 and all(0.001 <= a <= 0.1 for a in alphas)
     assert sweep.read(toml)[1] == runs
-    assert '--noaugment' in sweep._arguments(fixed) and '--validation=0.25' in sweep._arguments(fixed)
+    assert '--noaugment' in jobs.arguments(fixed) and '--validation=0.25' in jobs.arguments(fixed)
 
 
 def test_parts_and_going_on(toml, tmp_path, capsys):

@@ -1,0 +1,60 @@
+"""Where the batches of an epoch come from: images on the device, or read from the host while steps are taken.
+
+Both give a step of training the same images in the same order. A feed has
+    choose(epoch, images, labels)       in the jitted step: its batch, of what `of_epoch` gave it
+    of_epoch(epoch, done)               yields (images, labels) for each step of a training.Epoch after `done` of them
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+import devices
+
+SHARE = 0.4  # of a device's memory that images may take
+
+
+class Resident:
+    """All images lie on every device, and a step finds its own: nothing is sent for it."""
+
+    def __init__(self, images, labels, mesh):
+        self.arrays = devices.replicate((images, labels), mesh)
+
+    @staticmethod
+    def choose(epoch, images, labels):
+        chosen = devices.spread(epoch.batches[epoch.step])
+        return images[chosen], labels[chosen]
+
+    def of_epoch(self, epoch, done):
+        for _ in range(done, len(epoch.batches)):
+            yield self.arrays
+
+
+class Streamed:
+    """Images stay in an array on the host, or in a file that is mapped; the next two batches are read ahead."""
+
+    def __init__(self, images, labels, mesh):
+        self.arrays, self.mesh = (images, labels), mesh
+
+    @staticmethod
+    def choose(epoch, images, labels):
+        del epoch
+        return images, labels
+
+    def of_epoch(self, epoch, done):
+        batches = jax.device_get(epoch.batches)[done:]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self._read, indices) for indices in batches[:2]]
+            for number in range(len(batches)):
+                ahead += [reader.submit(self._read, indices) for indices in batches[number + 2 : number + 3]]
+                yield ahead.pop(0).result()
+
+    def _read(self, indices):
+        return devices.place_rows(self.arrays, indices, self.mesh)
+
+
+def create(images, labels, mesh, stream):
+    """Streamed where it is asked for, or where images uint8 [N, H, W, C] would fill a device; else Resident."""
+    limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
+    too_large = limit is not None and images.nbytes > SHARE * limit
+    return (Streamed if stream or too_large else Resident)(images, labels, mesh)

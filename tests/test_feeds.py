@@ -1,0 +1,97 @@
+"""Batches that are read from the host are those that lie on the device; runs of several seeds are those alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import checkpoints
+import devices
+import experiments
+import feeds
+import runs
+import train
+import training
+
+
+def weights(run):
+    config = runs.read_config(run)
+    experiment = experiments.create({'flags': vars(train.flags_of(config, run)), 'dataset': config['dataset']})
+    _, state, _ = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)))
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+
+
+@pytest.mark.parametrize('done', [0, 3])
+def test_streamed_batches_are_the_resident_ones(done, tmp_path):
+    """From a file that is mapped, each image once an epoch, also where an epoch goes on after some steps."""
+    images = np.arange(30, dtype=np.uint8).reshape(30, 1, 1, 1)
+    np.save(tmp_path / 'images.npy', images)
+    labels = np.arange(30, dtype=np.int32)
+    mesh = devices.create_mesh(1)
+    epoch = training.start_epoch(jax.random.key(0), jnp.int32(2), 30, 5)
+    resident = feeds.Resident(images, labels, mesh)
+    streamed = feeds.Streamed(np.load(tmp_path / 'images.npy', mmap_mode='r'), labels, mesh)
+    seen = []
+    pairs = zip(resident.of_epoch(epoch, done), streamed.of_epoch(epoch, done), strict=True)
+    for number, (held, sent) in enumerate(pairs, start=done):
+        here = epoch._replace(step=jnp.int32(number))
+        expected, found = resident.choose(here, *held), streamed.choose(here, *sent)
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+        seen += found[1].tolist()
+    assert len(seen) == len(set(seen)) == 5 * (6 - done)
+
+
+def test_streamed_run_is_the_resident_one(flags_of):
+    one, other = (train.main([*flags_of(), *extra]) for extra in ([], ['--stream']))
+    np.testing.assert_array_equal(weights(one), weights(other))
+
+
+@pytest.mark.parametrize(('limit', 'kind'), [(None, feeds.Resident), (250, feeds.Resident), (249, feeds.Streamed)])
+def test_images_too_large_for_a_device_are_streamed(limit, kind, monkeypatch):
+    """100 bytes of images are at most 0.4 of a device of 250."""
+
+    class Device:
+        def memory_stats(self):
+            return None if limit is None else {'bytes_limit': limit}
+
+    class Mesh:
+        local_devices = (Device(),)
+
+    monkeypatch.setattr(devices, 'replicate', lambda arrays, mesh: arrays)
+    images = np.zeros((1, 10, 10, 1), np.uint8)
+    assert type(feeds.create(images, np.zeros(1, np.int32), Mesh(), stream=False)) is kind
+
+
+def test_seeds_are_runs_of_their_own(flags_of, capfd):
+    alone = train.main(flags_of(randomseed=5))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags_of(), '--seeds', '5', '6'])
+    assert stop.value.code == 0
+    together = [alone.with_name('run_1'), alone.with_name('run_2')]
+    assert [runs.read_config(run)['flags']['randomseed'] for run in together] == [5, 6]
+    assert runs.read_config(together[0])['flags'] == runs.read_config(alone)['flags']
+    np.testing.assert_array_equal(weights(together[0]), weights(alone))
+    assert not np.array_equal(weights(together[1]), weights(alone))
+    assert f'seed 5: {together[0]}: 40 training and 20 test images' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('flags', 'line'),
+    [
+        (['--seeds', '1', '1'], '--seeds names a seed twice'),
+        (['--seeds', '1', '2', '--randomseed=3'], '--seeds does not go with --randomseed'),
+        (['--seeds', '1', '2', '--resume=run_0'], '--seeds does not go with --resume'),
+    ],
+)
+def test_seeds_that_are_refused(flags, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_a_seed_that_fails_is_the_status_of_all(flags_of, capfd):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags_of(alpha=1e30), '--seeds', '5', '6'])
+    assert stop.value.code == 1
+    assert capfd.readouterr().out.count('train.py: error:') == 2

@@ -1,0 +1,151 @@
+"""Runs of several processes, as on several hosts: real ones on this machine, each with one CPU device."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import checkpoints
+import conftest
+import experiments
+import models
+import runs
+import train
+
+ROOT = Path(__file__).parent.parent
+
+# train.py with small networks, so that they compile soon.
+SCRIPT = """if True:
+    import sys
+    sys.path[:0] = ['tests', '.']
+    import conftest, models, train
+    models.MODELS |= {'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}
+    train.main(sys.argv[1:])
+"""
+FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
+ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+
+
+def start(number, *arguments):
+    """Processes of one run; with number 1, a run that knows nothing of others."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+    others = [[f'--coordinator={address}', f'--processes={number}', f'--processid={i}'] for i in range(number)]
+    return [
+        subprocess.Popen(
+            [sys.executable, '-c', SCRIPT, *arguments, *(own if number > 1 else [])],
+            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for own in others
+    ]  # fmt: skip
+
+
+def ended(processes):
+    """[(exit status, stdout, stderr)] of processes."""
+    said = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """A function that reads all weights and batch statistics of a run's newest checkpoint, and its step."""
+    monkeypatch.setitem(models.MODELS, 'resnet18', conftest.SmallResNet)
+    monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
+
+    def read(run):
+        config = runs.read_config(run)
+        experiment = experiments.create({'flags': vars(train.flags_of(config, run)), 'dataset': config['dataset']})
+        step, state, _ = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)))
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves((state.params, state.batch_stats))]), step
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ('number', 'optim', 'model'), [(2, 'bsam', 'lenet'), (4, 'sam', 'resnet20'), (2, 'sgd', 'resnet18')]
+)
+def test_processes_train_as_one(number, optim, model, tmp_path, weights):
+    flags = [*FLAGS, f'--optim={optim}', f'--model={model}']
+    alone, together = tmp_path / 'alone', tmp_path / 'together'
+    begun = start(1, *flags, f'--resultsfolder={alone}'), start(number, *flags, f'--resultsfolder={together}')
+    for status, _, errors in ended(begun[0] + begun[1]):
+        assert status == 0, errors
+    run = f'digits_{model}/{optim}/run_0'
+    assert [path.name for path in (together / run).parent.iterdir()] == ['run_0']
+    (expected, last), (found, step) = (weights(folder / run) for folder in (alone, together))
+    assert step == last == 10
+    assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+
+
+def until_step(folder, step):
+    """Waits for a checkpoint of a run below a folder, and returns the run."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for checkpoint in folder.glob('*/*/run_*/checkpoints/[0-9]*'):
+            if checkpoint.name.isdecimal() and int(checkpoint.name) >= step:
+                return checkpoint.parent.parent
+        time.sleep(0.05)
+    raise TimeoutError(f'no checkpoint of step {step} in {folder}')
+
+
+LONG = [*FLAGS, '--optim=bsam', '--model=resnet20', '--checkpointevery=1']
+
+
+def test_signal_and_resume_on_more(tmp_path, weights):
+    """SIGTERM to one of two processes ends both after the same step; four go on, to what one alone comes to."""
+    flags = [*LONG, '--epochs=9']
+    alone, together = tmp_path / 'alone', tmp_path / 'together'
+    processes = start(2, *flags, f'--resultsfolder={together}')
+    run = until_step(together, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    (first, _, saved), (second, _, _) = ended(processes)
+    assert (first, second) == (143, 143)
+    assert f'saved; go on with: python train.py --resume {run}' in saved
+    assert 2 <= weights(run)[1] < 50
+    for status, _, errors in ended(start(4, f'--resume={run}') + start(1, *flags, f'--resultsfolder={alone}')):
+        assert status == 0, errors
+    (expected, last), (found, step) = weights(alone / run.relative_to(together)), weights(run)
+    assert step == last == 50
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
+
+
+@pytest.mark.parametrize('killed', [0, 1])
+def test_killed_process_ends_the_others(killed, tmp_path):
+    processes = start(2, *LONG, '--epochs=100000', f'--resultsfolder={tmp_path}')
+    run = until_step(tmp_path, 2)
+    processes[killed].kill()
+    began = time.monotonic()
+    status, _, errors = ended(processes)[1 - killed]
+    assert status != 0 and time.monotonic() - began < 60
+    assert 'another process ended' in errors or 'another task died' in errors
+    assert checkpoints.find_damage(run / 'checkpoints' / str(checkpoints.all_steps(run / 'checkpoints')[-1])) is None
+
+
+@pytest.mark.parametrize(
+    ('flags', 'line'),
+    [
+        (['--coordinator=host'], "argument --coordinator: 'host' is neither HOST:PORT nor auto"),
+        (['--coordinator=host:1'], '--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1'),
+        (['--coordinator=host:1', '--processes=2', '--processid=2'], 'needs --processes N, and a --processid'),
+        (['--processes=2'], '--processes and --processid go with --coordinator HOST:PORT'),
+    ],
+)
+def test_addresses_that_are_not_whole(flags, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_error_of_one_ends_all(tmp_path):
+    """Data that one of two processes does not find: its line and status, and an end of the other's."""
+    processes = start(2, *FLAGS, '--dataset=fashion', '--model=lenet', f'--datasetfolder={tmp_path / "none"}')
+    for status, _, errors in ended(processes):
+        assert status == 2 and 'train.py: error:' in errors and 'Traceback' not in errors
