@@ -1,0 +1,196 @@
+"""How training scales: measured over processes on this machine, and predicted for many devices from compiled steps.
+
+    python benchmarks/scaling.py measure --json results/scaling_measured.json
+    python benchmarks/scaling.py predict --json results/scaling_predicted.json
+
+`measure` runs bSAM with 1, 2, ... processes of one CPU core each: with the same batch (strong scaling), and with four
+sub-batches a process (weak scaling). `predict` compiles the step for so many virtual devices, each with one sub-batch,
+reads operations and collective bytes off, and divides them by the rates that its flags assume.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import run
+
+import data
+import devices
+import experiments
+import runs
+import tables
+import training
+
+SUB_BATCH = 25
+NODE = 8  # devices of a node
+BYTES = {'f32': 4, 'bf16': 2, 's32': 4, 'u32': 4, 'f16': 2, 'pred': 1}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument('part', choices=('measure', 'predict'))
+    parser.add_argument('--json', type=Path, help='write all figures here')
+    parser.add_argument('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
+    parser.add_argument('--processes', type=int, nargs='+', default=[1, 2], help='measure: numbers of processes')
+    parser.add_argument('--steps', type=int, default=5, help='measure: steps that are timed')
+    parser.add_argument('--devices', type=int, nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
+    parser.add_argument('--teraflops', type=float, default=100, help='predict: what a device reaches in convolutions')
+    parser.add_argument('--nvlink', type=float, default=450, help='predict: GB/s of a device within its node')
+    parser.add_argument('--network', type=float, default=50, help='predict: GB/s of a device to other nodes')
+    parser.add_argument('--latency', type=float, default=5, help='predict: µs of each of the 2 (n - 1) turns of a ring')
+    parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps({'measure': timed, 'predict': counted}[args.part](**args.worker)))
+        return
+    rows = measured(args) if args.part == 'measure' else predicted(args)
+    print(tables.markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
+    if args.json:
+        command = ' '.join(['python benchmarks/scaling.py', *sys.argv[1:]])
+        runs.write_json(args.json, {'command': command, 'environment': runs.environment(), 'rows': rows})
+
+
+def measured(args):
+    """Images per second of numbers of processes, and their share of so many times those of one."""
+    rows = []
+    for scaling in ('strong', 'weak'):
+        alone = None
+        for number in args.processes:
+            split = 8 if scaling == 'strong' else 4 * number
+            worker = {'model': args.model or 'resnet20', 'split': split, 'steps': args.steps, 'number': number}
+            rate = min(result['rate'] for result in started(worker, number))
+            alone = alone or rate / number
+            rows.append({
+                'scaling': scaling, 'processes': number, 'batch': split * SUB_BATCH, 'images/s': round(rate, 1),
+                'efficiency': f'{rate / number / alone:.0%}',
+            })  # fmt: skip
+            run.report(f'{scaling} scaling, {number} processes: {rate:.1f} images/s')
+    return rows
+
+
+def started(worker, number):
+    """What `number` processes print, each on a core of its own."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, 'measure', '--worker', json.dumps(worker | {'process': i, 'address': address})],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for i in range(number)
+    ]  # fmt: skip
+    said = [process.communicate()[0] for process in processes]
+    return [json.loads(text.splitlines()[-1]) for text in said]
+
+
+def timed(model, split, steps, number, process, address):
+    """In a process of its own: the rate of bSAM's steps over the processes that there are."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[process]})
+    if number > 1:
+        devices.join(address, number, process)
+    mesh = devices.create_mesh()
+    batch_size = split * SUB_BATCH
+    experiment, step = step_of(model, split)
+    with jax.set_mesh(mesh):
+        state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
+        images = devices.replicate(run.synthetic_images(2 * batch_size), mesh)
+        key, zero, one = devices.replicate((jax.random.key(1), np.int32(0), np.float32(1)), mesh)
+        epoch = training.start_epoch(key, zero, 2 * batch_size, batch_size)
+        for number_of_step in range(steps + 1):
+            if number_of_step == 1:
+                began = time.perf_counter()
+            state, epoch, loss = step(state, epoch._replace(step=jnp.copy(zero)), *images, one)
+            float(jax.device_get(loss))
+    return {'rate': steps * batch_size / (time.perf_counter() - began)}
+
+
+def step_of(model, split):
+    """The Experiment and the jitted step of bSAM with `split` sub-batches."""
+    experiment = experiments.create(run.configuration(model, 'bsam', 'float32', split))
+    return experiment, training.step_function(
+        experiment.optimizer, lambda key, batch: experiment.normalise(data.augment(key, batch))
+    )
+
+
+def predicted(args):
+    """A row for each number of devices."""
+    rows = []
+    for number in args.devices:
+        worker = json.dumps({'model': args.model or 'resnet18', 'number': number})
+        environment = os.environ | {
+            'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={number}'
+        }  # fmt: skip
+        command = [sys.executable, __file__, 'predict', '--worker', worker]
+        said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        counts = json.loads(said.splitlines()[-1])
+        bandwidth = 1e9 * (args.nvlink if number <= NODE else args.network)
+        computing = counts['flops'] / (1e12 * args.teraflops)
+        ring = 2 * (number - 1) * (counts['collective_bytes'] / number / bandwidth + 1e-6 * args.latency)
+        rows.append({
+            'devices': number, 'batch': number * SUB_BATCH, 'GFLOP a device': round(counts['flops'] / 1e9, 1),
+            'GB accessed': round(counts['bytes'] / 1e9, 2), 'MB reduced': round(counts['collective_bytes'] / 1e6, 1),
+            'computing, ms': round(1e3 * computing, 2), 'ring, ms': round(1e3 * ring, 2),
+            'efficiency': f'{computing / (computing + ring):.0%}',
+        })  # fmt: skip
+        run.report(f'{number} devices: {rows[-1]}')
+    return rows
+
+
+def counted(model, number):
+    """In a process of `number` virtual devices: operations, bytes and collective bytes of a device in one step."""
+    mesh = devices.create_mesh()
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    experiment, step = step_of(model, number)
+    batch_size = number * SUB_BATCH
+
+    def typed(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    with jax.set_mesh(mesh):
+        start = functools.partial(training.start_epoch, num_images=50_000, batch_size=batch_size)
+        key = jax.random.key(0)
+        images = jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((50_000,), jnp.int32)
+        arguments = (
+            jax.eval_shape(experiment.init, key),
+            jax.eval_shape(start, key, jnp.int32(0)),
+            *images,
+            jax.ShapeDtypeStruct((), jnp.float32),
+        )
+        compiled = step.lower(*jax.tree.map(typed, arguments)).compile()
+    costs = compiled.cost_analysis()
+    return {
+        'flops': costs['flops'],
+        'bytes': costs['bytes accessed'],
+        'collective_bytes': collective_bytes(compiled.as_text()),
+    }
+
+
+def collective_bytes(program):
+    """The sum of what the collective operations of a compiled program return."""
+    total = 0
+    for line in program.splitlines():
+        found = re.search(
+            r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(', line
+        )
+        if found:
+            for kind, shape in re.findall(r'(\w+)\[([\d,]*)\]', found[1]):
+                total += BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(',') if n)
+    return total
+
+
+if __name__ == '__main__':
+    main()
