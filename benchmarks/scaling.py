@@ -145,6 +145,7 @@ def predicted(args):
             'GB accessed': round(counts['bytes'] / 1e9, 2), 'MB reduced': round(counts['collective_bytes'] / 1e6, 1),
             'computing, ms': round(1e3 * computing, 2), 'ring, ms': round(1e3 * ring, 2),
             'efficiency': f'{computing / (computing + ring):.0%}',
+            'with 8 sub-batches each': f'{8 * computing / (8 * computing + ring):.0%}',
         })  # fmt: skip
         run.report(f'{number} devices: {rows[-1]}')
     return rows

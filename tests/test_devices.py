@@ -57,7 +57,8 @@ SCRIPT = """if True:
 
 def test_eight_devices_train_as_one():
     """20 steps: weights, batch statistics and probabilities within 1e-5; both kinds of normalisation."""
-    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'}
+    flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'  # compiles in half the time
+    environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     done = subprocess.run([sys.executable, '-c', SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)

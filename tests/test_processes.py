@@ -30,7 +30,8 @@ SCRIPT = """if True:
     train.main(sys.argv[1:])
 """
 FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
-ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+# Without XLA's optimizations, which are most of the time here.
+ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
 
 
 def start(number, *arguments):
@@ -101,7 +102,7 @@ LONG = [*FLAGS, '--optim=bsam', '--model=resnet20', '--checkpointevery=1']
 
 def test_signal_and_resume_on_more(tmp_path, weights):
     """SIGTERM to one of two processes ends both after the same step; four go on, to what one alone comes to."""
-    flags = [*LONG, '--epochs=9']
+    flags = [*LONG, '--epochs=4']
     alone, together = tmp_path / 'alone', tmp_path / 'together'
     processes = start(2, *flags, f'--resultsfolder={together}')
     run = until_step(together, 2)
@@ -109,11 +110,11 @@ def test_signal_and_resume_on_more(tmp_path, weights):
     (first, _, saved), (second, _, _) = ended(processes)
     assert (first, second) == (143, 143)
     assert f'saved; go on with: python train.py --resume {run}' in saved
-    assert 2 <= weights(run)[1] < 50
+    assert 2 <= weights(run)[1] < 25
     for status, _, errors in ended(start(4, f'--resume={run}') + start(1, *flags, f'--resultsfolder={alone}')):
         assert status == 0, errors
     (expected, last), (found, step) = weights(alone / run.relative_to(together)), weights(run)
-    assert step == last == 50
+    assert step == last == 25
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
 
 
