@@ -44,17 +44,20 @@ def require_divisible(flag, number, mesh):
     if number % mesh.size:
         nearest = sorted({max(number // mesh.size, 1) * mesh.size, (number // mesh.size + 1) * mesh.size})
         offer = ' or '.join(f'{flag} {n}' for n in nearest)
-        raise DeviceError(
-            f'{flag} {number} cannot be shared out over {mesh.size} devices: take {offer}, or --devices 1'
-        )
+        fewer = ', or --devices 1' if jax.process_count() == 1 else ''
+        raise DeviceError(f'{flag} {number} cannot be shared out over {mesh.size} devices: take {offer}{fewer}')
 
 
 def replicate(arrays, mesh):
     """A pytree of arrays, the same in all processes, on every device of a mesh."""
     everywhere = NamedSharding(mesh, P())
     if jax.process_count() > 1:
-        return jax.jit(lambda x: x, out_shardings=everywhere)(arrays)
+        return jax.jit(_same, out_shardings=everywhere)(arrays)
     return jax.device_put(arrays, everywhere)
+
+
+def _same(arrays):
+    return arrays
 
 
 def place_rows(arrays, indices, mesh):
@@ -91,7 +94,10 @@ def join(coordinator, processes=None, process_id=None):
     coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. A process that is
     not heard of for half a minute ends the others. SIGTERM is left to JAX, and SIGINT does the same.
     """
-    given = {} if coordinator == 'auto' else {'coordinator_address': coordinator}
+    address = {'coordinator_address': coordinator, 'cluster_detection_method': 'deactivate'}
+    given = {} if coordinator == 'auto' else address
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             **given,
@@ -102,7 +108,23 @@ def join(coordinator, processes=None, process_id=None):
         )
     except (ValueError, RuntimeError) as error:
         raise DeviceError(f'--coordinator {coordinator}: {str(error).splitlines()[0]}') from error
-    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    signal.signal(signal.SIGINT, _terminate)
+
+
+def _terminate(number, frame):
+    """Does at SIGINT what SIGTERM does; a second one ends the process at once."""
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def require_same(held):
+    """Raises a DeviceError if a process holds other values than the first, {name: what JSON can hold}."""
+    held = json.loads(json.dumps(held))
+    for name, value in from_first(lambda: held).items():
+        if held[name] != value:
+            where = f'process {jax.process_index()}'
+            raise DeviceError(f'{where} has other {name} than process 0: start all with the same flags and data')
 
 
 def is_first():
@@ -153,7 +175,7 @@ def reached_stop(stop, step):
 
     stop: a signals.Stop. Of several processes, JAX's service for preemption tells all of the SIGTERM of any.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return stop.signal is not None
     if multihost_utils.reached_preemption_sync_point(step):
         stop.signal = signal.SIGTERM

@@ -7,7 +7,7 @@ Both give a step of training the same images in the same order. A feed has
 
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
+import numpy as np
 
 import devices
 
@@ -42,7 +42,7 @@ class Streamed:
         return images, labels
 
     def of_epoch(self, epoch, done):
-        batches = jax.device_get(epoch.batches)[done:]
+        batches = np.array(epoch.batches)[done:]
         with ThreadPoolExecutor(1) as reader:
             ahead = [reader.submit(self._read, indices) for indices in batches[:2]]
             for number in range(len(batches)):
@@ -56,5 +56,5 @@ class Streamed:
 def create(images, labels, mesh, stream):
     """Streamed where it is asked for, or where images uint8 [N, H, W, C] would fill a device; else Resident."""
     limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
-    too_large = limit is not None and images.nbytes > SHARE * limit
+    too_large = devices.from_first(lambda: limit is not None and images.nbytes > SHARE * limit)
     return (Streamed if stream or too_large else Resident)(images, labels, mesh)

@@ -70,6 +70,8 @@ def train_seeds(values, seeds):
             start_new_session=True,
         ) as process:
             running.add(process)
+            if signals:
+                process.send_signal(signals[0])
             for line in process.stdout:
                 print(f'seed {seed}: {line}', end='', flush=True)
             running.discard(process)

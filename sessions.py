@@ -4,6 +4,7 @@ import argparse
 import collections
 import math
 import time
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,8 @@ def resume(run, args, before, held, step=None):
 def _share(args):
     """The mesh of devices, if each of them can have an equal share of a batch. Raises DeviceError."""
     mesh = devices.create_mesh(args.devices)
+    if isinstance(args.checkpointevery, str) and jax.process_count() > 1:
+        raise devices.DeviceError(f'--checkpointevery {args.checkpointevery}: of several processes, give steps')
     if args.batchsplit is None:
         devices.require_divisible('--batchsize', args.batchsize, mesh)
     elif args.batchsplit * (args.trainmc or 1) % mesh.size:
@@ -118,6 +121,9 @@ def _read(args):
     if args.batchsize > len(images.train):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train)}
+    trained = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
+    labels = [zlib.crc32(np.ascontiguousarray(array)) for array in (images.train_labels, images.held_out_labels)]
+    devices.require_same({'flags': trained, 'data set': config['dataset'], 'labels': labels})
     return config, dataset.augment and not args.noaugment, images
 
 
@@ -137,6 +143,13 @@ class Trainer:
 
     def run(self):
         """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
+        try:
+            return self._run()
+        except DivergenceError:
+            devices.from_first(lambda: None)  # the first process has written its checkpoint, and all may end
+            raise
+
+    def _run(self):
         state, progress = devices.replicate(self.session.state, self.session.mesh), self.session.progress
         with (
             jax.set_mesh(self.session.mesh),
@@ -152,7 +165,7 @@ class Trainer:
                 self.report.epoch(record)
         if self.log_failed:  # as long as a checkpoint was being written, the disk may have been fuller than it is now
             self._write_log(progress.log)
-        return not (writer.failed or self.log_failed)
+        return devices.from_first(lambda: not (writer.failed or self.log_failed))
 
     def _prepare(self, key, batch):
         return self.experiment.normalise(data.augment(key, batch) if self.session.augmented else batch)

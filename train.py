@@ -185,7 +185,7 @@ def create_parser():
     help = 'devices that share batches, or the sub-batches of optimizers that have them; all that there are by default'
     add('--devices', type=flags.integer(1), help=help)
     help = 'send each batch when it is due, instead of all images at first; done anyway with images too large for that'
-    add('--stream', action='store_true', help=help)
+    add('--stream', action=argparse.BooleanOptionalAction, default=False, help=help)
     help = 'run on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
     add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
     add('--processes', type=flags.integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
@@ -267,12 +267,17 @@ def main(argv=None):
             run = of_start['resume']
             if run:
                 config = devices.from_first(lambda: runs.read_config(run))
-                args = continued(flags_of(config, run), create_parser().given(argv), run)
+                given = create_parser().given(argv)
+                if of_start['coordinator']:
+                    given.setdefault('devices', None)
+                args = continued(flags_of(config, run), given, run)
                 session = sessions.resume(run, args, config, held, of_start['checkpoint'])
             else:
                 session = sessions.begin(args, held)
         images = session.images
         sizes = f'{len(images.train)} training and {len(images.held_out)} {session.split} images'
+        if of_start['coordinator']:
+            sizes += f', {session.mesh.size} devices'
         print(f'{session.run}: {sizes}', flush=True)
         with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
             trainer = sessions.Trainer(session, stop, report)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import data
+import devices
 import feeds
 import models
 
@@ -59,6 +60,7 @@ def step_function(optimizer, prepare, choose=feeds.Resident.choose):
         images, labels = choose(epoch, images, labels)
         images = prepare(jax.random.fold_in(epoch.key, epoch.step), images)
         state, loss = optimizer.step(state, (images, labels), lr_factor)
+        state = jax.tree.map(devices.gather, state)
         return state, epoch._replace(step=epoch.step + 1, loss=epoch.loss + loss), loss
 
     return step

@@ -48,6 +48,7 @@ def main():
     parser.add_argument('--steps', type=int, default=5, help='measure: steps that are timed')
     parser.add_argument('--devices', type=int, nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
     parser.add_argument('--teraflops', type=float, default=100, help='predict: what a device reaches in convolutions')
+    parser.add_argument('--memory', type=float, default=3350, help='predict: GB/s of a device to its memory')
     parser.add_argument('--nvlink', type=float, default=450, help='predict: GB/s of a device within its node')
     parser.add_argument('--network', type=float, default=50, help='predict: GB/s of a device to other nodes')
     parser.add_argument('--latency', type=float, default=5, help='predict: µs of each of the 2 (n - 1) turns of a ring')
@@ -65,6 +66,8 @@ def main():
 
 def measured(args):
     """Images per second of numbers of processes, and their share of so many times those of one."""
+    if max(args.processes) > len(os.sched_getaffinity(0)):
+        sys.exit(f'scaling.py: error: {max(args.processes)} processes need as many cores')
     rows = []
     for scaling in ('strong', 'weak'):
         alone = None
@@ -138,7 +141,7 @@ def predicted(args):
         said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         counts = json.loads(said.splitlines()[-1])
         bandwidth = 1e9 * (args.nvlink if number <= NODE else args.network)
-        computing = counts['flops'] / (1e12 * args.teraflops)
+        computing = max(counts['flops'] / (1e12 * args.teraflops), counts['bytes'] / (1e9 * args.memory))
         ring = 2 * (number - 1) * (counts['collective_bytes'] / number / bandwidth + 1e-6 * args.latency)
         rows.append({
             'devices': number, 'batch': number * SUB_BATCH, 'GFLOP a device': round(counts['flops'] / 1e9, 1),

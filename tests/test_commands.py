@@ -216,7 +216,19 @@ def test_flags_of_other_optimizers_are_refused(capsys):
 
 def test_defaults_are_those_of_the_reference():
     args = vars(train.parse_args(['--optim=bsam']))
-    others = {'devices', 'eta', 'swagstart', 'swagrate', 'swagrank', 'hessinit', 'clip', 'trainmc'}
+    others = {
+        'coordinator',
+        'processes',
+        'processid',
+        'devices',
+        'eta',
+        'swagstart',
+        'swagrate',
+        'swagrank',
+        'hessinit',
+        'clip',
+        'trainmc',
+    }
     assert all(args.pop(name) is None for name in others)
     assert train.parse_args([]).optim == 'sgd'
     assert args == {
@@ -226,7 +238,7 @@ def test_defaults_are_those_of_the_reference():
         'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1, 'precision': 'float32',
         'compilecache': os.path.join(os.environ['XDG_CACHE_HOME'], 'bayesian-sam'), 'resume': None, 'checkpoint': None,
         'checkpointevery': None, 'keepbest': False, 'keepgoing': False,
-            'bnupdate': 'both', 'validation': 0.0,
+        'bnupdate': 'both', 'validation': 0.0, 'stream': False, 'seeds': [],
     }  # fmt: skip
 
 

@@ -34,12 +34,13 @@ FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '-
 ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
 
 
-def start(number, *arguments):
-    """Processes of one run; with number 1, a run that knows nothing of others."""
+def start(number, *arguments, last=()):
+    """Processes of one run, the last with more arguments; with number 1, a run that knows nothing of others."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
     others = [[f'--coordinator={address}', f'--processes={number}', f'--processid={i}'] for i in range(number)]
+    others[-1] += last
     return [
         subprocess.Popen(
             [sys.executable, '-c', SCRIPT, *arguments, *(own if number > 1 else [])],
@@ -145,8 +146,23 @@ def test_addresses_that_are_not_whole(flags, line, capsys):
     assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
-def test_error_of_one_ends_all(tmp_path):
-    """Data that one of two processes does not find: its line and status, and an end of the other's."""
-    processes = start(2, *FLAGS, '--dataset=fashion', '--model=lenet', f'--datasetfolder={tmp_path / "none"}')
-    for status, _, errors in ended(processes):
-        assert status == 2 and 'train.py: error:' in errors and 'Traceback' not in errors
+def test_error_of_one_ends_all(datasets, tmp_path):
+    """Data that one of two processes does not find, or other data: its line and status 2, and soon the other's end."""
+    flags = ['--dataset=mnist', '--model=mlp', '--batchsize=20', '--optim=sgd', f'--datasetfolder={datasets}']
+    processes = start(2, *flags, f'--resultsfolder={tmp_path}', last=[f'--datasetfolder={tmp_path / "none"}'])
+    began = time.monotonic()
+    (first, _, _), (second, _, errors) = ended(processes)
+    assert first != 0 and second == 2 and time.monotonic() - began < 60
+    assert 'train.py: error:' in errors and 'Traceback' not in errors
+    (first, _, _), (second, _, errors) = ended(start(2, *flags, f'--resultsfolder={tmp_path}', last=['--alpha=0.5']))
+    assert first != 0 and second == 2
+    assert 'process 1 has other flags than process 0: start all with the same flags and data' in errors
+
+
+def test_one_process_that_joined_is_stopped_as_ever(tmp_path):
+    flags = [*LONG, '--epochs=100000', '--processes=1', '--processid=0', '--coordinator=127.0.0.1:29763']
+    (process,) = start(1, *flags, f'--resultsfolder={tmp_path}')
+    until_step(tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    ((status, _, errors),) = ended([process])
+    assert status == 143 and 'saved; go on with' in errors
