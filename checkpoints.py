@@ -71,7 +71,8 @@ class Writer:
     def save(self, state, progress):
         """Copies the state, so that it may be donated at once, and writes it while training goes on.
 
-        Only the first of several processes does; the state is the same in all.
+        Only the first of several processes writes it, as the state is the same in all; the others make the copy too,
+        since they are to run the same programs.
         """
         self.wait()
         of_one_device = jax.tree.map(lambda x: x.addressable_data(0), _copy(state))

@@ -122,8 +122,9 @@ def _read(args):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train)}
     trained = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
-    labels = [zlib.crc32(np.ascontiguousarray(array)) for array in (images.train_labels, images.held_out_labels)]
-    devices.require_same({'flags': trained, 'data set': config['dataset'], 'labels': labels})
+    some = images.train[:: len(images.train) // 16 + 1]
+    sums = [zlib.crc32(np.ascontiguousarray(array)) for array in (some, images.train_labels, images.held_out_labels)]
+    devices.require_same({'flags': trained, 'data set': config['dataset'], 'images': sums})
     return config, dataset.augment and not args.noaugment, images
 
 

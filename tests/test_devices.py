@@ -14,7 +14,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 
-# Takes 20 steps with every optimizer on 1 and on 8 devices, and evaluates SGD's weights there; prints the relative
+# Takes 20 steps with every optimizer on 1 and on 8 devices, and evaluates the weights there; prints the relative
 # differences of weights, batch statistics and probabilities as JSON.
 SCRIPT = """if True:
     import json, sys
@@ -39,7 +39,7 @@ SCRIPT = """if True:
                 epoch = devices.replicate(training.start_epoch(jax.random.key(1), jnp.int32(number), 160, 16), mesh)
                 for _ in range(10):
                     state, epoch, _ = step(state, epoch, *held)
-            probs = experiment.probs(state.params, state.batch_stats, held[0], 40) if optim == 'sgd' else 1.0
+            probs = experiment.probs(state.params, state.batch_stats, held[0], 40)
         return [np.concatenate([np.ravel(x) for x in jax.tree.leaves(part)] or [[1.0]])
                 for part in (state.params, state.batch_stats, probs)]
 
@@ -47,7 +47,7 @@ SCRIPT = """if True:
         return float(np.linalg.norm(one - other) / np.linalg.norm(one))
 
     assert len(jax.devices()) == 8
-    cases = [(optim, 'resnet20') for optim in train.OPTIMIZERS] + [(optim, 'resnet18') for optim in ('sgd', 'bsam')]
+    cases = [(optim, 'resnet20') for optim in train.OPTIMIZERS] + [(o, 'resnet18') for o in ('sgd', 'sam', 'bsam')]
     print(json.dumps({
         f'{optim} {model}': [difference(*pair) for pair in zip(*(run(optim, model, n) for n in (1, 8)))]
         for optim, model in cases
@@ -62,7 +62,7 @@ def test_eight_devices_train_as_one():
     done = subprocess.run([sys.executable, '-c', SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
-    assert len(differences) == len(train.OPTIMIZERS) + 2
+    assert len(differences) == len(train.OPTIMIZERS) + 3
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
     assert differences['bsam resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one

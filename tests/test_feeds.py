@@ -5,20 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
 import devices
-import experiments
 import feeds
 import runs
 import train
 import training
+from conftest import restore
 
 
 def weights(run):
-    config = runs.read_config(run)
-    experiment = experiments.create({'flags': vars(train.flags_of(config, run)), 'dataset': config['dataset']})
-    _, state, _ = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)))
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(restore(run)[1].params)])
 
 
 @pytest.mark.parametrize('done', [0, 3])

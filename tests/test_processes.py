@@ -14,9 +14,7 @@ import pytest
 
 import checkpoints
 import conftest
-import experiments
 import models
-import runs
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -63,9 +61,7 @@ def weights(monkeypatch):
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
 
     def read(run):
-        config = runs.read_config(run)
-        experiment = experiments.create({'flags': vars(train.flags_of(config, run)), 'dataset': config['dataset']})
-        step, state, _ = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)))
+        step, state, _ = conftest.restore(run)
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves((state.params, state.batch_stats))]), step
 
     return read
