@@ -3,7 +3,7 @@
     python benchmarks/scaling.py measure --json results/scaling_measured.json
     python benchmarks/scaling.py predict --json results/scaling_predicted.json
 
-`measure` runs bSAM with 1, 2, ... processes of one CPU core each: with the same batch (strong scaling), and with four
+`measure` runs bSAM with 1, 2, ... processes on as many CPU cores: with the same batch (strong scaling), and with four
 sub-batches a process (weak scaling). `predict` compiles the step for so many virtual devices, each with one sub-batch,
 reads operations and collective bytes off, and divides them by the rates that its flags assume.
 """
@@ -85,7 +85,7 @@ def measured(args):
 
 
 def started(worker, number):
-    """What `number` processes print, each on a core of its own."""
+    """What `number` processes print."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
@@ -102,7 +102,7 @@ def started(worker, number):
 
 def timed(model, split, steps, number, process, address):
     """In a process of its own: the rate of bSAM's steps over the processes that there are."""
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[process]})
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
     if number > 1:
         devices.join(address, number, process)
     mesh = devices.create_mesh()
