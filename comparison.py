@@ -89,7 +89,7 @@ def _names(methods):
 def check_flags(flags, split):
     """Raises a ComparisonError unless runs with these flags are of the same images and of different seeds."""
     for other in flags:
-        for name in ('dataset', *(['validation'] if split == 'validation' else [])):
+        for name in ('dataset', *(['validation', 'trainimages'] if split == 'validation' else [])):
             if other[name] != flags[0][name]:
                 values = f'--{name} {flags[0][name]} and --{name} {other[name]}'
                 raise ComparisonError(f'runs with {values} are not evaluated on the same images: compare those of one')

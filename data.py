@@ -105,18 +105,44 @@ def describe(dataset, train_images):
     }
 
 
+def read_train(dataset, flags):
+    """Training images and labels in two parts, (rest, validation), of --trainimages; without --validation (all, None).
+
+    Raises DataError.
+    """
+    train = some('--trainimages', flags['trainimages'], *dataset.read('train'))
+    return hold_out(*train, flags['validation']) if flags['validation'] else (train, None)
+
+
+def some(flag, number, images, labels):
+    """So many of images and labels, all for None: a random part, the same one whatever a run's seed is.
+
+    Raises DataError, which names the flag, if there are fewer.
+    """
+    if number is None:
+        return images, labels
+    if number > len(images):
+        raise DataError(f'{flag} {number} exceeds the {len(images)} images that there are')
+    chosen = np.sort(_fixed_order(images)[:number])
+    return images[chosen], labels[chosen]
+
+
 def hold_out(images, labels, fraction):
     """Training images and labels in two parts, (rest, validation): the second is a random `fraction` of them.
 
     It is the same part whatever a run's seed is, so that no run is tuned on images that another was trained on.
     Raises DataError if either would be empty.
     """
-    order = np.random.default_rng(0).permutation(len(images))
+    order = _fixed_order(images)
     num_held = round(fraction * len(images))
     if not 0 < num_held < len(images):
         raise DataError(f'--validation {fraction:g} of {len(images)} training images leaves none on one side')
     held, rest = np.sort(order[:num_held]), np.sort(order[num_held:])
     return (images[rest], labels[rest]), (images[held], labels[held])
+
+
+def _fixed_order(images):
+    return np.random.default_rng(0).permutation(len(images))
 
 
 def fitted(images, shape):

@@ -42,10 +42,11 @@ class Subject(NamedTuple):
     posterior: posteriors.Posterior
 
 
-def load(run, config, mesh, *, split, step, dataset_folder, batch_size, bn_refresh, with_laplace):
+def load(run, config, mesh, *, split, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
     """The Subject of a run. Raises DataError, ModelError and RunError.
 
-    config: as from runs.read_config; mesh: the devices that share the work; step: a checkpoint, None for the newest;
+    config: as from runs.read_config; mesh: the devices that share the work; num_images: of the split, None for all;
+    step: a checkpoint, None for the newest;
     bn_refresh: training batches over which batch statistics of each weights are estimated again, None for those of
     training; with_laplace: the posterior is a Laplace approximation of the last layer.
     """
@@ -58,11 +59,12 @@ def load(run, config, mesh, *, split, step, dataset_folder, batch_size, bn_refre
     state = devices.replicate(state, mesh)
     folder = dataset_folder or flags['datasetfolder']
     dataset = data.dataset(flags['dataset'], folder)
-    train = dataset.read('train') if flags['validation'] or bn_refresh or with_laplace else None
-    train, held_out = data.hold_out(*train, flags['validation']) if flags['validation'] else (train, None)
+    needs_training_images = flags['validation'] or bn_refresh or with_laplace
+    train, held_out = data.read_train(dataset, flags) if needs_training_images else (None, None)
     if split == 'validation':
         require_held_out(run, held_out)
-    images, labels = held_out if split == 'validation' else dataset.read('test')
+    whole_split = held_out if split == 'validation' else dataset.read('test')
+    images, labels = data.some('--testimages', num_images, *whole_split)
     if list(images.shape[1:]) != config['dataset']['image_shape']:
         raise data.DataError(
             f'the {split} images are {images.shape[1:]}, not {config["dataset"]["image_shape"]} as in training'
@@ -120,7 +122,7 @@ def _training_batches(key, images, number, flags, augment):
 def measure(prediction, labels, num_bins):
     """All metrics, {'mean': {name: value}, 'average': ..., 'intervals': {'mean': {name: (low, high)}, 'average': ...}}.
 
-    Those of the average have the means of the entropy terms over the images besides.
+    Those of the average have the means of the entropy terms over the images besides. 'reliability' has the bins of ECE.
     """
     probs = {'mean': prediction.probs_at_mean, 'average': prediction.probs}
     measured = {at: metrics.summary(p, labels, num_bins) for at, p in probs.items()}
@@ -128,7 +130,12 @@ def measure(prediction, labels, num_bins):
     for name in ('entropy', 'mutual_information', 'disagreement'):
         measured['average'][name] = float(getattr(prediction, name).mean())
     measured['intervals'] = {at: _intervals(p, labels, num_bins) for at, p in probs.items()}
+    measured['reliability'] = {at: _reliability(p, labels, num_bins) for at, p in probs.items()}
     return measured
+
+
+def _reliability(probs, labels, num_bins):
+    return {name: values.tolist() for name, values in metrics.reliability(probs, labels, num_bins).items()}
 
 
 def _intervals(probs, labels, num_bins):
@@ -170,11 +177,15 @@ def tempered(subject, prediction, num_samples, num_bins):
     return results
 
 
-def read_unknown(subject, name):
-    """The test images of another data set in the shape of the run's, and the shape that they had. Raises DataError."""
+def read_unknown(subject, name, num_images):
+    """The test images of another data set in the shape of the run's, and the shape that they had. Raises DataError.
+
+    num_images: that many of them at most, None for all.
+    """
     if name == subject.flags['dataset']:
         raise data.DataError(f'--ood {name}: these are the images that the run knows')
-    images, _ = data.dataset(name, subject.dataset_folder).read('test')
+    images, labels = data.dataset(name, subject.dataset_folder).read('test')
+    images, _ = data.some('--testimages', num_images and min(num_images, len(images)), images, labels)
     return data.fitted(images, subject.images.shape[1:]), list(images.shape[1:])
 
 

@@ -67,6 +67,17 @@ def mce(probs, labels, weights=None, num_bins=20):
     return _scalar((np.abs(gaps) / np.where(counts > 0, counts, 1)).max(axis=-1))
 
 
+def reliability(probs, labels, num_bins=20):
+    """The bins of `ece`, from the lowest: how many images each holds, their accuracy and their mean confidence.
+
+    {'counts': int [num_bins], 'accuracy': float [num_bins], 'confidence': ...}; nan where a bin is empty.
+    """
+    confidence = _confidence(probs)
+    correct, counts = _bins(confidence, _correct(probs, labels), None, num_bins)
+    confident, _ = _bins(confidence, confidence, None, num_bins)
+    return {'counts': counts, 'accuracy': _ratio(correct, counts), 'confidence': _ratio(confident, counts)}
+
+
 def adaptive_ece(probs, labels, weights=None, num_bins=15):
     """ECE whose bins hold equally many images each (Nguyen & O'Connor, 2015), tied confidences in one bin."""
     confidence = _confidence(probs)

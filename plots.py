@@ -43,29 +43,26 @@ def styled(draw):
 
 
 @styled
-def reliability(predictions, labels, num_bins=20):
-    """Reliability diagrams (Guo et al., 2017), a column for each of predictions {title: probs [N, K]}: accuracy and its
+def reliability(diagrams):
+    """Reliability diagrams (Guo et al., 2017), a column for each {title: metrics.reliability(...)}: accuracy and its
     gap to the confidence in each bin, and below it the histogram of the confidence."""
-    figure = Figure(figsize=(3.2 * len(predictions), 4))
-    axes = figure.subplots(2, len(predictions), squeeze=False, sharex=True, sharey='row', height_ratios=(3, 1))
-    for (title, probs), (top, bottom) in zip(predictions.items(), axes.T, strict=True):
-        confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
-        edges = np.linspace(0, 1, num_bins + 1)
-        bins = np.searchsorted(edges[1:-1], confidence, side='left')
-        counts = np.bincount(bins, minlength=num_bins)
-        held = counts > 0
-        accuracy, mean_confidence = (
-            np.bincount(bins, values, num_bins)[held] / counts[held] for values in (correct, confidence)
-        )
-        left, width = edges[:-1][held], 1 / num_bins
-        low, high = np.minimum(accuracy, mean_confidence), np.maximum(accuracy, mean_confidence)
+    figure = Figure(figsize=(3.2 * len(diagrams), 4))
+    axes = figure.subplots(2, len(diagrams), squeeze=False, sharex=True, sharey='row', height_ratios=(3, 1))
+    for (title, bins), (top, bottom) in zip(diagrams.items(), axes.T, strict=True):
+        counts = np.asarray(bins['counts'])
+        held, width = counts > 0, 1 / len(counts)
+        edges = np.arange(len(counts)) * width
+        accuracy, confidence = (np.asarray(bins[name], float)[held] for name in ('accuracy', 'confidence'))
+        left = edges[held]
+        low, high = np.minimum(accuracy, confidence), np.maximum(accuracy, confidence)
+        error = (counts[held] * (high - low)).sum() / counts.sum()
         top.bar(left, accuracy, width, align='edge', color=SKY, edgecolor='white', label='accuracy')
         top.bar(
             left, high - low, width, low, align='edge', facecolor='none', edgecolor=ORANGE, hatch='////', label='gap'
         )
         top.plot([0, 1], [0, 1], '--', color='black', linewidth=1, label='confidence')
-        top.set(title=f'{title}\nECE {metrics.ece(probs, labels, num_bins=num_bins):.4f}', xlim=(0, 1), ylim=(0, 1))
-        bottom.bar(edges[:-1], counts / len(labels), width, align='edge', color=GREY, edgecolor='white')
+        top.set(title=f'{title}\nECE {error:.4f}', xlim=(0, 1), ylim=(0, 1))
+        bottom.bar(edges, counts / counts.sum(), width, align='edge', color=GREY, edgecolor='white')
         bottom.set(xlabel='confidence')
     axes[0, 0].set_ylabel('accuracy')
     axes[1, 0].set_ylabel('share of images')
@@ -118,7 +115,7 @@ def samples(curve, at_mean):
         axes.set_xscale('log', base=2)
         axes.set_xticks(numbers, numbers)
         axes.set(xlabel='samples', ylabel=_LABELS[name])
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
@@ -133,11 +130,11 @@ def severities(results):
         for (title, points), style in zip(results.items(), _line_styles(), strict=False):
             axes.plot(range(len(points)), [scale * p[name] for p in points], marker='o', label=title, **style)
         axes.set(xlabel='severity', ylabel=_LABELS[name], xticks=range(len(points)))
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
-def _legend_above(figure, axes):
+def legend_above(figure, axes):
     """One legend for panels of the same lines."""
     lines, labels = axes.get_legend_handles_labels()
     figure.legend(lines, labels, frameon=False, loc='outside upper center', ncols=len(labels))

@@ -115,9 +115,8 @@ def _share(args):
 def _read(args):
     """A run's configuration, whether its images are augmented, and its images."""
     dataset = data.dataset(args.dataset, args.datasetfolder)
-    train = dataset.read('train')
-    train, held_out = data.hold_out(*train, args.validation) if args.validation else (train, dataset.read('test'))
-    images = Images(*train, *held_out)
+    train, held_out = data.read_train(dataset, vars(args))
+    images = Images(*train, *(held_out or dataset.read('test')))
     if args.batchsize > len(images.train):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train)}

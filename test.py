@@ -27,6 +27,8 @@ def parse_args(argv=None):
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     help = 'evaluate on the test set, or on what train.py --validation kept out of training'
     parser.add_choice('--split', ('test', 'validation'), default='test', help=help)
+    help = 'evaluate so many images of each set, a random part that is the same for all runs; all by default'
+    add('--testimages', type=flags.integer(1), metavar='N', help=help)
     add('--bins', type=flags.integer(1, below=10_001), default=20, help='bins of ECE, MCE and the reliability diagram')
     help = 'estimate batch statistics of the mean and of every sample again, over K training batches'
     add('--bnrefresh', type=flags.integer(1), metavar='K', help=help)
@@ -55,6 +57,8 @@ def parse_args(argv=None):
     several = len(args.resultsfolder) > 1
     if args.split == 'validation' and args.temperature:
         parser.error('--temperature is fitted on the images of --split validation: evaluate it on others')
+    if args.testimages and args.corruptions:
+        parser.error('--testimages goes without a folder of corrupted images, which are those of all test images')
     for flag in ('ensemble', 'reuse', 'output'):
         if getattr(args, flag) and not several:
             parser.error(f'--{flag} goes with several run folders')
@@ -126,6 +130,7 @@ def evaluate(run, args, mesh):
         config,
         mesh,
         split=args.split,
+        num_images=args.testimages,
         step=args.checkpoint,
         dataset_folder=args.datasetfolder,
         batch_size=args.testbatchsize,
@@ -134,7 +139,7 @@ def evaluate(run, args, mesh):
     )
     warn_if_incomplete(subject, config)
     num_samples = args.testmc[-1]
-    unknown = {name: evaluation.read_unknown(subject, name) for name in args.ood}
+    unknown = {name: evaluation.read_unknown(subject, name, args.testimages) for name in args.ood}
     corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
     if args.temperature:
         evaluation.require_held_out(run, subject.held_out)
@@ -234,10 +239,11 @@ def draw(folder, subject, prediction, results):
     import runs
 
     average = f'average of {results["testmc"]} samples'
-    predictions = {'at the mean': prediction.probs_at_mean, average: prediction.probs}
+    titles = {'mean': 'at the mean', 'average': average}
+    predictions = {titles['mean']: prediction.probs_at_mean, average: prediction.probs}
     split = 'validation' if subject.flags['validation'] else 'test'
     figures = {
-        'reliability': plots.reliability(predictions, subject.labels, results['bins']),
+        'reliability': plots.reliability({title: results['reliability'][at] for at, title in titles.items()}),
         'risk_coverage': plots.risk_coverage(predictions, subject.labels),
         'training': plots.training(runs.read_log(subject.run), split),
         'images': plots.image_sheet(subject.images, subject.labels, prediction.probs),
@@ -247,7 +253,7 @@ def draw(folder, subject, prediction, results):
     if 'corruptions' in results:
         curves = {
             title: [results[at], *evaluation.over_corruptions(results['corruptions'], at)]
-            for at, title in (('mean', 'at the mean'), ('average', average))
+            for at, title in titles.items()
         }
         figures['severities'] = plots.severities(curves)
     try:

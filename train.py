@@ -175,6 +175,8 @@ def create_parser():
     _add_own(parser, 'batchsplit', flags.integer(1), help)
     help = 'which of the two gradients moves batch statistics'
     parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))
+    help = 'train on so many of the training images, a random part that is the same for all seeds; all by default'
+    add('--trainimages', type=flags.integer(1), metavar='N', help=help)
     help = 'keep this fraction of the training images out, and evaluate epochs on it instead of the test set'
     add('--validation', type=flags.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
     add('--noaugment', action='store_true', help='no random crops and flips')

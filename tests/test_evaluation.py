@@ -81,6 +81,25 @@ def test_validation_images_are_held_out(trained, flags_of):
     assert train.main([f'--resume={run}']) == run
 
 
+def test_some_images(trained, capsys):
+    """12 of 40 images are trained on and 4 kept out; 8 of 20 are evaluated, and as many unknown ones."""
+    run = trained(trainimages=16, dafactor=1)
+    assert results_of(run, 'config')['num_data'] == 12
+    evaluate.main([f'--resultsfolder={run}', '--testimages=8', '--ood=digits', '--temperature', '--corruptions'])
+    results = results_of(run)
+    assert results['num_images'] == results['ood']['digits']['num_images'] == 8
+    for at in ('mean', 'average'):
+        bins = results['reliability'][at]
+        assert sum(bins['counts']) == 8 and len(bins['counts']) == 20
+        right = sum(n * accuracy for n, accuracy in zip(bins['counts'], bins['accuracy'], strict=True) if n)
+        np.testing.assert_allclose(right / 8, results[at]['accuracy'])
+    for flags, message in [
+        (['--testimages=21'], '--testimages 21 exceeds the 20 images that there are'),
+        (['--testimages=8', '--corruptions=/nowhere'], '--testimages goes without a folder of corrupted images'),
+    ]:
+        assert message in error_of([f'--resultsfolder={run}', *flags], capsys)
+
+
 def test_what_is_refused(trained, flags_of, capsys):
     run = train.main(flags_of())
     for flags, message in [

@@ -31,6 +31,22 @@ def predictions(seed, n, num_classes, temperature):
     return metrics.softmax(temperature * logits), labels
 
 
+def test_reliability_has_the_bins_of_ece():
+    probs, labels = predictions(5, 300, 6, 2)
+    bins = metrics.reliability(probs, labels, num_bins=12)
+    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    for i in range(12):
+        inside = (confidence > i / 12) & (confidence <= (i + 1) / 12)
+        assert bins['counts'][i] == inside.sum()
+        if inside.any():
+            np.testing.assert_allclose(bins['accuracy'][i], correct[inside].mean())
+            np.testing.assert_allclose(bins['confidence'][i], confidence[inside].mean())
+    assert bins['counts'][0] == 0 and np.isnan(bins['accuracy'][0])
+    held = bins['counts'] > 0
+    gaps = bins['counts'][held] * np.abs(bins['accuracy'] - bins['confidence'])[held]
+    np.testing.assert_allclose(gaps.sum() / 300, metrics.ece(probs, labels, num_bins=12))
+
+
 @pytest.mark.parametrize('entry', GOLDEN, ids=lambda entry: f'seed{entry["seed"]}')
 def test_golden_values(entry):
     probs, labels = predictions(entry['seed'], entry['n'], entry['num_classes'], entry['temperature'])
