@@ -1,0 +1,192 @@
+"""Trains and evaluates the runs that results/README.md reports, and keeps what it needs of each.
+
+    python benchmarks/study.py cifar10_tuning cifar10 rho --folder /tmp/runs --datasetfolder datasets --jobs 2
+
+A study is a row of STUDIES: variants of flags, each trained with several seeds, and what test.py is asked of them.
+Runs are ordinary run folders under --folder; of each, one file of results/studies/ keeps the commands, its log and its
+metrics with the bins of the reliability diagram, but neither weights nor predictions. A run whose file is there is not
+trained again, and an interrupted one goes on where it was. report.py makes tables and pictures of these files.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jobs  # noqa: E402
+import runs  # noqa: E402
+
+KEPT = ROOT / 'results' / 'studies'
+
+
+class Study(NamedTuple):
+    """Runs that are compared with each other.
+
+    flags: of train.py, for all runs; variants: {name: further flags}; seeds: how many runs a variant has; evaluations:
+    {name: (of so many seeds, arguments of test.py)}; tuned_by: the study whose variant of the same optimizer with the
+    least NLL on its validation images gives the flags that are left open.
+    """
+
+    flags: dict
+    variants: dict
+    seeds: int
+    evaluations: dict
+    tuned_by: str | None = None
+
+
+# A tenth of the images is kept out to tune by, and what epochs are evaluated on; as few images as here are what
+# networks can learn by heart, which is when it matters how sure they are.
+_CIFAR10 = {
+    'dataset': 'cifar10', 'model': 'resnet20', 'trainimages': 5000, 'validation': 0.1, 'batchsize': 50, 'warmup': 1,
+}  # fmt: skip
+_METHODS = {
+    'sgd': {'optim': 'sgd', 'priorprec': 25},
+    'sam': {'optim': 'sam', 'priorprec': 25, 'rho': 0.05, 'batchsplit': 2},
+    'bsam': {'optim': 'bsam', 'priorprec': 40, 'rho': 0.01, 'batchsplit': 2, 'dafactor': 4},
+    'ivon': {'optim': 'ivon', 'priorprec': 10, 'hessinit': 0.5, 'dafactor': 4},
+}
+_ALPHAS = {'sgd': (0.01, 0.03, 0.1), 'sam': (0.01, 0.03, 0.1), 'bsam': (0.1, 0.25, 0.5), 'ivon': (0.05, 0.1, 0.2)}
+_VALIDATION = {'validation': (1, ['--split=validation', '--testmc=8'])}
+
+_FASHION = {
+    'dataset': 'fashion', 'model': 'lenet', 'trainimages': 2000, 'batchsize': 64, 'epochs': 19, 'warmup': 1,
+}  # fmt: skip
+_BSAM = {'optim': 'bsam', 'alpha': 0.25, 'priorprec': 40, 'rho': 0.01, 'batchsplit': 8, 'dafactor': 4}
+_SAM = {'optim': 'sam', 'alpha': 0.03, 'priorprec': 25, 'rho': 0.05, 'batchsplit': 8, 'dafactor': 4}
+_TEST = {'test': (3, ['--testmc=32'])}
+
+STUDIES = {
+    'cifar10_tuning': Study(
+        _CIFAR10 | {'epochs': 5},
+        {
+            f'{method}_{alpha:g}': flags | {'alpha': alpha}
+            for method, flags in _METHODS.items()
+            for alpha in _ALPHAS[method]
+        },
+        1,
+        _VALIDATION,
+    ),
+    'cifar10': Study(
+        _CIFAR10 | {'epochs': 19},
+        _METHODS,
+        3,
+        {
+            'test': (3, ['--testmc', '1', '2', '4', '8', '16', '--testimages=5000', '--ood=cifar100', '--temperature']),
+            'corrupted': (1, ['--testmc=8', '--testimages=1000', '--corruptions']),
+        },
+        tuned_by='cifar10_tuning',
+    ),
+    'rho': Study(
+        _FASHION,
+        {f'bsam_{rho:g}': _BSAM | {'rho': rho} for rho in (0.001, 0.003, 0.01, 0.03, 0.1)}
+        | {f'sam_{rho:g}': _SAM | {'rho': rho} for rho in (0.005, 0.015, 0.05, 0.15, 0.5)},
+        3,
+        _TEST,
+    ),
+    'ablations': Study(
+        _FASHION,
+        {
+            f'{name}_{value:g}': _BSAM | {name: value}
+            for name, values in {
+                'priorprec': (10, 40),
+                'dafactor': (1,),
+                'custominit': (0.1, 10),
+                'damping': (0.01, 1),
+                'batchsplit': (1, 2, 4, 16, 32),
+            }.items()
+            for value in values
+        },
+        3,
+        _TEST,
+    ),
+}  # fmt: skip
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    complete = True
+    for name in args.studies:
+        study = STUDIES[name]
+        tasks = [partial(keep, args, name, variant, seed) for seed in range(study.seeds) for variant in study.variants]
+        complete = all(jobs.on_devices(tasks, args.jobs)) and complete
+    sys.exit(0 if complete else 1)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'of {", ".join(STUDIES)}')
+    parser.add_argument('--folder', type=Path, required=True, help='of the runs')
+    parser.add_argument('--datasetfolder', default='datasets', help='folder of the data sets')
+    parser.add_argument('--jobs', type=int, help='runs at once; one a GPU by default, else one')
+    return parser.parse_args(argv)
+
+
+def keep(args, name, variant, seed, environment):
+    """Trains and evaluates one run and keeps its record, unless there is one. Returns whether there is one now."""
+    path = KEPT / name / f'{variant}_{seed}.json'
+    if path.exists():
+        return True
+    study = STUDIES[name]
+    folder = args.folder / name / f'{variant}_{seed}'
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed}
+    with open(folder / 'output.txt', 'a') as output:
+        call = partial(subprocess.run, stdout=output, stderr=output, env=environment, check=True)
+        try:
+            record = trained_and_evaluated(args, study, flags, folder, call)
+        except subprocess.CalledProcessError as error:
+            print(f'{folder}: {error.cmd[1]} ended with status {error.returncode}, see output.txt', file=sys.stderr)
+            return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(path, record)
+    print(f'{name}/{variant}_{seed}: {sum(epoch["seconds"] for epoch in record["log"]):.0f} s of training', flush=True)
+    return True
+
+
+def tuned(study, flags):
+    """The flags with those that tuning chose for their optimizer."""
+    if study.tuned_by is None:
+        return flags
+    tuning = STUDIES[study.tuned_by]
+    of_optimizer = [variant for variant, tried in tuning.variants.items() if tried['optim'] == flags['optim']]
+    best = min(of_optimizer, key=lambda variant: validation_nll(study.tuned_by, variant))
+    return tuning.variants[best] | flags
+
+
+def validation_nll(name, variant):
+    nll = json.loads((KEPT / name / f'{variant}_0.json').read_text())['evaluations']['validation']['average']['nll']
+    return float('inf') if nll is None else nll
+
+
+def trained_and_evaluated(args, study, flags, folder, call):
+    begun = sorted(folder.glob('*/*/run_*/checkpoints/[0-9]*'))
+    where = [f'--resume={begun[-1].parent.parent}'] if begun else [*jobs.arguments(flags), f'--resultsfolder={folder}']
+    call([sys.executable, ROOT / 'train.py', *where, f'--datasetfolder={args.datasetfolder}', '--keepgoing'])
+    (run,) = folder.glob('*/*/run_*')
+    evaluations = {}
+    for name, (seeds, arguments) in study.evaluations.items():
+        if flags['randomseed'] < seeds:
+            call([sys.executable, ROOT / 'test.py', f'--resultsfolder={run}', *arguments])
+            mark = '-validation' if '--split=validation' in arguments else ''
+            evaluations[name] = json.loads((run / f'metrics{mark}.json').read_text())
+            evaluations[name]['command'] = ' '.join(['python test.py --resultsfolder RUN', *arguments])
+    config = runs.read_config(run)
+    return {
+        'command': ' '.join(['python train.py', *jobs.arguments(flags), '--keepgoing']),
+        'num_data': config['num_data'],
+        'environment': {name: config[name] for name in ('python', 'versions', 'git_commit', 'device')},
+        'log': runs.read_log(run),
+        'evaluations': evaluations,
+    }
+
+
+if __name__ == '__main__':
+    main()
