@@ -54,8 +54,9 @@ _METHODS = {
 _FASHION = {
     'dataset': 'fashion', 'model': 'lenet', 'trainimages': 2000, 'batchsize': 64, 'epochs': 19, 'warmup': 1,
 }  # fmt: skip
-_BSAM = {'optim': 'bsam', 'alpha': 0.25, 'priorprec': 40, 'rho': 0.01, 'batchsplit': 8, 'dafactor': 4}
-_SAM = {'optim': 'sam', 'alpha': 0.03, 'priorprec': 25, 'rho': 0.05, 'batchsplit': 8, 'dafactor': 4}
+# The learning rates are about those that methods.py chose on all of Fashion-MNIST, the rest is as published.
+_BSAM = {'optim': 'bsam', 'alpha': 0.3, 'priorprec': 40, 'rho': 0.01, 'batchsplit': 8, 'dafactor': 4}
+_SAM = {'optim': 'sam', 'alpha': 0.05, 'priorprec': 25, 'rho': 0.05, 'batchsplit': 8}
 _TEST = {'test': (3, ['--testmc=32'])}
 
 STUDIES = {
@@ -80,7 +81,7 @@ STUDIES = {
         {
             f'{name}_{value:g}': _BSAM | {name: value}
             for name, values in {
-                'priorprec': (10, 40),
+                'priorprec': (10,),
                 'dafactor': (1,),
                 'custominit': (0.1, 10),
                 'damping': (0.01, 1),
