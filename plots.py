@@ -75,7 +75,7 @@ def risk_coverage(predictions, labels):
     """Error rate over the share of images kept, the most confident first, for predictions {title: probs [N, K]}."""
     figure = Figure(figsize=(4.4, 3.2))
     axes = figure.subplots()
-    for (title, probs), style in zip(predictions.items(), _line_styles(), strict=False):
+    for (title, probs), style in zip(predictions.items(), line_styles(), strict=False):
         coverage, risk = metrics.risk_coverage(probs, labels)
         area = metrics.aurc(probs, labels)
         axes.plot(100 * coverage, 100 * risk, label=f'{title}: AURC {area:.4f}', **style)
@@ -114,7 +114,7 @@ def samples(curve, at_mean):
         axes.plot(numbers, [scale * point[name] for point in curve], color=BLUE, marker='o', label='average')
         axes.set_xscale('log', base=2)
         axes.set_xticks(numbers, numbers)
-        axes.set(xlabel='samples', ylabel=_LABELS[name])
+        axes.set(xlabel='samples', ylabel=LABELS[name])
     legend_above(figure, axes)
     return figure
 
@@ -127,9 +127,9 @@ def severities(results):
     """
     figure = Figure(figsize=(7.5, 2.5))
     for axes, (name, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
-        for (title, points), style in zip(results.items(), _line_styles(), strict=False):
+        for (title, points), style in zip(results.items(), line_styles(), strict=False):
             axes.plot(range(len(points)), [scale * p[name] for p in points], marker='o', label=title, **style)
-        axes.set(xlabel='severity', ylabel=_LABELS[name], xticks=range(len(points)))
+        axes.set(xlabel='severity', ylabel=LABELS[name], xticks=range(len(points)))
     legend_above(figure, axes)
     return figure
 
@@ -141,10 +141,10 @@ def legend_above(figure, axes):
 
 
 _CURVES = [('accuracy', 100), ('nll', 1), ('ece', 1)]
-_LABELS = {'accuracy': 'accuracy (%)', 'nll': 'NLL', 'ece': 'ECE'}
+LABELS = {'accuracy': 'accuracy (%)', 'nll': 'NLL', 'ece': 'ECE'}
 
 
-def _line_styles():
+def line_styles():
     return [
         {'color': ORANGE, 'linestyle': '--'},
         {'color': BLUE, 'linestyle': '-'},
