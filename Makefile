@@ -9,6 +9,11 @@ train: $(VENV)/requirements
 	    --batchsize 50 --batchsplit 5 --epochs 40
 	$(BIN)/python test.py --testmc 32 --resultsfolder "$$(ls -td $(RUN)/run_* | head -n 1)"
 
+# Writes results/README.md and its pictures again from the records in results/.
+results: $(VENV)/requirements
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/growth.py --plot results/growth.json results/growth.png
+
 test: $(VENV)/test-requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,4 +29,4 @@ $(VENV)/test-requirements: $(VENV)/requirements tests/requirements.txt
 	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
-.PHONY: train test
+.PHONY: train results test

@@ -40,9 +40,8 @@ class Study(NamedTuple):
     tuned_by: str | None = None
 
 
-# As published for CIFAR-10, IVON's as its authors publish them, but for the batch, one published sub-batch of 25 images,
-# and the learning rate, which is tuned for it: the published one, a third and a tenth of it. So few images are learnt by
-# heart in time, which is when it matters how sure a network is.
+# As published for CIFAR-10, IVON's by its authors, but for the batch, which is one published sub-batch of 25 images, and
+# the learning rate, which is tuned for it: the published one, a third and a tenth of it.
 _CIFAR10 = {
     'dataset': 'cifar10', 'model': 'resnet20', 'trainimages': 5000, 'validation': 0.1, 'batchsize': 25, 'warmup': 1,
     'dafactor': 4,
