@@ -13,7 +13,7 @@ import numpy as np
 NUM_RESAMPLES = 1000
 LEVEL = 0.95
 
-# Resamples at once: their weights, [R, N] in float64, are to stay small beside the predictions.
+# Resamples that a thread takes at once; the weights of all, [R, N] in float64, lie in memory together.
 _BLOCK = 250
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import devices
+import flags
 import runs
 
 logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it also raises, with tracebacks
@@ -48,7 +49,7 @@ class Progress(NamedTuple):
 class Writer:
     """Saves a run's checkpoints in the background, one at a time; a context manager that waits for the last.
 
-    The newest two are kept, and with `keep_best` the one of the epoch of best test accuracy. What cannot be saved is
+    The newest two are kept, and with `keep_best` the one of the epoch of best accuracy. What cannot be saved is
     reported once and tried again at the next checkpoint; `failed` tells whether the last attempt did not succeed.
     """
 
@@ -85,7 +86,7 @@ class Writer:
             return
         error = self._saving.exception()
         if error and not self.failed:
-            reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[0][:200]
+            reason = getattr(error, 'strerror', None) or flags.first_line(error)
             self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
         self.failed = error is not None
         self._saving = None
@@ -224,10 +225,8 @@ def _read_state(checkpoint, like):
             held = checkpointer.restore(checkpoint / 'state', args=ocp.args.StandardRestore(types))
             return jax.tree.map(devices.like_key, held, like)
     except Exception as error:  # what Orbax raises for files that it does not understand is not documented
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise runs.RunError(
-            f'{checkpoint} does not fit the model and optimizer of config.json: {lines[0][:200]}'
-        ) from error
+        reason = flags.first_line(error)
+        raise runs.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {reason}') from error
 
 
 def _require_same_arrays(held, like):

@@ -15,7 +15,7 @@ import tables
 # Flags that do not make a method another one.
 _NOT_OF_THE_METHOD = (
     'randomseed', 'datasetfolder', 'resultsfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing',
-    'testbatchsize', 'devices',
+    'testbatchsize', 'devices', 'stream',
 )  # fmt: skip
 
 SHOWN = ('accuracy', 'nll', 'ece', 'auroc')
@@ -48,9 +48,11 @@ class Row(NamedTuple):
 def rows(results):
     """The Rows of results: a method at the mean, and averaged over samples where that makes a difference."""
     found = {}
-    for with_laplace in (False, True):
-        methods = _methods([result for result in results if result.with_laplace == with_laplace])
-        for name, group in methods.items():
+    for name, of_method in _methods(results).items():
+        for with_laplace in (False, True):
+            group = [result for result in of_method if result.with_laplace == with_laplace]
+            if not group:
+                continue
             at_mean, averaged = [r.probs_at_mean for r in group], [r.probs for r in group]
             found.setdefault(f'{name}, mean', at_mean)
             if not all(np.allclose(a, b, atol=1e-6) for a, b in zip(at_mean, averaged, strict=True)):
@@ -139,7 +141,7 @@ def main_table(rows, values, bold):
     best = {name: _best(name, column) for name, column in means.items()}
     header = ['method', 'runs', *SHOWN]
     cells = [
-        [row.name, str(len(row.probs)), *(_cell(name, v[name], bold and best[name]) for name in SHOWN)]
+        [row.name, str(len(row.probs)), *(_cell(name, v[name], best[name] if bold else None) for name in SHOWN)]
         for row, v in zip(rows, values, strict=True)
     ]
     return header, cells
@@ -150,8 +152,13 @@ def _best(name, column):
     return (max if name in _HIGHER_IS_BETTER else min)(numbers, default=None)
 
 
+def _scale(name):
+    """What a metric is shown times, and to how many digits."""
+    return (100, 2) if name == 'accuracy' else (1, 4)
+
+
 def _cell(name, values, best):
-    scale, digits = (100, 2) if name == 'accuracy' else (1, 4)
+    scale, digits = _scale(name)
     text = f'{scale * np.mean(values):.{digits}f}'
     if len(values) > 1:
         text += f' ± {scale * _standard_deviation(values):.{digits}f}'
@@ -187,7 +194,7 @@ def test_table(rows, labels, num_bins):
         line = [row.name]
         for name in _TESTED:
             low, high, p = bootstrap.difference(values[name], drawn[0][name])
-            scale, digits = (100, 2) if name == 'accuracy' else (1, 4)
+            scale, digits = _scale(name)
             line += [f'[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]', f'{p:.3f}']
         cells.append(line)
     return header, cells

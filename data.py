@@ -35,6 +35,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import flags
+
 
 class DataError(Exception):
     """A data set that is missing, damaged or of no use, in one line for the user."""
@@ -105,13 +107,13 @@ def describe(dataset, train_images):
     }
 
 
-def read_train(dataset, flags):
+def read_train(dataset, of_run):
     """Training images and labels in two parts, (rest, validation), of --trainimages; without --validation (all, None).
 
-    Raises DataError.
+    of_run: the run's flags. Raises DataError.
     """
-    train = some('--trainimages', flags['trainimages'], *dataset.read('train'))
-    return hold_out(*train, flags['validation']) if flags['validation'] else (train, None)
+    train = some('--trainimages', of_run['trainimages'], *dataset.read('train'))
+    return hold_out(*train, of_run['validation']) if of_run['validation'] else (train, None)
 
 
 def some(flag, number, images, labels):
@@ -467,7 +469,7 @@ def _read_svhn(folder, split):
         content = scipy.io.loadmat(path, variable_names=('X', 'y'))
         pixels, labels = content['X'], content['y'].ravel()
     except Exception as error:  # SciPy raises many kinds for damaged files
-        raise DataError(damaged(path, _first_line(error), _SVHN[split])) from error
+        raise DataError(damaged(path, flags.first_line(error), _SVHN[split])) from error
     if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or labels.dtype.kind not in 'iu':
         raise DataError(f'{path} holds X {pixels.dtype} {pixels.shape}, not uint8 [32, 32, 3, N] with N labels y')
     return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)), _checked_labels(labels % 10, 10, path)
@@ -485,7 +487,7 @@ TINYIMAGENET = OfficialFile(
 def _read_tinyimagenet(folder, split):
     root = folder / 'tiny-imagenet-200'
     split_folder = root / {'train': 'train', 'test': 'val'}[split]
-    if not split_folder.is_dir() or (root / 'val' / 'images').exists():
+    if not all(path.is_dir() for path in (split_folder, root / 'train')) or (root / 'val' / 'images').exists():
         raise DataError(
             f'{split_folder} is missing or not sorted: run python setup_tinyimagenet.py --datasetfolder {folder}'
         )
@@ -590,10 +592,11 @@ def _tfds_dataset(name, folder):
     except DataError:
         raise
     except Exception as error:  # TFDS has no error of its own for unknown names and damaged folders
-        raise DataError(f'{folder / name} cannot be read by TFDS: {_first_line(error)}') from error
+        raise DataError(f'{folder / name} cannot be read by TFDS: {flags.first_line(error)}') from error
     image_key, label_key = builder.info.supervised_keys or ('image', 'label')
     features = builder.info.features
-    is_classification = image_key in features and isinstance(features[label_key], tfds.features.ClassLabel)
+    has_both = image_key in features and label_key in features
+    is_classification = has_both and isinstance(features[label_key], tfds.features.ClassLabel)
     if not is_classification or 'train' not in builder.info.splits:
         raise DataError(f'tfds/{name} is no image classification set with a split "train"')
     read = partial(_read_tfds, builder, image_key, label_key, folder / name)
@@ -627,16 +630,18 @@ def _read_tfds(builder, image_key, label_key, folder, split):
             f"{builder.info.full_name} was not prepared with file_format='array_record': {error}"
         ) from error
     try:
-        shape = source[0][image_key].shape
+        shape, dtype = source[0][image_key].shape, source[0][image_key].dtype
     except (RuntimeError, OSError, ValueError, IndexError) as error:
-        raise DataError(f'{folder}: its split "{splits[0]}" is empty or damaged: {_first_line(error)}') from error
+        raise DataError(f'{folder}: its split "{splits[0]}" is empty or damaged: {flags.first_line(error)}') from error
+    if dtype != np.uint8:
+        raise DataError(f'{builder.info.full_name} has images of {dtype}, and networks here take uint8')
     images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
 
     def decode(i):
         try:
             example = source[i]
         except (RuntimeError, OSError, ValueError) as error:
-            raise DataError(f'{folder}: image {i} is damaged: {_first_line(error)}') from error
+            raise DataError(f'{folder}: image {i} is damaged: {flags.first_line(error)}') from error
         if example[image_key].shape != shape:
             sizes = f'{shape} and {example[image_key].shape}'
             raise DataError(f'{builder.info.full_name} has images of different sizes, {sizes}; one size is needed')
@@ -788,10 +793,6 @@ def damaged(path, reason, official=None):
     except OSError:
         return f'{path} cannot be read ({reason})'
     return f'{message}: its SHA-256 is {sha256}, the published one {official.sha256}; delete it to download it again'
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _checked_labels(labels, num_classes, where):

@@ -3,6 +3,7 @@
 python demo2d.py --output animation.gif
 """
 
+import io
 import os
 from pathlib import Path
 
@@ -39,10 +40,13 @@ def main(argv=None):
     args = parse_args(argv)
     import jax
 
+    import runs
+
     with jax.enable_x64(True):
         points, labels = two_moons()
         frames = [draw(points, labels, *boundaries) for boundaries in train(points, labels, args)]
-    save_gif(frames, args.output)
+    with flags.one_line_errors('demo2d.py', runs.RunError):
+        save_gif(frames, args.output)
     print(f'{args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.1f} MB')
 
 
@@ -131,17 +135,16 @@ def boundary(logits):
 
 
 def save_gif(frames, path):
-    """Writes frames of 50 ms that loop forever, in the colours drawn and their halves; the file appears whole."""
+    """Writes frames of 50 ms that loop forever, in the colours drawn and their halves, whole. Raises RunError."""
+    import runs
+
     shades = [(1, 1, 1)] + [1 - opacity * (1 - np.array(to_rgb(c))) for c in COLOURS for opacity in (0.5, 1)]
     palette = Image.new('P', (1, 1))
     palette.putpalette(np.round(np.array(shades) * 255).astype(np.uint8).tobytes())
     frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
-    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-    try:
-        frames[0].save(partial, 'GIF', save_all=True, append_images=frames[1:], duration=50, loop=0, optimize=True)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with io.BytesIO() as file:
+        frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=50, loop=0, optimize=True)
+        runs.write_bytes(path, file.getvalue())
 
 
 if __name__ == '__main__':

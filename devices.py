@@ -21,6 +21,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import flags
+
 AXIS = 'batch'
 
 
@@ -107,7 +109,7 @@ def join(coordinator, processes=None, process_id=None):
             shutdown_timeout_seconds=60,
         )
     except (ValueError, RuntimeError) as error:
-        raise DeviceError(f'--coordinator {coordinator}: {str(error).splitlines()[0]}') from error
+        raise DeviceError(f'--coordinator {coordinator}: {flags.first_line(error)}') from error
     signal.signal(signal.SIGINT, _terminate)
 
 

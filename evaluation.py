@@ -78,7 +78,7 @@ def load(run, config, mesh, *, split, num_images, step, dataset_folder, batch_si
 
 def _laplace_sample(experiment, flags, state, batch_size, images):
     """sample(key) of a Laplace approximation around the trained weights. Raises RunError for a posterior beside it."""
-    if flags['optim'] in _WITH_POSTERIORS:
+    if experiment.optimizer.has_posterior:
         raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
     if flags['priorprec'] == 0:
         raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
@@ -86,9 +86,6 @@ def _laplace_sample(experiment, flags, state, batch_size, images):
     outputs = partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
     return partial(laplace.sample, factors, state.params, layer=layer)
-
-
-_WITH_POSTERIORS = ('bsam', 'swag', 'ivon')
 
 
 def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, augment):
@@ -139,7 +136,7 @@ def _reliability(probs, labels, num_bins):
 
 
 def _intervals(probs, labels, num_bins):
-    tested = metrics.resampled(num_bins)
+    tested = metrics.with_intervals(num_bins)
     if not np.isfinite(probs).all():
         return dict.fromkeys(tested, (math.nan, math.nan))
     return {name: bootstrap.interval(values) for name, values in bootstrap.resampled(tested, probs, labels).items()}
@@ -246,10 +243,10 @@ def all_corrupted(subject, sets, num_samples, num_bins):
     results = {}
     total = len(sets) * len(corruptions.SEVERITIES)
     with tqdm(None, 'corruptions', total, leave=False, disable=None) as progress:
-        for name, images in sets.items():
+        for name, at_severity in sets.items():
             results[name] = []
             for severity in corruptions.SEVERITIES:
-                results[name].append(_corrupted(subject, images(severity=severity), num_samples, num_bins))
+                results[name].append(_corrupted(subject, at_severity(severity=severity), num_samples, num_bins))
                 progress.update()
     return results
 

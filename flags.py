@@ -140,6 +140,11 @@ def steps_or_minutes(text):
         ) from error
 
 
+def first_line(error):
+    """Of an error's message, or its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextlib.contextmanager
 def one_line_errors(script, *errors, status=2):
     """Ends the script with `status` and the message of one of `errors`, which are the user's to mend."""

@@ -18,6 +18,12 @@ def arguments(values):
     return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
 
 
+def begun_run(folder):
+    """The run folder below `folder` that has a checkpoint to go on from, None if there is none."""
+    checkpoints = folder.glob('*/*/run_*/checkpoints/*')
+    return next((path.parent.parent for path in checkpoints if path.name.isdecimal()), None)
+
+
 def on_devices(tasks, number=None):
     """Calls task(environment) of each, `number` at once, one a GPU by default; returns what they return.
 
@@ -89,4 +95,4 @@ def train_seeds(values, seeds):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + signals[0] if signals else max(statuses, key=abs)
+    return 128 + signals[0] if signals else max(128 - status if status < 0 else status for status in statuses)

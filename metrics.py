@@ -34,15 +34,9 @@ def top5(probs, labels, weights=None):
 
 def nll(probs, labels, weights=None):
     """Mean negative log-likelihood in nats; infinite where a true class has probability 0."""
-    with np.errstate(divide='ignore', invalid='ignore'):
-        return _mean(nll_per_image(probs, labels), weights)
-
-
-def nll_per_image(probs, labels):
-    """Negative log-likelihood of every image in nats, [N]."""
     true_probs = np.asarray(probs, dtype=np.float64)[np.arange(len(labels)), labels]
-    with np.errstate(divide='ignore'):
-        return -np.log(true_probs)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return _mean(-np.log(true_probs), weights)
 
 
 def brier(probs, labels, weights=None):
@@ -176,7 +170,7 @@ METRICS = {
 _NOT_RESAMPLED = ('auroc_grid', 'classwise_ece')
 
 
-def resampled(num_bins):
+def with_intervals(num_bins):
     """The metrics that bootstrap intervals are given for."""
     return {name: metric for name, metric in with_bins(num_bins).items() if name not in _NOT_RESAMPLED}
 

@@ -1,5 +1,6 @@
 """Pictures of an evaluation, as PNG and PDF: readable in print, in grey, and by colour-blind people."""
 
+import functools
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +36,7 @@ def save(figure, folder, name):
 def styled(draw):
     """A function that draws a figure in the style of all of them."""
 
+    @functools.wraps(draw)
     def drawn(*args, **kwargs):
         with matplotlib.rc_context(_STYLE):
             return draw(*args, **kwargs)

@@ -3,8 +3,10 @@
     RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K/
         config.json     all flags, the data set's properties, versions, git commit, device
         log.jsonl       a line an epoch
-        checkpoints/    the last two states, or those that were asked for
+        checkpoints/    the last two states, and that of best accuracy with --keepbest
         metrics.json    what test.py measured
+        predictions.npz what it was measured from
+        plots/          pictures of test.py --plots
         lock            held by the process that trains
 
 Nothing in it is a pickle.
@@ -93,7 +95,10 @@ def read_log(run):
     try:
         records = [_parse_json(line) for line in _read_text(path).splitlines()]
         if not all(
-            isinstance(record, dict) and {'epoch', 'loss', 'learning_rate'} <= record.keys() for record in records
+            isinstance(record, dict)
+            and {'epoch', 'loss', 'learning_rate'} <= record.keys()
+            and {'test_accuracy', 'validation_accuracy'} & record.keys()
+            for record in records
         ):
             raise ValueError('a line is no record of an epoch')
         return records

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('sweep', type=Path, help='the TOML file; its format stands at the top of sweep.py')
     parser.add_argument('--output', type=Path, required=True, help='folder of the runs and of summary.md and .csv')
-    parser.add_argument('--part', type=_part, default=(0, 1), metavar='I/M', help='only every M-th run, from I on')
+    parser.add_argument('--part', type=_part, default='0/1', metavar='I/M', help='only every M-th run, from I on')
     parser.add_argument('--jobs', type=flags.integer(1), help='runs at once; one a GPU by default, else one')
     parser.add_argument('--testmc', type=flags.integer(1), default=8, help='posterior samples of the evaluation')
     parser.add_argument('--summary', action='store_true', help='train nothing, only write the tables')
@@ -64,6 +64,8 @@ def main(argv=None):
         chosen = [] if args.summary else range(args.part[0], len(runs), args.part[1])
         for number in chosen:
             train.parse_args(jobs.arguments(fixed | runs[number]))
+        for number, values in enumerate(runs):
+            _require_same_flags(args.output / f'{number:04}', fixed | values)
         tasks = [partial(_run, args, number, fixed | runs[number]) for number in chosen]
         complete = jobs.on_devices(tasks, args.jobs)
         print(summarise(args.output, runs))
@@ -108,9 +110,9 @@ def _run(args, number, values, environment):
     folder = args.output / f'{number:04}'
     if _metrics(folder):
         return True
-    begun = sorted(folder.glob('*/*/run_*/checkpoints/[0-9]*'))
-    if begun:
-        arguments = [f'--resume={begun[-1].parent.parent}']
+    run = jobs.begun_run(folder)
+    if run:
+        arguments = [f'--resume={run}']
     else:
         shutil.rmtree(folder, ignore_errors=True)
         arguments = [*jobs.arguments(values), f'--resultsfolder={folder}']
@@ -126,6 +128,22 @@ def _run(args, number, values, environment):
                 return False
     print(f'{folder}: validation nll {_metrics(folder)["nll"]}', flush=True)
     return True
+
+
+def _require_same_flags(folder, values):
+    """Raises a SweepError if a run was begun with other flags, as when the file was changed since."""
+    for path in folder.glob('*/*/run_*/config.json'):
+        try:
+            held = json.loads(path.read_text())['flags']
+        except (OSError, ValueError, KeyError):
+            continue  # train.py says what is wrong with it
+        given = vars(train.parse_args(jobs.arguments(values)))
+        for name in values.keys() - {'datasetfolder', 'resultsfolder'}:
+            if held.get(name) != given[name]:
+                raise SweepError(
+                    f'{path.parent} was begun with --{name} {held.get(name)}, not {given[name]}: '
+                    'take another --output, or remove the folder'
+                )
 
 
 def _metrics(folder):

@@ -41,7 +41,7 @@ def parse_args(argv=None):
     help = 'sample from a Laplace approximation of the last layer, of runs whose optimizer has no posterior'
     add('--laplace', action='store_true', help=help)
     add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
-    add('--ensemble', action='store_true', help='also the average over all given runs')
+    add('--ensemble', action='store_true', help='also the averages over the runs of each method and over all')
     add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
     help = 'folder of the tables of several runs; without it the one that all of them are in'
     add('--output', type=Path, help=help)
@@ -57,6 +57,8 @@ def parse_args(argv=None):
     several = len(args.resultsfolder) > 1
     if args.split == 'validation' and args.temperature:
         parser.error('--temperature is fitted on the images of --split validation: evaluate it on others')
+    if args.split == 'validation' and args.corruptions:
+        parser.error('--split validation goes without a folder of corrupted images, which are those of the test set')
     if args.testimages and args.corruptions:
         parser.error('--testimages goes without a folder of corrupted images, which are those of all test images')
     for flag in ('ensemble', 'reuse', 'output'):

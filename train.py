@@ -51,7 +51,10 @@ MAY_CHANGE = (
 
 
 def parse_args(argv=None):
-    """The flags of the reference, with its defaults. Needs neither JAX nor the tables that it lists the names of."""
+    """The flags of argv. Needs neither JAX nor the tables that it lists the names of.
+
+    Those of the reference have its defaults; those of the optimizer are set but with --resume, where the run has them.
+    """
     parser = create_parser()
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.resume is None:
@@ -197,7 +200,7 @@ def create_parser():
     flags.add_compilecache(parser)
     help = 'save within epochs too, every so many steps (500) or minutes (30min); after each epoch it is done anyway'
     add('--checkpointevery', type=flags.steps_or_minutes, metavar='STEPS', help=help)
-    help = 'keep the checkpoint of best test accuracy besides the last two; not for choosing what you report'
+    help = 'keep the checkpoint of best accuracy in the log besides the last two; not for choosing what you report'
     add('--keepbest', action='store_true', help=help)
     add('--keepgoing', action='store_true', help='train on where the loss is not finite, instead of stopping')
     _add_own(parser, 'custominit', flags.number(above=0), 'initial precision s')

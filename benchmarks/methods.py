@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import jobs
 import runs
 import test as evaluate
 import train
@@ -60,11 +61,11 @@ def main():
     record = {'command': sys.argv[1:], **runs.environment(), 'optimizers': {}}
     for optim in args.optimizers:
         record['optimizers'][optim] = tuned_and_trained(args, optim)
-        args.output.with_suffix('.json').write_text(json.dumps(record, indent=1) + '\n')
+        runs.write_json(args.output.with_suffix('.json'), record)
     folders = [run for chosen in record['optimizers'].values() for run in chosen.pop('runs')]
     arguments = ['--reuse', f'--output={args.folder}', '--resultsfolder', *folders]
     tables = said(evaluate.main, arguments)
-    args.output.with_suffix('.json').write_text(json.dumps(record, indent=1) + '\n')
+    runs.write_json(args.output.with_suffix('.json'), record)
     args.output.with_suffix('.md').write_text(tables[: tables.index('written:')].strip() + '\n')
     shutil.copy(args.folder / 'comparison.csv', args.output.with_suffix('.csv'))
     print(tables)
@@ -107,10 +108,8 @@ def trained(args, optim, settings, seed, folder, flags):
         'dataset': args.dataset, 'model': args.model, 'optim': optim, 'batchsize': args.batchsize, 'randomseed': seed,
         'warmup': 1, 'resultsfolder': folder,
     } | own | settings  # fmt: skip
-    arguments = [*common_flags(args), *flags, *(f'--{name}={value}' for name, value in given.items())]
-    run = []
-    said(lambda: run.append(train.main(arguments)))
-    return run[0]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train.main([*common_flags(args), *flags, *jobs.arguments(given)])
 
 
 def validation_nll(args, run):

@@ -10,6 +10,7 @@ trained again, and an interrupted one goes on where it was. report.py makes tabl
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -40,8 +41,8 @@ class Study(NamedTuple):
     tuned_by: str | None = None
 
 
-# As published for CIFAR-10, IVON's by its authors, but for the batch, which is one published sub-batch of 25 images, and
-# the learning rate, which is tuned for it: the published one, a third and a tenth of it.
+# As published for CIFAR-10, IVON's by its authors, but for the batch, one published sub-batch of 25 images, and the
+# learning rate, which is tuned for it: the published one, a third and a tenth of it.
 _CIFAR10 = {
     'dataset': 'cifar10', 'model': 'resnet20', 'trainimages': 5000, 'validation': 0.1, 'batchsize': 25, 'warmup': 1,
     'dafactor': 4,
@@ -78,8 +79,8 @@ STUDIES = {
         _METHODS,
         3,
         {
-            'test': (3, ['--testmc', '1', '2', '4', '8', '16', '--testimages=2500', '--ood=cifar100', '--temperature']),
             'corrupted': (1, ['--testmc=8', '--testimages=500', '--corruptions']),
+            'test': (3, ['--testmc', '1', '2', '4', '8', '16', '--testimages=2500', '--ood=cifar100', '--temperature']),
         },
         tuned_by='cifar10_tuning',
     ),
@@ -137,8 +138,12 @@ def keep(args, name, variant, seed, environment):
         return True
     study = STUDIES[name]
     folder = args.folder / name / f'{variant}_{seed}'
+    try:
+        flags = study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed}
+    except FileNotFoundError as error:
+        print(f'{folder}: run the study {study.tuned_by} first, {error.filename} is missing', file=sys.stderr)
+        return False
     folder.mkdir(parents=True, exist_ok=True)
-    flags = study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed}
     with open(folder / 'output.txt', 'a') as output:
         call = partial(subprocess.run, stdout=output, stderr=output, env=environment, check=True)
         try:
@@ -169,8 +174,14 @@ def validation_nll(study, variant):
 
 
 def trained_and_evaluated(args, study, flags, folder, call):
-    begun = sorted(folder.glob('*/*/run_*/checkpoints/[0-9]*'))
-    where = [f'--resume={begun[-1].parent.parent}'] if begun else [*jobs.arguments(flags), f'--resultsfolder={folder}']
+    begun = jobs.begun_run(folder)
+    if begun:
+        held = runs.read_config(begun)['flags']
+        if any(held[name] != value for name, value in flags.items()):
+            sys.exit(f'{begun} was begun with other flags than STUDIES has now: take another --folder')
+    else:
+        shutil.rmtree(folder / f'{flags["dataset"]}_{flags["model"]}', ignore_errors=True)
+    where = [f'--resume={begun}'] if begun else [*jobs.arguments(flags), f'--resultsfolder={folder}']
     call([sys.executable, ROOT / 'train.py', *where, f'--datasetfolder={args.datasetfolder}', '--keepgoing'])
     (run,) = folder.glob('*/*/run_*')
     evaluations = {}

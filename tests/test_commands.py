@@ -228,6 +228,7 @@ def test_defaults_are_those_of_the_reference():
         'hessinit',
         'clip',
         'trainmc',
+        'trainimages',
     }
     assert all(args.pop(name) is None for name in others)
     assert train.parse_args([]).optim == 'sgd'

@@ -8,6 +8,7 @@ import pytest
 import comparison
 import metrics
 import tables
+import train
 
 LABELS = np.random.default_rng(0).integers(0, 3, 400)
 
@@ -96,8 +97,30 @@ def test_laplace_is_a_row_beside_its_run():
     assert of_all.flags['optim'] == 'all as an ensemble of 2'
 
 
+def test_laplace_has_the_name_of_its_method():
+    """Also where only one of two methods with the same optimizer has one."""
+    runs = [result('sgd', 0), result('sgd', 0, rho=0.2)]
+    laplace = runs[1]._replace(probs=probs(5, 3), with_laplace=True)
+    assert [row.name for row in comparison.rows([*runs, laplace])] == [
+        'sgd rho=0.1, mean', 'sgd rho=0.2, mean', 'sgd rho=0.2 laplace, 8 samples',
+    ]  # fmt: skip
+
+
+def test_perfect_values_are_bold_only_where_asked():
+    certain = np.eye(3)[LABELS]
+    rows = comparison.rows([result('sgd', 0)._replace(probs_at_mean=certain, probs=certain)])
+    values = comparison.values(rows, LABELS, num_bins=20)
+    nll = [comparison.main_table(rows, values, bold)[1][0][3] for bold in (False, True)]
+    assert nll == ['0.0000', '**0.0000**']
+
+
+def test_flags_that_may_change_make_no_other_method():
+    """But for the number of epochs."""
+    assert set(train.MAY_CHANGE) - {'epochs'} <= set(comparison._NOT_OF_THE_METHOD)
+
+
 def test_what_cannot_be_compared():
-    flags = result('sgd', 0).flags | {'validation': 0.1}
+    flags = result('sgd', 0).flags | {'validation': 0.1, 'trainimages': None}
     with pytest.raises(comparison.ComparisonError, match='--dataset mnist and --dataset digits'):
         comparison.check_flags([flags, flags | {'dataset': 'digits'}], 'test')
     other = flags | {'validation': 0.2, 'randomseed': 1}

@@ -95,6 +95,7 @@ def test_some_images(trained, capsys):
         np.testing.assert_allclose(right / 8, results[at]['accuracy'])
     for flags, message in [
         (['--testimages=21'], '--testimages 21 exceeds the 20 images that there are'),
+        (['--split=validation', '--corruptions=/nowhere'], '--split validation goes without a folder'),
         (['--testimages=8', '--corruptions=/nowhere'], '--testimages goes without a folder of corrupted images'),
     ]:
         assert message in error_of([f'--resultsfolder={run}', *flags], capsys)

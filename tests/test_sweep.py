@@ -90,3 +90,30 @@ def test_what_is_refused(old, new, message, toml, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1 and message in error
     assert not (tmp_path / 'sweep').exists()
+
+
+def test_changed_file_is_refused(toml, tmp_path, capsys):
+    """Runs of before would stand in the table with the flags of now."""
+    output = tmp_path / 'sweep'
+    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
+    toml.write_text(toml.read_text().replace("['sgd', 'adam']", "['adam', 'sgd']"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(toml), f'--output={output}', '--testmc=1', '--summary'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    assert 'was begun with --optim sgd, not adam: take another --output' in error
+
+
+def test_run_to_go_on_with(tmp_path):
+    """One with a whole checkpoint, not with one that a kill left half written."""
+    checkpoints = tmp_path / 'mnist_mlp' / 'sgd' / 'run_0' / 'checkpoints'
+    (checkpoints / '5.partial').mkdir(parents=True)
+    assert jobs.begun_run(tmp_path) is None
+    (checkpoints / '4').mkdir()
+    assert jobs.begun_run(tmp_path) == checkpoints.parent
+
+
+def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
+    monkeypatch.setattr(jobs, 'on_devices', lambda tasks: [0, -9, 1])
+    assert jobs.train_seeds({}, [0, 1, 2]) == 137
