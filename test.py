@@ -140,16 +140,32 @@ def evaluate(run, args, mesh):
         with_laplace=args.laplace,
     )
     warn_if_incomplete(subject, config)
+    prediction, results = measure(subject, args)
+    mark = _mark(args.split, args.laplace, args.checkpoint)
+    num_samples = args.testmc[-1]
+    evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
+    runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
+    if args.plots:
+        print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
+    return comparison.Result(
+        config['flags'], subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
+    )
+
+
+def measure(subject, args):
+    """The posteriors.Prediction for the subject's images, and all results; each part is printed when it is there."""
+    import evaluation
+
     num_samples = args.testmc[-1]
     unknown = {name: evaluation.read_unknown(subject, name, args.testimages) for name in args.ood}
     corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
     if args.temperature:
-        evaluation.require_held_out(run, subject.held_out)
-
+        evaluation.require_held_out(subject.run, subject.held_out)
     predictions = list(subject.posterior.predict(subject.images, args.testmc))
     prediction = predictions[-1]
     measured = evaluation.measure(prediction, subject.labels, args.bins)
     print_reference_lines(measured, num_samples)
+    print_metrics(measured, num_samples)
     results = {
         'trained': {'epoch': subject.progress.epoch, 'steps_of_epoch': subject.progress.step},
         'split': args.split,
@@ -160,7 +176,6 @@ def evaluate(run, args, mesh):
         'laplace': args.laplace,
         **measured,
     }
-    print_metrics(measured, num_samples)
     if len(args.testmc) > 1:
         results['samples'] = evaluation.curve(predictions, args.testmc, subject.labels, args.bins)
         print_curve(results['samples'])
@@ -173,15 +188,7 @@ def evaluate(run, args, mesh):
     if corrupted:
         results['corruptions'] = evaluation.all_corrupted(subject, corrupted, num_samples, args.bins)
         print_corruptions(results['corruptions'], measured, num_samples)
-
-    mark = _mark(args.split, args.laplace, args.checkpoint)
-    evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
-    runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
-    if args.plots:
-        print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
-    return comparison.Result(
-        config['flags'], subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
-    )
+    return prediction, results
 
 
 def _mark(split, laplace, checkpoint=None):

@@ -269,34 +269,53 @@ def main(argv=None):
             if not devices.is_first():
                 held.enter_context(contextlib.redirect_stdout(None))
             args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
-            run = of_start['resume']
-            if run:
-                config = devices.from_first(lambda: runs.read_config(run))
+            if of_start['resume']:
                 given = create_parser().given(argv)
-                if of_start['coordinator']:
-                    given.setdefault('devices', None)
-                args = continued(flags_of(config, run), given, run)
-                session = sessions.resume(run, args, config, held, of_start['checkpoint'])
+                session = resumed(of_start['resume'], of_start['checkpoint'], given, held)
             else:
                 session = sessions.begin(args, held)
-        images = session.images
-        sizes = f'{len(images.train)} training and {len(images.held_out)} {session.split} images'
-        if of_start['coordinator']:
-            sizes += f', {session.mesh.size} devices'
-        print(f'{session.run}: {sizes}', flush=True)
+        print_sizes(session, with_devices=bool(of_start['coordinator']))
         with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
             all_saved = trainer.run()
-        if not all_saved:
-            print(f'train.py: error: the last state or log of {session.run} could not be saved', file=sys.stderr)
-            sys.exit(128 + stop.signal if stop.signal else 1)
-        if stop.signal:
-            if devices.is_first():
-                print(f'saved; go on with: python train.py --resume {session.run}', file=sys.stderr)
-            sys.exit(128 + stop.signal)
+        exit_unless_complete(session, stop, all_saved)
         print(f'evaluate it with: python test.py --resultsfolder {session.run} --testmc 32')
     return session.run
+
+
+def resumed(run, checkpoint, given, held):
+    """The sessions.Session that goes on from a run's newest checkpoint, or the one named, with the flags given now."""
+    import devices
+    import runs
+    import sessions
+
+    config = devices.from_first(lambda: runs.read_config(run))
+    if 'coordinator' in given:
+        given.setdefault('devices', None)
+    args = continued(flags_of(config, run), given, run)
+    return sessions.resume(run, args, config, held, checkpoint)
+
+
+def print_sizes(session, with_devices):
+    images = session.images
+    sizes = f'{len(images.train)} training and {len(images.held_out)} {session.split} images'
+    if with_devices:
+        sizes += f', {session.mesh.size} devices'
+    print(f'{session.run}: {sizes}', flush=True)
+
+
+def exit_unless_complete(session, stop, all_saved):
+    """Ends the process of a run that a signal stopped, or whose end could not be saved, and says how to go on."""
+    import devices
+
+    if not all_saved:
+        print(f'train.py: error: the last state or log of {session.run} could not be saved', file=sys.stderr)
+        sys.exit(128 + stop.signal if stop.signal else 1)
+    if stop.signal:
+        if devices.is_first():
+            print(f'saved; go on with: python train.py --resume {session.run}', file=sys.stderr)
+        sys.exit(128 + stop.signal)
 
 
 class Report:

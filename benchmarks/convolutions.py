@@ -16,6 +16,8 @@ from pathlib import Path
 import jax
 import run
 
+import tables
+
 SUB_BATCHES, SUB_BATCH = 4, 25
 
 
@@ -33,11 +35,12 @@ def main(argv=None):
     flops = 6 * run.MULTIPLY_ADDS[args.model] * SUB_BATCH / 1e9
     print(f'a gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
     print(f'matrix product {matrix_rate:.0f} GFLOP/s\n')
-    print('| | ms | GFLOP/s | of the matrix product |\n|---|---|---|---|')
+    rows = []
     for label, (milliseconds, gflop) in table.items():
         rate = gflop / milliseconds * 1e3
-        print(f'| {label} | {milliseconds:.0f} | {rate:.0f} | {rate / matrix_rate:.0%} |')
-    print(f'| all else: normalisation, additions, transpositions | {other:.0f} | | |')
+        rows.append([label, f'{milliseconds:.0f}', f'{rate:.0f}', f'{rate / matrix_rate:.0%}'])
+    rows.append(['all else: normalisation, additions, transpositions', f'{other:.0f}', '', ''])
+    print(tables.markdown(['', 'ms', 'GFLOP/s', 'of the matrix product'], rows))
 
 
 def operation_times(call):

@@ -11,16 +11,13 @@ import argparse
 import json
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import run
 
-import experiments
 import optimizers
-import posteriors
 import runs
 
 BATCHES, SUB_BATCHES, SAMPLES = (25, 50, 100, 200, 400), (1, 2, 4, 8, 20), (1, 2, 4, 8, 16, 32)
@@ -77,17 +74,8 @@ def step_in_sub_batches(optim, batchsplit):
 
 
 def evaluation_over(optim, num_samples):
-    experiment = experiments.create(run.configuration(NETWORK, optim, 'float32'))
-    state = jax.jit(experiment.init)(jax.random.key(0))
+    posterior, _ = run.posterior_of(NETWORK, optim, 'float32', TEST_IMAGES)
     images = jax.device_put(run.synthetic_images(TEST_IMAGES)[0])
-    posterior = posteriors.Posterior(
-        experiment.apply,
-        partial(jax.jit(experiment.optimizer.sample), state),
-        state.params,
-        state.batch_stats,
-        jax.random.key(0),
-        TEST_IMAGES,
-    )
     return lambda: list(posterior.predict(images, [num_samples]))
 
 

@@ -41,7 +41,7 @@ RANGES = {
 }
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--dataset', default='digits')
     parser.add_argument('--model', default='lenet')
@@ -56,9 +56,9 @@ def main():
     parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES))
     parser.add_argument('--folder', type=Path, required=True, help='of the runs')
     parser.add_argument('--output', type=Path, required=True, help='results/NAME, without a suffix')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    record = {'command': sys.argv[1:], **runs.environment(), 'optimizers': {}}
+    record = {'command': sys.argv[1:] if argv is None else argv, **runs.environment(), 'optimizers': {}}
     for optim in args.optimizers:
         record['optimizers'][optim] = tuned_and_trained(args, optim)
         runs.write_json(args.output.with_suffix('.json'), record)

@@ -25,9 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import run
 
-import data
 import devices
-import experiments
 import runs
 import tables
 import training
@@ -37,7 +35,7 @@ NODE = 8  # devices of a node
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types, those of a step in float32
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -53,14 +51,14 @@ def main():
     parser.add_argument('--network', type=float, default=50, help='predict: GB/s of a device to other nodes')
     parser.add_argument('--latency', type=float, default=5, help='predict: µs of each of the 2 (n - 1) turns of a ring')
     parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         print(json.dumps({'measure': timed, 'predict': counted}[args.part](**args.worker)))
         return
     rows = measured(args) if args.part == 'measure' else predicted(args)
     print(tables.markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     if args.json:
-        command = ' '.join(['python benchmarks/scaling.py', *sys.argv[1:]])
+        command = ' '.join(['python benchmarks/scaling.py', *(sys.argv[1:] if argv is None else argv)])
         runs.write_json(args.json, {'command': command, 'environment': runs.environment(), 'rows': rows})
 
 
@@ -107,7 +105,7 @@ def timed(model, split, steps, number, process, address):
         devices.join(address, number, process)
     mesh = devices.create_mesh()
     batch_size = split * SUB_BATCH
-    experiment, step = step_of(model, split)
+    experiment, step = run.step_of(model, 'bsam', 'float32', split)
     with jax.set_mesh(mesh):
         state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
         images = devices.replicate(run.synthetic_images(2 * batch_size), mesh)
@@ -119,14 +117,6 @@ def timed(model, split, steps, number, process, address):
             state, epoch, loss = step(state, epoch._replace(step=jnp.copy(zero)), *images, one)
             float(jax.device_get(loss))
     return {'rate': steps * batch_size / (time.perf_counter() - began)}
-
-
-def step_of(model, split):
-    """The Experiment and the jitted step of bSAM with `split` sub-batches."""
-    experiment = experiments.create(run.configuration(model, 'bsam', 'float32', split))
-    return experiment, training.step_function(
-        experiment.optimizer, lambda key, batch: experiment.normalise(data.augment(key, batch))
-    )
 
 
 def predicted(args):
@@ -158,7 +148,7 @@ def counted(model, number):
     """In a process of `number` virtual devices: operations, bytes and collective bytes of a device in one step."""
     mesh = devices.create_mesh()
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    experiment, step = step_of(model, number)
+    experiment, step = run.step_of(model, 'bsam', 'float32', number)
     batch_size = number * SUB_BATCH
 
     def typed(x):

@@ -1,0 +1,73 @@
+"""The benchmarks run, with a small network in place of ResNet-20; what they measure is not looked at."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+import conftest
+import models
+
+BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A function that imports a benchmark, whose network and batches are small."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
+    before = set(sys.modules)
+    run = importlib.import_module('run')
+    monkeypatch.setattr(run, 'BATCH', 8)
+    monkeypatch.setattr(run, 'SPLIT', 2)
+    monkeypatch.setattr(run, 'machine', lambda: {'matrix_gflops': 1.0, 'copy_gbytes_per_second': 1.0})
+    monkeypatch.setattr(
+        run,
+        'metric_times',
+        lambda: dict.fromkeys(('all_seconds', 'auroc_of_100_seconds', 'baseline_auroc_of_100_seconds'), 1),
+    )
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(BENCHMARKS) in str(getattr(sys.modules[name], '__file__', '')):
+            del sys.modules[name]
+
+
+def numbers(results):
+    if isinstance(results, dict):
+        return [number for value in results.values() for number in numbers(value)]
+    return [results] if isinstance(results, int | float) else []
+
+
+@pytest.mark.parametrize('turns', [0, 1])
+def test_run(benchmark, tmp_path, capsys, turns):
+    """With the published formulation and without."""
+    path = tmp_path / 'benchmark.json'
+    flags = ['--models=resnet20', '--repeats=1', '--testimages=12', '--testmc=2', f'--baselinerepeats={turns}']
+    benchmark('run').main([*flags, f'--json={path}'])
+    results = json.loads(path.read_text())['resnet20']
+    assert all(math.isfinite(number) for number in numbers(results)) and results['seconds']['bsam'] > 0
+    assert ('baseline' in results) == ('as published' in capsys.readouterr().out) == bool(turns)
+
+
+@pytest.mark.parametrize(
+    'name', [path.stem for path in BENCHMARKS.glob('*.py') if path.stem not in ('baseline', 'report')]
+)
+def test_help(benchmark, capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        benchmark(name).main(['--help'])
+    assert not stop.value.code and 'usage' in capsys.readouterr().out
+
+
+def test_growth(benchmark, tmp_path, monkeypatch):
+    growth = benchmark('growth')
+    monkeypatch.setattr(growth, 'median_seconds', lambda function: growth.run.seconds(function))
+    for name, (make, optims, _) in growth.PANELS.items():
+        monkeypatch.setitem(growth.PANELS, name, (make, optims[-1:], (25, 50) if name == 'batch' else (1, 2)))
+    figures, picture = tmp_path / 'growth.json', tmp_path / 'growth.png'
+    growth.main([f'--json={figures}'])
+    assert set(json.loads(figures.read_text())) == set(growth.PANELS)
+    growth.main(['--plot', str(figures), str(picture)])
+    assert picture.read_bytes().startswith(b'\x89PNG')
