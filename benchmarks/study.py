@@ -87,7 +87,7 @@ STUDIES = {
     'rho': Study(
         _FASHION,
         {f'bsam_{rho:g}': _BSAM | {'rho': rho} for rho in (0.001, 0.003, 0.01, 0.03, 0.1)}
-        | {f'sam_{rho:g}': _SAM | {'rho': rho} for rho in (0.005, 0.015, 0.05, 0.15, 0.5)},
+        | {f'sam_{rho:g}': _SAM | {'rho': rho} for rho in (0.005, 0.05, 0.5)},
         3,
         _TEST,
     ),
