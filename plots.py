@@ -67,7 +67,7 @@ def reliability(diagrams):
         bottom.bar(edges, counts / counts.sum(), width, align='edge', color=GREY, edgecolor='white')
         bottom.set(xlabel='confidence')
     axes[0, 0].set_ylabel('accuracy')
-    axes[1, 0].set_ylabel('share of images')
+    axes[1, 0].set_ylabel('share')
     axes[0, 0].legend(frameon=False, loc='upper left')
     return figure
 

@@ -1,0 +1,358 @@
+"""Makes results/README.md and its pictures from what is kept in results/.
+
+    python benchmarks/report.py
+
+The prose is report.md; here are its tables, verdicts and pictures.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import plots  # noqa: E402
+import tables  # noqa: E402
+
+RESULTS = ROOT / 'results'
+NAMES = {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM', 'ivon': 'IVON'}
+PUBLISHED_RHO = {'bsam': 0.01, 'sam': 0.05}
+
+
+class Subject(NamedTuple):
+    """What is compared: a variant of a study, at the 'mean' of its posterior or the 'average' over samples."""
+
+    variant: str
+    at: str
+
+    def __str__(self):
+        return f'{NAMES[self.variant]}, {"mean" if self.at == "mean" else "samples"}'
+
+
+SGD, SAM = Subject('sgd', 'mean'), Subject('sam', 'mean')
+BSAM_MEAN, BSAM = Subject('bsam', 'mean'), Subject('bsam', 'average')
+IVON_MEAN, IVON = Subject('ivon', 'mean'), Subject('ivon', 'average')
+
+
+class Claim(NamedTuple):
+    """That a metric of `lower` is below that of `higher`."""
+
+    text: str
+    metric: str
+    lower: Subject
+    higher: Subject
+
+
+CLAIMS = [
+    Claim('SAM is more accurate than SGD', 'accuracy', SGD, SAM),
+    Claim('bSAM is more accurate than SAM', 'accuracy', SAM, BSAM),
+    Claim('bSAM is more accurate than SGD', 'accuracy', SGD, BSAM),
+    Claim('SAM has a lower NLL than SGD', 'nll', SAM, SGD),
+    Claim('bSAM has a lower NLL than SAM', 'nll', BSAM, SAM),
+    Claim('bSAM has a lower NLL than SGD', 'nll', BSAM, SGD),
+    Claim('SAM has a lower ECE than SGD', 'ece', SAM, SGD),
+    Claim('bSAM has a lower ECE than SAM', 'ece', BSAM, SAM),
+    Claim('bSAM has a lower ECE than SGD', 'ece', BSAM, SGD),
+    Claim('bSAM at its mean has a lower NLL than SGD', 'nll', BSAM_MEAN, SGD),
+    Claim('bSAM at its mean has a lower NLL than SAM', 'nll', BSAM_MEAN, SAM),
+    Claim('bSAM at its mean has a lower ECE than SAM', 'ece', BSAM_MEAN, SAM),
+    Claim('averaging lowers the NLL of bSAM', 'nll', BSAM, BSAM_MEAN),
+    Claim('averaging lowers the NLL of IVON', 'nll', IVON, IVON_MEAN),
+    Claim('bSAM has a lower NLL than IVON', 'nll', BSAM, IVON),
+]
+
+
+def main():
+    found = all_records()
+    (RESULTS / 'README.md').write_text(page(**found))
+    pictures = {
+        'reliability': reliability(found['fashion']),
+        'cifar10_samples': over_samples(found['cifar10']),
+        'fashion_samples': over_samples(found['fashion']),
+        'cifar10_corruptions': over_severities(found['cifar10']),
+        'rho': over_rho(found['rho']),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(RESULTS / f'{name}.png', dpi=150)
+
+
+def all_records():
+    return {study: records(study) for study in ('cifar10', 'fashion', 'rho', 'ablations')}
+
+
+def page(cifar10, fashion, rho, ablations):
+    template = (Path(__file__).parent / 'report.md').read_text()
+    return template.format(
+        cifar10_table=methods_table(cifar10),
+        cifar10_claims=claims_table(cifar10),
+        cifar10_commands=commands('cifar10', cifar10),
+        fashion_table=methods_table(fashion),
+        fashion_claims=claims_table(fashion),
+        fashion_commands=commands('fashion', fashion),
+        rho_table=rho_table(rho),
+        rho_verdict=rho_verdict(rho),
+        rho_commands=commands('rho', {name: rho[name] for name in ('bsam_0.01', 'sam_0.05')}),
+        ablations=ablations_table(rho['bsam_0.01'], ablations),
+        comparisons='\n'.join(comparison(*row) for row in COMPARISONS),
+        speed_table=speed_table(),
+    )
+
+
+def records(study):
+    """{variant: [records of its seeds]} of what study.py kept."""
+    found = {}
+    for path in sorted((RESULTS / 'studies' / study).glob('*.json')):
+        found.setdefault(path.stem.rpartition('_')[0], []).append(json.loads(path.read_text()))
+    return found
+
+
+def values(group, metric, at):
+    """A metric of each record, accuracy in per cent."""
+    scale = 100 if metric == 'accuracy' else 1
+    return scale * np.array([record['evaluations']['test'][at][metric] for record in group], float)
+
+
+def cells(group, at, names):
+    return [spread(values(group, name, at), 2 if name == 'accuracy' else 4) for name in names]
+
+
+def spread(numbers, digits):
+    """Mean ± standard deviation."""
+    text = f'{np.mean(numbers):.{digits}f}'
+    return text if len(numbers) < 2 else f'{text} ± {np.std(numbers, ddof=1):.{digits}f}'
+
+
+def interval(differences):
+    """(mean, low, high) of paired differences: the 95 % interval of the mean by Student's t; nan of a single one."""
+    half = np.nan
+    if len(differences) > 1:
+        half = scipy.stats.t.ppf(0.975, len(differences) - 1) * scipy.stats.sem(differences)
+    return differences.mean(), differences.mean() - half, differences.mean() + half
+
+
+def tested(claim, found):
+    """The claim, the difference of runs with the same seed, higher − lower, and a verdict."""
+    lower, higher = (
+        values(found[subject.variant], claim.metric, subject.at) for subject in (claim.lower, claim.higher)
+    )
+    return [claim.text, shown(higher - lower, 2 if claim.metric == 'accuracy' else 4), verdict(higher - lower)]
+
+
+def verdict(differences):
+    _, low, high = interval(differences)
+    if len(differences) < 2:
+        return 'right sign, one seed' if differences[0] > 0 else 'wrong sign, one seed'
+    found = 'supported' if low > 0 else 'contradicted' if high < 0 else 'not supported here'
+    return f'{found}, {(differences > 0).sum()} of {len(differences)} seeds'
+
+
+def shown(differences, digits):
+    mean, low, high = interval(differences)
+    if len(differences) < 2:
+        return f'{mean:+.{digits}f}'
+    return f'{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]'
+
+
+# Tables.
+
+
+def methods_table(found):
+    """Every method at the mean and over samples; temperature and unknown images where they were evaluated."""
+    header = ['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC', 'minutes']
+    more = {name: pick for name, pick in FURTHER.items() if name in found['sgd'][0]['evaluations']['test']}
+    rows = []
+    for subject in (SGD, SAM, BSAM_MEAN, BSAM, IVON_MEAN, IVON):
+        group, at = found[subject.variant], subject.at
+        minutes = [sum(epoch['seconds'] for epoch in record['log']) / 60 for record in group]
+        further = [[pick(record['evaluations']['test'], at) for record in group] for _, pick in more.values()]
+        metrics = cells(group, at, ('accuracy', 'nll', 'ece', 'auroc'))
+        rows.append([str(subject), str(len(group)), *metrics, spread(minutes, 1), *(spread(f, 4) for f in further)])
+    return tables.markdown(header + [title for title, _ in more.values()], rows)
+
+
+# What only some evaluations have, {key in metrics.json: (column, function of metrics.json and 'mean' or 'average')}.
+FURTHER = {
+    'temperature': ('NLL, tempered', lambda test, at: test['temperature'][at]['nll']),
+    'ood': ('AUROC, unknown', lambda test, at: test['ood']['cifar100'][at]['entropy']['auroc']),
+}
+
+
+def claims_table(found):
+    return tables.markdown(
+        ['claim', 'difference [95 % interval]', 'verdict'], [tested(claim, found) for claim in CLAIMS]
+    )
+
+
+def rho_table(found):
+    rows = [
+        [NAMES[method], f'{rho:g}', *cells(group, 'average', ('accuracy', 'nll', 'ece'))]
+        for method in PUBLISHED_RHO
+        for rho, group in by_rho(found, method).items()
+    ]
+    return tables.markdown(['', 'ρ', 'accuracy %', 'NLL', 'ECE'], rows)
+
+
+def by_rho(found, method):
+    """{ρ: records} of a method, ρ rising."""
+    groups = {float(name.split('_')[1]): group for name, group in found.items() if name.startswith(f'{method}_')}
+    return dict(sorted(groups.items()))
+
+
+def rho_verdict(found):
+    """How far the mean NLL lies apart over ρ, up to about the published one and over all, beside how far seeds do."""
+    lines = []
+    for method, published in PUBLISHED_RHO.items():
+        nlls = {rho: values(group, 'nll', 'average') for rho, group in by_rho(found, method).items()}
+        small = [rho for rho in nlls if rho <= 3 * published]
+        apart, apart_in_all = (np.ptp([nlls[rho].mean() for rho in rhos]) for rhos in (small, nlls))
+        seeds = np.mean([group.std(ddof=1) for group in nlls.values()])
+        lines.append(
+            f'- {NAMES[method]}: from ρ = {small[0]:g} to {small[-1]:g}, a factor of {small[-1] / small[0]:.0f}, the '
+            f'best and the worst NLL differ by {apart:.4f}, over all ρ by {apart_in_all:.4f}; seeds deviate by {seeds:.4f}'
+        )
+    return '\n'.join(lines)
+
+
+def ablations_table(base, found):
+    command = '`python benchmarks/study.py rho ablations --folder …`'
+    if not found:
+        return f'Not measured yet: {command} and `make results` fill the table.'
+    rows = [ablation('as above', base, base)]
+    rows += [ablation(name.replace('_', ' '), group, base) for name, group in found.items()]
+    header = ['', 'accuracy %', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL']
+    return f'{tables.markdown(header, rows)}\n{command}'
+
+
+def ablation(name, group, base):
+    accuracy, nll, ece = cells(group, 'average', ('accuracy', 'nll', 'ece'))
+    row = [name, accuracy, *cells(group, 'mean', ['nll']), nll, ece]
+    if group is base:
+        return [*row, '']
+    return [*row, shown(values(group, 'nll', 'average') - values(base, 'nll', 'average'), 4)]
+
+
+COMPARISONS = [
+    ('digits_lenet', "scikit-learn's digits, LeNet-5, 20 epochs, 5 seeds"),
+    ('fashion_lenet', 'Fashion-MNIST, LeNet-5, 15 epochs, one seed'),
+]
+
+
+def comparison(name, title):
+    """All methods on one data set, from the CSV that test.py wrote."""
+    shown = ('accuracy', 'nll', 'ece', 'auroc')
+    with open(RESULTS / f'{name}.csv', newline='') as file:
+        rows = [
+            [row['method'], row['runs'], *(from_csv(row, metric) for metric in shown)] for row in csv.DictReader(file)
+        ]
+    table = tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
+    return f'{title} ([commands and settings]({name}.json), [paired tests]({name}.md)):\n\n{table}'
+
+
+def from_csv(row, metric):
+    scale, digits = (100, 2) if metric == 'accuracy' else (1, 4)
+    mean, deviation = (scale * float(row[f'{metric}_{part}']) for part in ('mean', 'sd'))
+    return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
+
+
+def speed_table():
+    """The ratios of benchmarks/run.py on each machine that it ran on."""
+    rows = []
+    for path in sorted(RESULTS.glob('benchmark*.json')):
+        results = json.loads(path.read_text())
+        for model in ('resnet18', 'resnet20'):
+            ratios = [results[model][f'{optim}_over_gradient'] for optim in ('sam', 'bsam')]
+            machine = f'{results["environment"]["device"]}, JAX {results["environment"]["versions"]["jax"]}'
+            rows.append([f'[{path.name}]({path.name})', machine, model, *(f'{ratio:.2f}' for ratio in ratios)])
+    return tables.markdown(['', 'machine', 'network', 'SAM / gradient', 'bSAM / gradient'], rows)
+
+
+def commands(study, found):
+    """What started the runs, and what that ran for the first seed of some variants."""
+    first = next(iter(found.values()))[0]
+    environment = first['environment']
+    trainings = [
+        found[name][0]['command'] for name in [*(name for name in NAMES if name in found), *found.keys() - NAMES]
+    ]
+    tests = [evaluation['command'] for evaluation in first['evaluations'].values()]
+    where = f'{environment["device"]}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
+    lines = '\n'.join(f'    {line}' for line in [*trainings, *tests])
+    return f'`python benchmarks/study.py {study} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'
+
+
+# Pictures.
+
+
+def reliability(found):
+    """Reliability of SGD and bSAM side by side, of the first seed."""
+    diagrams = {}
+    for subject in (SGD, BSAM):
+        test = found[subject.variant][0]['evaluations']['test']
+        metrics = test[subject.at]
+        title = f'{NAMES[subject.variant]}: accuracy {100 * metrics["accuracy"]:.1f} %, NLL {metrics["nll"]:.2f}'
+        diagrams[title] = test['reliability'][subject.at]
+    return plots.reliability(diagrams)
+
+
+@plots.styled
+def over_samples(found):
+    figure = Figure(figsize=(7.5, 2.7))
+    for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
+        for subject, style in zip((BSAM, IVON), plots.line_styles(), strict=False):
+            group = found[subject.variant]
+            curves = [record['evaluations']['test']['samples'] for record in group]
+            numbers = [point['testmc'] for point in curves[0]]
+            scale = 100 if metric == 'accuracy' else 1
+            heights = scale * np.array([[point[metric] for point in curve] for curve in curves])
+            colour = style['color']
+            axes.axhline(values(group, metric, 'mean').mean(), color=colour, linestyle='--', linewidth=1)
+            errorbars(axes, numbers, heights.T, colour, NAMES[subject.variant])
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(numbers, numbers)
+        axes.set(xlabel='samples', ylabel=plots.LABELS[metric])
+    plots.legend_above(figure, axes)
+    return figure
+
+
+def errorbars(axes, positions, groups, colour, label):
+    """Mean and standard deviation of each group of runs."""
+    deviations = [np.std(group, ddof=1) if len(group) > 1 else 0 for group in groups]
+    means = [np.mean(group) for group in groups]
+    axes.errorbar(positions, means, deviations, color=colour, marker='o', markersize=4, capsize=2, label=label)
+
+
+def over_severities(found):
+    curves = {}
+    for subject in (SGD, SAM, BSAM, IVON):
+        corrupted = found[subject.variant][0]['evaluations']['corrupted']
+        points = [corrupted[subject.at]]
+        for of_severity in zip(*corrupted['corruptions'].values(), strict=True):
+            points.append({m: np.mean([point[subject.at][m] for point in of_severity]) for m in plots.LABELS})
+        curves[str(subject)] = points
+    return plots.severities(curves)
+
+
+@plots.styled
+def over_rho(found):
+    """bSAM's and SAM's metrics over ρ, relative to the published one."""
+    figure = Figure(figsize=(7.5, 2.7))
+    for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
+        for (method, published), style in zip(PUBLISHED_RHO.items(), plots.line_styles(), strict=False):
+            groups = by_rho(found, method)
+            heights = [values(group, metric, 'average') for group in groups.values()]
+            label = f'{NAMES[method]}, ρ₀ = {published:g}'
+            errorbars(axes, [rho / published for rho in groups], heights, style['color'], label)
+        axes.set_xscale('log')
+        axes.set(xlabel='ρ / ρ₀', ylabel=plots.LABELS[metric])
+    plots.legend_above(figure, axes)
+    return figure
+
+
+if __name__ == '__main__':
+    main()

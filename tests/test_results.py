@@ -1,0 +1,47 @@
+"""results/README.md is what `make results` writes, and its verdicts follow the rule that stands on it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import report
+
+    yield report
+    del sys.modules['report']
+
+
+def test_page_is_made_of_the_records(report):
+    page = report.page(**report.all_records())
+    assert page == (ROOT / 'results' / 'README.md').read_text(), 'run make results'
+
+
+def record(nll):
+    return {'evaluations': {'test': {'mean': {'nll': nll}}}}
+
+
+@pytest.mark.parametrize(
+    ('nlls', 'verdict'),
+    [
+        ([1.0, 1.1, 1.2], 'supported, 3 of 3 seeds'),
+        ([2.0, 2.1, 2.2], 'contradicted, 0 of 3 seeds'),
+        ([1.0, 1.1, 1.9], 'not supported here, 2 of 3 seeds'),
+    ],
+)
+def test_verdicts(report, nlls, verdict):
+    """Differences to 1.5, 1.59, 1.71: 0.5 ± 0.01, −0.5 ± 0.01, and 0.5, 0.49, −0.19, whose interval holds 0."""
+    found = {'sam': [record(nll) for nll in nlls], 'sgd': [record(nll) for nll in (1.5, 1.59, 1.71)]}
+    claim = report.Claim('', 'nll', report.SAM, report.SGD)
+    assert report.tested(claim, found)[2] == verdict
+
+
+def test_interval(report):
+    """t(0.975, 2) = 4.3027 times the standard error 1/√3 of 1, 2, 3."""
+    np.testing.assert_allclose(report.interval(np.array([1.0, 2.0, 3.0])), [2, 2 - 2.48414, 2 + 2.48414], rtol=1e-5)
