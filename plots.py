@@ -45,19 +45,20 @@ def styled(draw):
 
 
 @styled
-def reliability(diagrams):
+def reliability(diagrams, fewest=1):
     """Reliability diagrams (Guo et al., 2017), a column for each {title: metrics.reliability(...)}: accuracy and its
-    gap to the confidence in each bin, and below it the histogram of the confidence."""
+    gap to the confidence in each bin of `fewest` images or more, and below it the histogram of the confidence."""
     figure = Figure(figsize=(3.2 * len(diagrams), 4))
     axes = figure.subplots(2, len(diagrams), squeeze=False, sharex=True, sharey='row', height_ratios=(3, 1))
     for (title, bins), (top, bottom) in zip(diagrams.items(), axes.T, strict=True):
         counts = np.asarray(bins['counts'])
-        held, width = counts > 0, 1 / len(counts)
+        accuracy, confidence = (np.asarray(bins[name], float) for name in ('accuracy', 'confidence'))
+        error = np.nansum(counts * np.abs(accuracy - confidence)) / counts.sum()
+        width = 1 / len(counts)
         edges = np.arange(len(counts)) * width
-        accuracy, confidence = (np.asarray(bins[name], float)[held] for name in ('accuracy', 'confidence'))
-        left = edges[held]
+        drawn = counts >= fewest
+        left, accuracy, confidence = edges[drawn], accuracy[drawn], confidence[drawn]
         low, high = np.minimum(accuracy, confidence), np.maximum(accuracy, confidence)
-        error = (counts[held] * (high - low)).sum() / counts.sum()
         top.bar(left, accuracy, width, align='edge', color=SKY, edgecolor='white', label='accuracy')
         top.bar(
             left, high - low, width, low, align='edge', facecolor='none', edgecolor=ORANGE, hatch='////', label='gap'

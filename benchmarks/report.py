@@ -215,7 +215,7 @@ def rho_verdict(found):
         seeds = np.mean([group.std(ddof=1) for group in nlls.values()])
         lines.append(
             f'- {NAMES[method]}: from ρ = {small[0]:g} to {small[-1]:g}, a factor of {small[-1] / small[0]:.0f}, the '
-            f'best and the worst NLL differ by {apart:.4f}, over all ρ by {apart_in_all:.4f}; seeds deviate by {seeds:.4f}'
+            f'best and the worst NLL differ by {apart:.4f}, over all ρ by {apart_in_all:.4f}; seeds by {seeds:.4f}'
         )
     return '\n'.join(lines)
 
@@ -297,7 +297,7 @@ def reliability(found):
         metrics = test[subject.at]
         title = f'{NAMES[subject.variant]}: accuracy {100 * metrics["accuracy"]:.1f} %, NLL {metrics["nll"]:.2f}'
         diagrams[title] = test['reliability'][subject.at]
-    return plots.reliability(diagrams)
+    return plots.reliability(diagrams, fewest=10)
 
 
 @plots.styled
