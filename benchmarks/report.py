@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import study  # noqa: E402
+
 import plots  # noqa: E402
 import tables  # noqa: E402
 
@@ -225,17 +227,18 @@ def ablations_table(base, found):
     if not found:
         return f'Not measured yet: {command} and `make results` fill the table.'
     rows = [ablation('as above', base, base)]
-    rows += [ablation(name.replace('_', ' '), group, base) for name, group in found.items()]
-    header = ['', 'accuracy %', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL']
+    names = [name for name in study.STUDIES['ablations'].variants if name in found]
+    rows += [ablation(name.replace('_', ' '), found[name], base) for name in names]
+    header = ['', 'runs', 'accuracy %', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL']
     return f'{tables.markdown(header, rows)}\n{command}'
 
 
 def ablation(name, group, base):
     accuracy, nll, ece = cells(group, 'average', ('accuracy', 'nll', 'ece'))
-    row = [name, accuracy, *cells(group, 'mean', ['nll']), nll, ece]
+    row = [name, str(len(group)), accuracy, *cells(group, 'mean', ['nll']), nll, ece]
     if group is base:
         return [*row, '']
-    return [*row, shown(values(group, 'nll', 'average') - values(base, 'nll', 'average'), 4)]
+    return [*row, shown(values(group, 'nll', 'average') - values(base[: len(group)], 'nll', 'average'), 4)]
 
 
 COMPARISONS = [
@@ -278,7 +281,8 @@ def commands(study, found):
     first = next(iter(found.values()))[0]
     environment = first['environment']
     trainings = [
-        found[name][0]['command'] for name in [*(name for name in NAMES if name in found), *found.keys() - NAMES]
+        found[name][0]['command']
+        for name in [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
     ]
     tests = [evaluation['command'] for evaluation in first['evaluations'].values()]
     where = f'{environment["device"]}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
