@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import study  # noqa: E402
 
+import evaluation  # noqa: E402
 import plots  # noqa: E402
 import tables  # noqa: E402
 
@@ -108,17 +109,29 @@ def page(cifar10, fashion, rho, ablations):
 
 
 def records(study):
-    """{variant: [records of its seeds]} of what study.py kept."""
+    """{variant: {seed: record}} of what study.py kept, seeds rising."""
     found = {}
-    for path in sorted((RESULTS / 'studies' / study).glob('*.json')):
-        found.setdefault(path.stem.rpartition('_')[0], []).append(json.loads(path.read_text()))
-    return found
+    for path in (RESULTS / 'studies' / study).glob('*.json'):
+        variant, _, seed = path.stem.rpartition('_')
+        found.setdefault(variant, {})[int(seed)] = json.loads(path.read_text())
+    return {variant: dict(sorted(group.items())) for variant, group in sorted(found.items())}
+
+
+def first_of(group):
+    return next(iter(group.values()))
 
 
 def values(group, metric, at):
     """A metric of each record, accuracy in per cent."""
     scale = 100 if metric == 'accuracy' else 1
-    return scale * np.array([record['evaluations']['test'][at][metric] for record in group], float)
+    return scale * np.array([record['evaluations']['test'][at][metric] for record in group.values()], float)
+
+
+def differences(lower, higher, metric, at_lower='average', at_higher='average'):
+    """higher − lower of the seeds that both groups have."""
+    seeds = [seed for seed in lower if seed in higher]
+    lower, higher = ({seed: group[seed] for seed in seeds} for group in (lower, higher))
+    return values(higher, metric, at_higher) - values(lower, metric, at_lower)
 
 
 def cells(group, at, names):
@@ -141,10 +154,9 @@ def interval(differences):
 
 def tested(claim, found):
     """The claim, the difference of runs with the same seed, higher − lower, and a verdict."""
-    lower, higher = (
-        values(found[subject.variant], claim.metric, subject.at) for subject in (claim.lower, claim.higher)
-    )
-    return [claim.text, shown(higher - lower, 2 if claim.metric == 'accuracy' else 4), verdict(higher - lower)]
+    lower, higher = claim.lower, claim.higher
+    found = differences(found[lower.variant], found[higher.variant], claim.metric, lower.at, higher.at)
+    return [claim.text, shown(found, 2 if claim.metric == 'accuracy' else 4), verdict(found)]
 
 
 def verdict(differences):
@@ -168,12 +180,12 @@ def shown(differences, digits):
 def methods_table(found):
     """Every method at the mean and over samples; temperature and unknown images where they were evaluated."""
     header = ['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC', 'minutes']
-    more = {name: pick for name, pick in FURTHER.items() if name in found['sgd'][0]['evaluations']['test']}
+    more = {name: pick for name, pick in FURTHER.items() if name in first_of(found['sgd'])['evaluations']['test']}
     rows = []
     for subject in (SGD, SAM, BSAM_MEAN, BSAM, IVON_MEAN, IVON):
         group, at = found[subject.variant], subject.at
-        minutes = [sum(epoch['seconds'] for epoch in record['log']) / 60 for record in group]
-        further = [[pick(record['evaluations']['test'], at) for record in group] for _, pick in more.values()]
+        minutes = [sum(epoch['seconds'] for epoch in record['log']) / 60 for record in group.values()]
+        further = [[pick(record['evaluations']['test'], at) for record in group.values()] for _, pick in more.values()]
         metrics = cells(group, at, ('accuracy', 'nll', 'ece', 'auroc'))
         rows.append([str(subject), str(len(group)), *metrics, spread(minutes, 1), *(spread(f, 4) for f in further)])
     return tables.markdown(header + [title for title, _ in more.values()], rows)
@@ -238,7 +250,7 @@ def ablation(name, group, base):
     row = [name, str(len(group)), accuracy, *cells(group, 'mean', ['nll']), nll, ece]
     if group is base:
         return [*row, '']
-    return [*row, shown(values(group, 'nll', 'average') - values(base[: len(group)], 'nll', 'average'), 4)]
+    return [*row, shown(differences(base, group, 'nll'), 4)]
 
 
 COMPARISONS = [
@@ -278,13 +290,13 @@ def speed_table():
 
 def commands(study, found):
     """What started the runs, and what that ran for the first seed of some variants."""
-    first = next(iter(found.values()))[0]
+    first = first_of(first_of(found))
     environment = first['environment']
     trainings = [
-        found[name][0]['command']
+        first_of(found[name])['command']
         for name in [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
     ]
-    tests = [evaluation['command'] for evaluation in first['evaluations'].values()]
+    tests = [measured['command'] for measured in first['evaluations'].values()]
     where = f'{environment["device"]}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
     lines = '\n'.join(f'    {line}' for line in [*trainings, *tests])
     return f'`python benchmarks/study.py {study} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'
@@ -297,7 +309,7 @@ def reliability(found):
     """Reliability of SGD and bSAM side by side, of the first seed."""
     diagrams = {}
     for subject in (SGD, BSAM):
-        test = found[subject.variant][0]['evaluations']['test']
+        test = first_of(found[subject.variant])['evaluations']['test']
         metrics = test[subject.at]
         title = f'{NAMES[subject.variant]}: accuracy {100 * metrics["accuracy"]:.1f} %, NLL {metrics["nll"]:.2f}'
         diagrams[title] = test['reliability'][subject.at]
@@ -310,7 +322,7 @@ def over_samples(found):
     for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
         for subject, style in zip((BSAM, IVON), plots.line_styles(), strict=False):
             group = found[subject.variant]
-            curves = [record['evaluations']['test']['samples'] for record in group]
+            curves = [record['evaluations']['test']['samples'] for record in group.values()]
             numbers = [point['testmc'] for point in curves[0]]
             scale = 100 if metric == 'accuracy' else 1
             heights = scale * np.array([[point[metric] for point in curve] for curve in curves])
@@ -334,11 +346,9 @@ def errorbars(axes, positions, groups, colour, label):
 def over_severities(found):
     curves = {}
     for subject in (SGD, SAM, BSAM, IVON):
-        corrupted = found[subject.variant][0]['evaluations']['corrupted']
-        points = [corrupted[subject.at]]
-        for of_severity in zip(*corrupted['corruptions'].values(), strict=True):
-            points.append({m: np.mean([point[subject.at][m] for point in of_severity]) for m in plots.LABELS})
-        curves[str(subject)] = points
+        corrupted = first_of(found[subject.variant])['evaluations']['corrupted']
+        over_corruptions = evaluation.over_corruptions(corrupted['corruptions'], subject.at)
+        curves[str(subject)] = [corrupted[subject.at], *over_corruptions]
     return plots.severities(curves)
 
 

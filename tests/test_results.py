@@ -37,7 +37,7 @@ def record(nll):
 )
 def test_verdicts(report, nlls, verdict):
     """Differences to 1.5, 1.59, 1.71: 0.5 ± 0.01, −0.5 ± 0.01, and 0.5, 0.49, −0.19, whose interval holds 0."""
-    found = {'sam': [record(nll) for nll in nlls], 'sgd': [record(nll) for nll in (1.5, 1.59, 1.71)]}
+    found = {'sam': dict(enumerate(map(record, nlls))), 'sgd': dict(enumerate(map(record, (1.5, 1.59, 1.71))))}
     claim = report.Claim('', 'nll', report.SAM, report.SGD)
     assert report.tested(claim, found)[2] == verdict
 
@@ -45,3 +45,8 @@ def test_verdicts(report, nlls, verdict):
 def test_interval(report):
     """t(0.975, 2) = 4.3027 times the standard error 1/√3 of 1, 2, 3."""
     np.testing.assert_allclose(report.interval(np.array([1.0, 2.0, 3.0])), [2, 2 - 2.48414, 2 + 2.48414], rtol=1e-5)
+
+
+def test_differences_are_of_the_same_seed(report):
+    lower, higher = {0: record(1.0), 2: record(3.0)}, {1: record(9.0), 2: record(3.5)}
+    assert report.differences(lower, higher, 'nll', 'mean', 'mean').tolist() == [0.5]
