@@ -157,9 +157,22 @@ def all_steps(folder):
 def restore(run, like, step=None):
     """A checkpoint, the newest or that of `step`, as (step, state, Progress).
 
-    The state's arrays are on this machine's first device. like: their jax.ShapeDtypeStructs. Raises runs.RunError; for
-    a damaged checkpoint it names the newest whole one before it.
+    Of several processes the first alone reads it. The state's arrays are on its first device, in the others on the
+    host. like: their jax.ShapeDtypeStructs. Raises runs.RunError; for a damaged checkpoint it names the newest whole
+    one before it.
     """
+    state = like
+
+    def read():
+        nonlocal state
+        found, state, progress = _read(run, like, step)
+        return found, progress._asdict()
+
+    found, progress = devices.from_first(read)
+    return found, devices.arrays_from_first(state), Progress(**progress)
+
+
+def _read(run, like, step):
     folder = Path(run).absolute() / 'checkpoints'
     steps = all_steps(folder) if folder.is_dir() else []
     if not steps:

@@ -76,18 +76,47 @@ def place_rows(arrays, indices, mesh):
     return jax.tree.map(place, arrays)
 
 
+def send(arrays):
+    """A pytree of host arrays, the same in all processes, on every device of the mesh that is set."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(arrays) if mesh.empty else replicate(arrays, mesh)
+
+
+def number():
+    """How many devices the mesh has that is set; 1 if none is, and for what `on_each` runs on one of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.manual_axes else mesh.size
+
+
 def spread(x, axis=0):
     """In a jitted function: lets the devices of the mesh that is set share out an axis of x, if they can equally."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or x.shape[axis] % mesh.size:
+    if number() == 1 or x.shape[axis] % number():
         return x
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS))
 
 
-def gather(x):
-    """In a jitted function: gives all of x to every device of the mesh that is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P())
+def gather(arrays):
+    """In a jitted function: gives all of a pytree of arrays to every device of the mesh that is set."""
+    return arrays if number() == 1 else jax.lax.with_sharding_constraint(arrays, P())
+
+
+def on_all(function, arrays):
+    """In a jitted function: a function of arrays on all devices, which share what it spreads; see on_each."""
+    return function(arrays)
+
+
+def on_each(function, arrays):
+    """In a jitted function: on each of the D devices a function of its own part of arrays [D, ...].
+
+    function: a jax.tree_util.Partial of all other arrays that it needs. Returns the D results, arrays [D, ...] whose
+    parts stay where they were computed.
+    """
+
+    def on_one(function, parts):
+        result = function(jax.tree.map(lambda x: x[0], parts))
+        return jax.tree.map(lambda x: x[None], result)
+
+    return jax.shard_map(on_one, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)(function, arrays)
 
 
 def join(coordinator, processes=None, process_id=None):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 from tqdm import tqdm
 
 import bootstrap
@@ -42,21 +43,20 @@ class Subject(NamedTuple):
     posterior: posteriors.Posterior
 
 
-def load(run, config, mesh, *, split, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
+def load(run, config, *, split, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
     """The Subject of a run. Raises DataError, ModelError and RunError.
 
-    config: as from runs.read_config; mesh: the devices that share the work; num_images: of the split, None for all;
-    step: a checkpoint, None for the newest;
+    config: as from runs.read_config; num_images: of the split, None for all; step: a checkpoint, None for the newest;
     bn_refresh: training batches over which batch statistics of each weights are estimated again, None for those of
     training; with_laplace: the posterior is a Laplace approximation of the last layer.
     """
     flags = config['flags']
     data.check_description(config['dataset'], run / 'config.json')
-    if not os.access(run, os.W_OK):
+    if devices.is_first() and not os.access(run, os.W_OK):
         raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
     experiment = experiments.create(config)
     _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
-    state = devices.replicate(state, mesh)
+    state = devices.send(state)
     folder = dataset_folder or flags['datasetfolder']
     dataset = data.dataset(flags['dataset'], folder)
     needs_training_images = flags['validation'] or bn_refresh or with_laplace
@@ -69,7 +69,7 @@ def load(run, config, mesh, *, split, num_images, step, dataset_folder, batch_si
         raise data.DataError(
             f'the {split} images are {images.shape[1:]}, not {config["dataset"]["image_shape"]} as in training'
         )
-    sample = partial(jax.jit(experiment.optimizer.sample), state)
+    sample = Partial(experiment.optimizer.sample, state)
     if with_laplace:
         sample = _laplace_sample(experiment, flags, state, batch_size, train[0])
     posterior = _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, dataset.augment)
@@ -83,9 +83,9 @@ def _laplace_sample(experiment, flags, state, batch_size, images):
     if flags['priorprec'] == 0:
         raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
     layer = models.LAST_LAYERS[flags['model']]
-    outputs = partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
+    outputs = Partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
-    return partial(laplace.sample, factors, state.params, layer=layer)
+    return Partial(partial(laplace.sample, layer), factors, state.params)
 
 
 def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, augment):
@@ -96,9 +96,7 @@ def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, 
         if not jax.tree.leaves(state.batch_stats):
             raise runs.RunError(f'--bnrefresh {bn_refresh}: {flags["model"]} has no batch normalisation')
         batches = _training_batches(refresh_key, train[0], bn_refresh, flags, augment)
-        refresh = partial(
-            posteriors.batch_statistics, experiment.update, batch_stats=state.batch_stats, batches=batches
-        )
+        refresh = Partial(partial(posteriors.batch_statistics, experiment.update), state.batch_stats, batches)
     apply, params, batch_stats = experiment.apply, state.params, state.batch_stats
     return posteriors.Posterior(apply, sample, params, batch_stats, sample_key, batch_size, refresh)
 
@@ -110,7 +108,7 @@ def _training_batches(key, images, number, flags, augment):
     if number > steps:
         raise runs.RunError(f'--bnrefresh {number}: the training images are {steps} batches of {flags["batchsize"]}')
     batches = jax.device_get(data.shuffled_batches(order_key, len(images), flags['batchsize']))[:number]
-    batches = jax.device_put(images[batches])
+    batches = devices.send(images[batches])
     if augment and not flags['noaugment']:
         batches = jax.vmap(data.augment)(jax.random.split(augment_key, number), batches)
     return batches

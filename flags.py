@@ -92,6 +92,33 @@ def use_compilecache(folder):
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
+def add_coordinator(parser):
+    """--coordinator, --processes and --processid, which join processes on several hosts."""
+    add = parser.add_argument
+    help = 'run on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
+    add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
+    add('--processes', type=integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
+    add('--processid', type=integer(0), metavar='I', help='with HOST:PORT: which of them this is')
+
+
+def _address(text):
+    """A flag type: HOST:PORT or auto."""
+    host, _, port = text.rpartition(':')
+    if text != 'auto' and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither HOST:PORT nor auto')
+    return text
+
+
+def require_whole_address(parser, args):
+    """Ends the script if the flags of add_coordinator do not go together."""
+    numbers = (args.processes, args.processid)
+    if args.coordinator in (None, 'auto'):
+        if numbers != (None, None):
+            parser.error('--processes and --processid go with --coordinator HOST:PORT')
+    elif None in numbers or args.processid >= args.processes:
+        parser.error('--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1')
+
+
 def integer(minimum, below=math.inf):
     """A flag type: whole numbers from `minimum` on and less than `below`."""
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import devices
+
 
 class Factors(NamedTuple):
     """Eigenvectors of A and B, [F + 1, F + 1] and [K, K], and the standard deviations along them, [F + 1, K]."""
@@ -24,26 +26,26 @@ class Factors(NamedTuple):
 def fit(outputs, images, batch_size, num_data, prior_precision):
     """The Factors of a last layer over images uint8 [M, H, W, C].
 
-    outputs(images) -> (logits [B, K], features [B, F]) of the trained network.
+    outputs(images) -> (logits [B, K], features [B, F]) of the trained network, a jax.tree_util.Partial of its weights.
     """
     totals = [_products(outputs, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     a, b = (np.sum(jax.device_get(part), axis=0, dtype=np.float64) / len(images) for part in zip(*totals, strict=True))
     (of_a, features), (of_b, classes) = np.linalg.eigh(a), np.linalg.eigh(b)
     curvature = num_data * np.outer(np.maximum(of_a, 0), np.maximum(of_b, 0))
     deviations = 1 / np.sqrt(curvature + prior_precision)
-    return Factors(*(jax.device_put(x.astype(np.float32)) for x in (features, classes, deviations)))
+    return Factors(*devices.send([x.astype(np.float32) for x in (features, classes, deviations)]))
 
 
-@partial(jax.jit, static_argnames='outputs')
+@jax.jit
 def _products(outputs, images):
-    logits, features = outputs(images)
+    logits, features = outputs(devices.spread(images))
     probs = jax.nn.softmax(logits)
     features = jnp.concatenate([features, jnp.ones((len(features), 1))], axis=1)
-    return features.T @ features, jnp.diag(probs.sum(axis=0)) - probs.T @ probs
+    return devices.gather((features.T @ features, jnp.diag(probs.sum(axis=0)) - probs.T @ probs))
 
 
 @partial(jax.jit, static_argnames='layer')
-def sample(factors, params, key, layer):
+def sample(layer, factors, params, key):
     """A draw: `params`, a dict, with noise added to the kernel [F, K] and the bias [K] of its dense layer `layer`."""
     noise = factors.deviations * jax.random.normal(key, factors.deviations.shape)
     noise = factors.features @ noise @ factors.classes.T

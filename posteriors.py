@@ -1,11 +1,17 @@
-"""What a posterior over a network's weights predicts for images, at its mean and averaged over samples of it."""
+"""What a posterior over a network's weights predicts for images, at its mean and averaged over samples of it.
 
-from functools import partial
+Several devices run a sample each, or share the images of one.
+"""
+
+import itertools
+import zlib
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 import devices
 import metrics
@@ -25,6 +31,29 @@ def logits(apply, params, batch_stats, images, batch_size):
     if full < len(images):
         parts.append(apply(params, batch_stats, images[full:]))
     return devices.gather(jnp.concatenate(parts))
+
+
+@partial(jax.jit, static_argnames=('where', 'apply', 'batch_size'))
+def _logits_of(weights, images, where, apply, batch_size):
+    return devices.gather(where(Partial(partial(_logits_at, apply, batch_size), images), weights))
+
+
+def _logits_at(apply, batch_size, images, weights):
+    return logits(apply, *weights, images, batch_size)
+
+
+@partial(jax.jit, static_argnames='where')
+def _samples_at(index, draw, key, where):
+    return where(Partial(_draw_at, draw, key), index)
+
+
+def _draw_at(draw, key, i):
+    return draw(jax.random.fold_in(key, i))
+
+
+@partial(jax.jit, static_argnames='where')
+def _refreshed(params, refresh, where):
+    return where(refresh, params)
 
 
 class Prediction(NamedTuple):
@@ -61,39 +90,62 @@ class Posterior:
     """A posterior over a network's weights: the mean, and samples that are the same whenever they are asked for.
 
     apply: as for `logits`; sample(key) returns params. refresh(params) returns the batch statistics of weights; without
-    it all have those of the mean.
+    it all have those of the mean. Both are jax.tree_util.Partials of the arrays that they need.
     """
 
     def __init__(self, apply, sample, params, batch_stats, key, batch_size, refresh=None):
-        self._apply, self._draw, self._key, self._batch_size = apply, sample, key, batch_size
-        self._refresh = refresh or (lambda params: batch_stats)
-        self._mean = params, self._refresh(params)
+        self._apply, self._draw, self._batch_size = apply, sample, batch_size
+        self._refresh = refresh or Partial(_same_for_all, batch_stats)
+        self._key = devices.send(key)
+        self._mean = params, _refreshed(params, self._refresh, devices.on_all)
         self._batch_stats = {}
 
     def predict(self, images, numbers):
         """Yields the Prediction for images uint8 [N, H, W, C] after each of `numbers` samples, which rise."""
-        images = jax.device_put(images)
-        logits_at_mean = self._logits(self._mean, images)
+        if jax.process_count() > 1:
+            devices.require_same({'images': zlib.crc32(np.ascontiguousarray(images))})
+        images = devices.send(images)
+        logits_at_mean = self._logits(self._mean, images, devices.on_all)
+        samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(images, numbers[-1])
         total, entropy, votes = 0, 0, np.zeros(logits_at_mean.shape, np.int32)
-        for i in range(numbers[-1]):
-            weights = self._sample(i)
-            probs = metrics.softmax(logits_at_mean if weights is self._mean else self._logits(weights, images))
+        for i, sampled in enumerate(itertools.islice(samples, numbers[-1]), start=1):
+            probs = metrics.softmax(sampled)
             total, entropy = total + probs, entropy + metrics.entropy(probs)
             votes[np.arange(len(votes)), probs.argmax(axis=1)] += 1
-            if i + 1 in numbers:
-                yield Prediction(logits_at_mean, total / (i + 1), entropy / (i + 1), votes.copy())
+            if i in numbers:
+                yield Prediction(logits_at_mean, total / i, entropy / i, votes.copy())
 
-    def _logits(self, weights, images):
-        return jax.device_get(logits(self._apply, *weights, images, self._batch_size))
+    @cached_property
+    def _is_point(self):
+        """Whether samples are the mean, so that they need not be run."""
+        params = _samples_at(np.int32(0), self._draw, self._key, devices.on_all)
+        return bool(jax.device_get(_equal(params, self._mean[0])))
 
-    def _sample(self, i):
-        """The i-th sample, or the mean itself where the posterior is a point, so that it need not be run again."""
-        params = self._draw(jax.random.fold_in(self._key, i))
-        if jax.device_get(_equal(params, self._mean[0])):
-            return self._mean
-        if i not in self._batch_stats:
-            self._batch_stats[i] = self._refresh(params)
-        return params, self._batch_stats[i]
+    def _samples(self, images, number):
+        """Yields the logits of so many samples: those that make whole groups on a device each, the others on all."""
+        size = devices.number()
+        left = number if size == 1 else number % size
+        for first in range(0, number - left, size):
+            weights = self._weights(np.arange(first, first + size, dtype=np.int32), devices.on_each)
+            yield from self._logits(weights, images, devices.on_each)
+        for i in range(number - left, number):
+            yield self._logits(self._weights(np.int32(i), devices.on_all), images, devices.on_all)
+
+    def _logits(self, weights, images, where):
+        return jax.device_get(_logits_of(weights, images, where, self._apply, self._batch_size))
+
+    def _weights(self, index, where):
+        """The sample at an index, or those at int [D] on each device, with their batch statistics."""
+        params = _samples_at(index, self._draw, self._key, where)
+        held = where, int(np.min(index))
+        if held not in self._batch_stats:
+            self._batch_stats[held] = _refreshed(params, self._refresh, where)
+        return params, self._batch_stats[held]
+
+
+def _same_for_all(batch_stats, params):
+    del params
+    return batch_stats
 
 
 @jax.jit
@@ -104,7 +156,7 @@ def _equal(one, other):
 
 
 @partial(jax.jit, static_argnames='update')
-def batch_statistics(update, params, batch_stats, batches):
+def batch_statistics(update, batch_stats, batches, params):
     """Batch statistics of weights: the averages of those of every batch, uint8 [K, B, H, W, C], on its own.
 
     update(params, batch_stats, images uint8 [B, H, W, C]) returns the batch statistics after one training batch.

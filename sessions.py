@@ -86,18 +86,12 @@ def resume(run, args, before, held, step=None):
         raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)
-    state = jax.eval_shape(experiment.init, init_key)
-
-    def restore():
-        nonlocal step, state
-        step, state, progress = checkpoints.restore(run, state, step)
+    step, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, init_key), step)
+    if devices.is_first():
         checkpoints.discard_after(run, step)
         runs.write_config(run, before | config)
         runs.write_log(run, progress.log)
-        return progress._asdict()
-
-    progress = checkpoints.Progress(**devices.from_first(restore))
-    return Session(run, args, mesh, experiment, images, augmented, devices.arrays_from_first(state), progress)
+    return Session(run, args, mesh, experiment, images, augmented, state, progress)
 
 
 def _share(args):

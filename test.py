@@ -4,6 +4,7 @@ python test.py --resultsfolder results/cifar10_resnet18/bsam/run_0 --testmc 32
 python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
 """
 
+import contextlib
 import glob
 import math
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import flags
 from train import DATASETS, flags_of
+
+# Flags that may differ between the processes of one evaluation.
+OF_PROCESS = ('resultsfolder', 'output', 'datasetfolder', 'compilecache', 'processid')
 
 
 def parse_args(argv=None):
@@ -45,13 +49,12 @@ def parse_args(argv=None):
     add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
     help = 'folder of the tables of several runs; without it the one that all of them are in'
     add('--output', type=Path, help=help)
-    add(
-        '--devices',
-        type=flags.integer(1),
-        help='devices that share the images of a batch; all that there are by default',
-    )
+    help = 'devices that share the samples, or the images of a batch; all that there are by default'
+    add('--devices', type=flags.integer(1), help=help)
+    flags.add_coordinator(parser)
     flags.add_compilecache(parser)
     args = parser.parse_args(argv)
+    flags.require_whole_address(parser, args)
     args.testmc = sorted(set(args.testmc))
     args.resultsfolder = _expanded(args.resultsfolder)
     several = len(args.resultsfolder) > 1
@@ -92,7 +95,15 @@ def main(argv=None):
 
     flags.use_compilecache(args.compilecache)
     errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError, comparison.ComparisonError
-    with flags.one_line_errors('test.py', *errors):
+    with contextlib.ExitStack() as held:
+        held.enter_context(devices.ended_together('test.py'))
+        held.enter_context(flags.one_line_errors('test.py', *errors))
+        if args.coordinator:
+            devices.join(args.coordinator, args.processes, args.processid)
+        if not devices.is_first():
+            held.enter_context(contextlib.redirect_stdout(None))
+        same = {name: value for name, value in vars(args).items() if name not in OF_PROCESS}
+        devices.require_same({'flags': same, 'number of runs': len(args.resultsfolder)})
         several = len(args.resultsfolder) > 1
         results = []
         mesh = devices.create_mesh(args.devices)
@@ -102,7 +113,7 @@ def main(argv=None):
             if several and not args.reuse:
                 print(f'\n{run}')
             with jax.set_mesh(mesh):
-                results += read_again(run, args) if args.reuse else [evaluate(run, args, mesh)]
+                results += read_again(run, args) if args.reuse else [evaluate(run, args)]
         if several:
             compare(results, args)
 
@@ -110,27 +121,28 @@ def main(argv=None):
 def require_comparable(args):
     """Raises a ComparisonError or a RunError for what would otherwise be found out after all runs are evaluated."""
     import comparison
+    import devices
     import runs
 
-    if args.output and not args.output.is_dir():
+    if args.output and devices.is_first() and not args.output.is_dir():
         raise runs.RunError(f'--output {args.output} is no folder: make it first')
-    configs = [runs.read_config(run) for run in args.resultsfolder]
+    configs = devices.from_first(lambda: [runs.read_config(run) for run in args.resultsfolder])
     pairs = zip(configs, args.resultsfolder, strict=True)
     comparison.check_flags([vars(flags_of(config, run)) for config, run in pairs], args.split)
 
 
-def evaluate(run, args, mesh):
+def evaluate(run, args):
     """Prints and writes all that the flags ask for of one run; returns its comparison.Result."""
     import comparison
+    import devices
     import evaluation
     import runs
 
-    config = runs.read_config(run)
+    config = devices.from_first(lambda: runs.read_config(run))
     config['flags'] = vars(flags_of(config, run))
     subject = evaluation.load(
         run,
         config,
-        mesh,
         split=args.split,
         num_images=args.testimages,
         step=args.checkpoint,
@@ -139,14 +151,16 @@ def evaluate(run, args, mesh):
         bn_refresh=args.bnrefresh,
         with_laplace=args.laplace,
     )
-    warn_if_incomplete(subject, config)
+    if devices.is_first():
+        warn_if_incomplete(subject, config)
     prediction, results = measure(subject, args)
     mark = _mark(args.split, args.laplace, args.checkpoint)
     num_samples = args.testmc[-1]
-    evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
-    runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
-    if args.plots:
-        print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
+    if devices.is_first():
+        evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
+        runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
+        if args.plots:
+            print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
     return comparison.Result(
         config['flags'], subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
     )
@@ -225,6 +239,7 @@ def read_again(run, args):
 def compare(results, args):
     """Prints the tables of several runs, and writes them."""
     import comparison
+    import devices
     import tables
 
     comparison.check_labels(results)
@@ -238,7 +253,8 @@ def compare(results, args):
         print('difference to the first: 95 % interval and p-value over resampled test images (paired bootstrap)\n')
         print(tables.markdown(*comparison.test_table(rows, results[0].labels, args.bins)))
     folder = args.output or Path(os.path.commonpath([run.resolve() for run in args.resultsfolder]))
-    print('written: ' + ', '.join(str(path) for path in comparison.write(folder, rows, values)))
+    if devices.is_first():
+        print('written: ' + ', '.join(str(path) for path in comparison.write(folder, rows, values)))
 
 
 def draw(folder, subject, prediction, results):

@@ -59,21 +59,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.resume is None:
         parser.error('--checkpoint goes with --resume')
-    _require_whole_address(parser, args)
+    flags.require_whole_address(parser, args)
     _require_own_seeds(parser, args, argv)
     if args.resume is None:
         _choose_own_flags(parser, args)
         _require_consistency(parser, args)
     return args
-
-
-def _require_whole_address(parser, args):
-    numbers = (args.processes, args.processid)
-    if args.coordinator in (None, 'auto'):
-        if numbers != (None, None):
-            parser.error('--processes and --processid go with --coordinator HOST:PORT')
-    elif None in numbers or args.processid >= args.processes:
-        parser.error('--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1')
 
 
 def _require_own_seeds(parser, args, argv):
@@ -191,10 +182,7 @@ def create_parser():
     add('--devices', type=flags.integer(1), help=help)
     help = 'send each batch when it is due, instead of all images at first; done anyway with images too large for that'
     add('--stream', action=argparse.BooleanOptionalAction, default=False, help=help)
-    help = 'run on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
-    add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
-    add('--processes', type=flags.integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
-    add('--processid', type=flags.integer(0), metavar='I', help='with HOST:PORT: which of them this is')
+    flags.add_coordinator(parser)
     help = 'what networks compute in; weights, optimizer state, statistics and loss are float32'
     parser.add_choice('--precision', PRECISIONS, default='float32', help=help)
     flags.add_compilecache(parser)
@@ -221,14 +209,6 @@ _OPTIMIZER_HELP = (
     '(Loshchilov & Hutter, 2019); samadam, SAM with Adam; asam (Kwon et al., 2021); swag (Maddox et al., 2019); ivon '
     '(Shen et al., 2024)'
 )
-
-
-def _address(text):
-    """A flag type: HOST:PORT or auto."""
-    host, _, port = text.rpartition(':')
-    if text != 'auto' and not (host and port.isdecimal() and 0 < int(port) < 65536):
-        raise argparse.ArgumentTypeError(f'{text!r} is neither HOST:PORT nor auto')
-    return text
 
 
 def _add_own(parser, name, type, help):

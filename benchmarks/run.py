@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import baseline  # noqa: E402
 
 import data  # noqa: E402
+import devices  # noqa: E402
 import evaluation  # noqa: E402
 import experiments  # noqa: E402
 import metrics  # noqa: E402
@@ -142,8 +144,8 @@ def step_of(model, optim, precision, batchsplit=SPLIT):
 def posterior_of(model, optim, precision, batch_size):
     """A first state's posteriors.Posterior, and a function of `images` that returns the logits at its mean."""
     experiment = experiments.create(configuration(model, optim, precision))
-    state = jax.jit(experiment.init)(jax.random.key(0))
-    sample = partial(jax.jit(experiment.optimizer.sample), state)
+    state = devices.send(jax.jit(experiment.init)(jax.random.key(0)))
+    sample = Partial(experiment.optimizer.sample, state)
     network = experiment.apply, state.params, state.batch_stats
     posterior = posteriors.Posterior(network[0], sample, *network[1:], jax.random.key(0), batch_size)
     return posterior, partial(posteriors.logits, *network, batch_size=batch_size)

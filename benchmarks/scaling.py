@@ -1,10 +1,11 @@
-"""How training scales: measured over processes on this machine, and predicted for many devices from compiled steps.
+"""How work scales: measured over processes on this machine, and predicted for many devices from compiled steps.
 
     python benchmarks/scaling.py measure --json results/scaling_measured.json
     python benchmarks/scaling.py predict --json results/scaling_predicted.json
 
 `measure` runs bSAM with 1, 2, ... processes on as many CPU cores: with the same batch (strong scaling), and with four
-sub-batches a process (weak scaling). `predict` compiles the step for so many virtual devices, each with one sub-batch,
+sub-batches a process (weak scaling); then evaluation, with a posterior sample on each or all sharing the images of each
+sample. `predict` compiles the step for so many virtual devices, each with one sub-batch,
 reads operations and collective bytes off, and divides them by the rates that its flags assume.
 """
 
@@ -53,7 +54,8 @@ def main(argv=None):
     parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        print(json.dumps({'measure': timed, 'predict': counted}[args.part](**args.worker)))
+        functions = {'training': time_training, 'evaluation': time_evaluation, 'count': count}
+        print(json.dumps(functions[args.worker.pop('function')](**args.worker)))
         return
     rows = measured(args) if args.part == 'measure' else predicted(args)
     print(tables.markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
@@ -67,18 +69,25 @@ def measured(args):
     if max(args.processes) > len(os.sched_getaffinity(0)):
         sys.exit(f'scaling.py: error: {max(args.processes)} processes need as many cores')
     rows = []
-    for scaling in ('strong', 'weak'):
+    splits = {'training, strong': lambda number: 8, 'training, weak': lambda number: 4 * number}
+    samples = {'evaluation, a sample each': 8, 'evaluation, images shared': 1}
+    for scaling in (*splits, *samples):
         alone = None
         for number in args.processes:
-            split = 8 if scaling == 'strong' else 4 * number
-            worker = {'model': args.model or 'resnet20', 'split': split, 'steps': args.steps, 'number': number}
+            worker = {'model': args.model or 'resnet20', 'number': number}
+            if scaling in splits:
+                split = splits[scaling](number)
+                worker |= {'function': 'training', 'split': split, 'steps': args.steps}
+            else:
+                split = 8
+                worker |= {'function': 'evaluation', 'samples': samples[scaling], 'batch_size': split * SUB_BATCH}
             rate = min(result['rate'] for result in started(worker, number))
             alone = alone or rate / number
             rows.append({
                 'scaling': scaling, 'processes': number, 'batch': split * SUB_BATCH, 'images/s': round(rate, 1),
                 'efficiency': f'{rate / number / alone:.0%}',
             })  # fmt: skip
-            run.report(f'{scaling} scaling, {number} processes: {rate:.1f} images/s')
+            run.report(f'{scaling}, {number} processes: {rate:.1f} images/s')
     return rows
 
 
@@ -98,12 +107,32 @@ def started(worker, number):
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-def timed(model, split, steps, number, process, address):
-    """In a process of its own: the rate of bSAM's steps over the processes that there are."""
+def joined(number, process, address):
+    """The mesh over the processes that there are, on as many cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
     if number > 1:
         devices.join(address, number, process)
-    mesh = devices.create_mesh()
+    return devices.create_mesh()
+
+
+def time_evaluation(model, samples, batch_size, **processes):
+    """In a process of its own: images per second and sample of evaluation with so many samples, the mean one of them.
+
+    With one sample, fewer than there are processes, these share the images; else each has samples of its own.
+    """
+    num_images = 5 * batch_size
+    with jax.set_mesh(joined(**processes)):
+        posterior, _ = run.posterior_of(model, 'bsam', 'float32', batch_size)
+        images, _ = run.synthetic_images(num_images)
+        list(posterior.predict(images, [samples]))
+        began = time.perf_counter()
+        list(posterior.predict(images, [samples]))
+    return {'rate': num_images * (1 + samples) / (time.perf_counter() - began)}
+
+
+def time_training(model, split, steps, **processes):
+    """In a process of its own: images per second of bSAM's steps over the processes that there are."""
+    mesh = joined(**processes)
     batch_size = split * SUB_BATCH
     experiment, step = run.step_of(model, 'bsam', 'float32', split)
     with jax.set_mesh(mesh):
@@ -123,7 +152,7 @@ def predicted(args):
     """A row for each number of devices."""
     rows = []
     for number in args.devices:
-        worker = json.dumps({'model': args.model or 'resnet18', 'number': number})
+        worker = json.dumps({'function': 'count', 'model': args.model or 'resnet18', 'number': number})
         environment = os.environ | {
             'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={number}'
         }  # fmt: skip
@@ -144,7 +173,7 @@ def predicted(args):
     return rows
 
 
-def counted(model, number):
+def count(model, number):
     """In a process of `number` virtual devices: operations, bytes and collective bytes of a device in one step."""
     mesh = devices.create_mesh()
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

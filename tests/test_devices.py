@@ -68,15 +68,23 @@ def test_eight_devices_train_as_one():
     assert differences['bsam resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one
 
 
-# Trains and evaluates a run on all of four devices, then goes on with it on one.
+# Trains and evaluates a run on all of four devices, then goes on with it on one; a group of four samples has a device
+# each, two more share all.
 COMMANDS = """if True:
     import sys
     sys.path[:0] = ['.']
+    import numpy as np
     import test, train
     folder, data = sys.argv[1:]
     flags = ['--optim=bsam', '--model=mlp', '--dataset=mnist', '--batchsize=16', '--batchsplit=4', '--warmup=0']
     run = train.main([*flags, '--alpha=0.01', '--epochs=0', f'--datasetfolder={data}', f'--resultsfolder={folder}'])
-    test.main([f'--resultsfolder={run}', '--testmc=2', '--testbatchsize=8'])
+    evaluations = []
+    for number in (4, 1):
+        test.main([f'--resultsfolder={run}', '--testmc=6', '--testbatchsize=8', f'--devices={number}'])
+        with np.load(run / 'predictions.npz') as file:
+            evaluations.append([file[name] for name in ('logits', 'probs', 'expected_entropy')])
+    for four, one in zip(*evaluations):
+        np.testing.assert_allclose(four, one, rtol=1e-4)
     train.main([f'--resume={run}', '--epochs=1', '--devices=1'])
     try:
         train.main([*flags, '--batchsize=18', '--batchsplit=2', f'--datasetfolder={data}'])

@@ -1,9 +1,12 @@
 """The Laplace approximation of a last layer against the Hessian that JAX differentiates, and moments of its samples."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import laplace
 import models
@@ -12,11 +15,11 @@ FEATURES = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 
 
 def outputs_of(head):
-    def outputs(images):
+    def outputs(head, images):
         features = jnp.asarray(FEATURES)[images]
         return features @ head['kernel'] + head['bias'][None], features
 
-    return outputs
+    return Partial(outputs, head)
 
 
 def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
@@ -30,7 +33,7 @@ def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
         return -60 * jax.nn.log_softmax(logits)[:, 0].mean() + jnp.square(weights).sum()
 
     hessian = jax.hessian(loss)(jnp.zeros((3, 3))).reshape(9, 9)
-    draw = jax.vmap(lambda key: laplace.sample(factors, {'head': head, 'other': jnp.ones(1)}, key, layer='head'))
+    draw = jax.vmap(partial(laplace.sample, 'head', factors, {'head': head, 'other': jnp.ones(1)}))
     drawn = draw(jax.random.split(jax.random.key(0), 60_000))
     weights = np.concatenate([drawn['head']['kernel'], drawn['head']['bias'][:, None]], axis=1).reshape(-1, 9)
     expected = np.linalg.inv(hessian)

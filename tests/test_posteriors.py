@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 import metrics
 import posteriors
@@ -25,7 +26,8 @@ def sample(key):
 
 
 def posterior(sample=sample, refresh=None):
-    return posteriors.Posterior(apply, sample, jnp.ones((4, 3)), jnp.arange(3.0), jax.random.key(1), 4, refresh)
+    arrays = jnp.ones((4, 3)), jnp.arange(3.0), jax.random.key(1)
+    return posteriors.Posterior(apply, Partial(sample), *arrays, 4, refresh and Partial(refresh))
 
 
 def probs_of(params, batch_stats):
@@ -59,7 +61,8 @@ def test_a_point_is_run_once():
         jax.debug.callback(lambda: calls.append(1))
         return apply(params, batch_stats, images)
 
-    point = posteriors.Posterior(counted, lambda key: jnp.ones((4, 3)), jnp.ones((4, 3)), 0.0, jax.random.key(0), 7)
+    sample = Partial(lambda key: jnp.ones((4, 3)))
+    point = posteriors.Posterior(counted, sample, jnp.ones((4, 3)), 0.0, jax.random.key(0), 7)
     (prediction,) = point.predict(IMAGES, [5])
     jax.effects_barrier()
     assert len(calls) == 1
@@ -72,7 +75,7 @@ def test_batch_statistics_are_estimated_again():
     batches = jnp.asarray(IMAGES[:6].reshape(3, 2, 2, 2, 1))
 
     def refresh(params):
-        return posteriors.batch_statistics(update, params, jnp.arange(3.0), batches)
+        return posteriors.batch_statistics(update, jnp.arange(3.0), batches, params)
 
     drawn = sample(jax.random.fold_in(jax.random.key(1), 0))
     expected = np.mean([IMAGES[i : i + 2].reshape(2, 4) / 255 @ np.asarray(drawn) for i in (0, 2, 4)], axis=(0, 1))

@@ -1,5 +1,6 @@
 """Runs of several processes, as on several hosts: real ones on this machine, each with one CPU device."""
 
+import json
 import os
 import signal
 import socket
@@ -19,20 +20,20 @@ import train
 
 ROOT = Path(__file__).parent.parent
 
-# train.py with small networks, so that they compile soon.
+# train.py or test.py with small networks, so that they compile soon.
 SCRIPT = """if True:
     import sys
     sys.path[:0] = ['tests', '.']
-    import conftest, models, train
+    import conftest, models, test, train
     models.MODELS |= {'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}
-    train.main(sys.argv[1:])
+    {'train': train, 'test': test}[sys.argv[1]].main(sys.argv[2:])
 """
 FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
 # Without XLA's optimizations, which are most of the time here.
 ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
 
 
-def start(number, *arguments, last=()):
+def start(number, *arguments, last=(), script='train'):
     """Processes of one run, the last with more arguments; with number 1, a run that knows nothing of others."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -41,7 +42,7 @@ def start(number, *arguments, last=()):
     others[-1] += last
     return [
         subprocess.Popen(
-            [sys.executable, '-c', SCRIPT, *arguments, *(own if number > 1 else [])],
+            [sys.executable, '-c', SCRIPT, script, *arguments, *(own if number > 1 else [])],
             cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for own in others
@@ -153,6 +154,30 @@ def test_error_of_one_ends_all(datasets, tmp_path):
     (first, _, _), (second, _, errors) = ended(start(2, *flags, f'--resultsfolder={tmp_path}', last=['--alpha=0.5']))
     assert first != 0 and second == 2
     assert 'process 1 has other flags than process 0: start all with the same flags and data' in errors
+
+
+@pytest.mark.parametrize(
+    ('optim', 'model', 'flags'),
+    [('bsam', 'resnet18', ['--testmc=5', '--bnrefresh=2', '--ood=mnist', '--plots']), ('sgd', 'mlp', ['--laplace'])],
+)
+def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
+    """Two processes, of which one has no run folder, measure what one alone does, and the first says and writes it."""
+    training = [*FLAGS, f'--optim={optim}', f'--model={model}', f'--datasetfolder={datasets}', '--epochs=0']
+    ((status, _, errors),) = ended(start(1, *training, f'--resultsfolder={tmp_path}'))
+    assert status == 0, errors
+    run = tmp_path / f'digits_{model}/{optim}/run_0'
+    found = {}
+    for number in (1, 2):
+        elsewhere = [f'--resultsfolder={tmp_path / "elsewhere"}'] * (number > 1)
+        processes = ended(start(number, f'--resultsfolder={run}', *flags, last=elsewhere, script='test'))
+        for i, (status, out, errors) in enumerate(processes):
+            assert status == 0, errors
+            assert ('results at mean of distribution:' in out) == (i == 0)
+        found[number] = json.loads((run / f'metrics{"-laplace" * (optim == "sgd")}.json').read_text())
+    assert not (tmp_path / 'elsewhere').exists()
+    for at in ('mean', 'average'):
+        one, two = (np.array(list(found[number][at].values()), float) for number in (1, 2))
+        np.testing.assert_allclose(two, one, rtol=5e-3)  # ranks change by rounding
 
 
 def test_one_process_that_joined_is_stopped_as_ever(tmp_path):
