@@ -93,7 +93,7 @@ STUDIES = {
     ),
     'cifar10_long': Study(
         _CIFAR10 | {'epochs': 23},
-        _METHODS,
+        {name: _METHODS[name] for name in ('bsam', 'sgd')},
         1,
         {'test': (1, ['--testmc', '1', '2', '4', '8', '16', '--testimages=2500', '--ood=cifar100', '--temperature'])},
         tuned_by='cifar10_tuning',
