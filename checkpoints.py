@@ -157,9 +157,9 @@ def all_steps(folder):
 def restore(run, like, step=None):
     """A checkpoint, the newest or that of `step`, as (step, state, Progress).
 
-    Of several processes the first alone reads it. The state's arrays are on its first device, in the others on the
-    host. like: their jax.ShapeDtypeStructs. Raises runs.RunError; for a damaged checkpoint it names the newest whole
-    one before it.
+    Of several processes the first alone reads it. The state's arrays are on this machine's first device, of several
+    processes on the host. like: their jax.ShapeDtypeStructs. Raises runs.RunError; for a damaged checkpoint it names
+    the newest whole one before it.
     """
     state = like
 

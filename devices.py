@@ -1,4 +1,4 @@
-"""Several devices: a mesh over which batches, or the sub-batches of SAM and its kin, are spread.
+"""Several devices: a mesh over which batches, the sub-batches of SAM and its kin, or posterior samples are spread.
 
 Weights and images are on every device; under `jax.set_mesh(create_mesh())` training and evaluation share their batches
 out. The same seeds give the same batches, perturbations and noise on any number of devices, and results that are equal
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+import zlib
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ def place_rows(arrays, indices, mesh):
 
 
 def send(arrays):
-    """A pytree of host arrays, the same in all processes, on every device of the mesh that is set."""
+    """A pytree of arrays, the same in all processes, on every device of the mesh that is set."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(arrays) if mesh.empty else replicate(arrays, mesh)
 
@@ -86,6 +87,11 @@ def number():
     """How many devices the mesh has that is set; 1 if none is, and for what `on_each` runs on one of them."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else mesh.size
+
+
+def shareable(number_of_images):
+    """The next number that the devices of the mesh that is set can share out equally."""
+    return -(-number_of_images // number()) * number()
 
 
 def spread(x, axis=0):
@@ -119,12 +125,14 @@ def on_each(function, arrays):
     return jax.shard_map(on_one, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)(function, arrays)
 
 
-def join(coordinator, processes=None, process_id=None):
+def join(coordinator, processes=None, process_id=None, stops_by_step=False):
     """Makes the processes that call it one run: jax.devices() are those of all of them. Raises DeviceError.
 
     coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. A process that is
-    not heard of for half a minute ends the others. SIGTERM is left to JAX, and SIGINT does the same.
+    not heard of for half a minute ends the others. With stops_by_step, SIGTERM and SIGINT are for reached_stop to tell;
+    else they end the process.
     """
+    jax.config.update('jax_enable_preemption_service', stops_by_step)
     address = {'coordinator_address': coordinator, 'cluster_detection_method': 'deactivate'}
     given = {} if coordinator == 'auto' else address
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,7 +147,8 @@ def join(coordinator, processes=None, process_id=None):
         )
     except (ValueError, RuntimeError) as error:
         raise DeviceError(f'--coordinator {coordinator}: {flags.first_line(error)}') from error
-    signal.signal(signal.SIGINT, _terminate)
+    if stops_by_step:
+        signal.signal(signal.SIGINT, _terminate)
 
 
 def _terminate(number, frame):
@@ -156,6 +165,12 @@ def require_same(held):
         if held[name] != value:
             where = f'process {jax.process_index()}'
             raise DeviceError(f'{where} has other {name} than process 0: start all with the same flags and data')
+
+
+def require_same_arrays(name, *arrays):
+    """Raises a DeviceError if a process holds other arrays than the first."""
+    if jax.process_count() > 1:
+        require_same({name: [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]})
 
 
 def is_first():
@@ -214,10 +229,10 @@ def reached_stop(stop, step):
 
 
 @contextlib.contextmanager
-def ended_together(script):
+def ended_together(script, advice):
     """Ends this process at once if an error or another process's end does, as each would wait for the other.
 
-    In a run of one process it does nothing.
+    advice: what to do after another process's end. In a run of one process it does nothing.
     """
     try:
         yield
@@ -228,7 +243,7 @@ def ended_together(script):
             _leave(error.code)
         if any(name in str(error) for name in ('Gloo', 'NCCL', 'UNAVAILABLE')):
             ended = f'{script}: error: another process ended, so process {jax.process_index()} does too'
-            print(f'{ended}; go on with --resume when all are back', file=sys.stderr)
+            print(f'{ended}; {advice}', file=sys.stderr)
         else:
             traceback.print_exc()
         _leave(1)

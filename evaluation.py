@@ -61,6 +61,8 @@ def load(run, config, *, split, num_images, step, dataset_folder, batch_size, bn
     dataset = data.dataset(flags['dataset'], folder)
     needs_training_images = flags['validation'] or bn_refresh or with_laplace
     train, held_out = data.read_train(dataset, flags) if needs_training_images else (None, None)
+    if train:
+        devices.require_same_arrays('training images', *train)
     if split == 'validation':
         require_held_out(run, held_out)
     whole_split = held_out if split == 'validation' else dataset.read('test')
@@ -240,7 +242,8 @@ def all_corrupted(subject, sets, num_samples, num_bins):
     """Accuracy, NLL and ECE of corrupted images, {name: [{'mean': {...}, 'average': {...}} of severity 1, ..., 5]}."""
     results = {}
     total = len(sets) * len(corruptions.SEVERITIES)
-    with tqdm(None, 'corruptions', total, leave=False, disable=None) as progress:
+    hidden = None if devices.is_first() else True
+    with tqdm(None, 'corruptions', total, leave=False, disable=hidden) as progress:
         for name, at_severity in sets.items():
             results[name] = []
             for severity in corruptions.SEVERITIES:

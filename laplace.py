@@ -28,6 +28,7 @@ def fit(outputs, images, batch_size, num_data, prior_precision):
 
     outputs(images) -> (logits [B, K], features [B, F]) of the trained network, a jax.tree_util.Partial of its weights.
     """
+    batch_size = devices.shareable(batch_size)
     totals = [_products(outputs, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     a, b = (np.sum(jax.device_get(part), axis=0, dtype=np.float64) / len(images) for part in zip(*totals, strict=True))
     (of_a, features), (of_b, classes) = np.linalg.eigh(a), np.linalg.eigh(b)
@@ -46,8 +47,12 @@ def _products(outputs, images):
 
 @partial(jax.jit, static_argnames='layer')
 def sample(layer, factors, params, key):
-    """A draw: `params`, a dict, with noise added to the kernel [F, K] and the bias [K] of its dense layer `layer`."""
-    noise = factors.deviations * jax.random.normal(key, factors.deviations.shape)
-    noise = factors.features @ noise @ factors.classes.T
+    """A draw: `params`, a dict, with noise added to the kernel [F, K] and the bias [K] of its dense layer `layer`.
+
+    The noise is multiplied by the symmetric root of the covariance, whichever eigenvectors equal eigenvalues have.
+    """
+    noise = jax.random.normal(key, factors.deviations.shape)
+    along = factors.deviations * (factors.features.T @ noise @ factors.classes)
+    noise = factors.features @ along @ factors.classes.T
     head = params[layer]
     return params | {layer: {'kernel': head['kernel'] + noise[:-1], 'bias': head['bias'] + noise[-1]}}

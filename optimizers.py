@@ -172,7 +172,7 @@ def bsam(
 
     def sample(state, key):
         noise = _normal_like(key, state.params)
-        return tree.map(lambda w, e, s: w + _scaled(e, num_data, s), state.params, noise, state.precision)
+        return tree.map(lambda w, e, s: w + _deviation(e, num_data, s), state.params, noise, state.precision)
 
     def step(state, batch, lr_factor=1.0):
         def sharpness_aware_gradient(state, sub_batch, key):
@@ -477,7 +477,7 @@ def _normal_like(key, params):
     return unravel(noise.reshape(-1)[: flat.size])
 
 
-def _scaled(noise, num_data, precision):
+def _deviation(noise, num_data, precision):
     """ε/√(N s) as ±√(ε²/(N s)): XLA would keep 1/√(N s), one array more, through all sub-batches."""
     return jnp.copysign(jnp.sqrt(jnp.square(noise) / precision * (1 / num_data)), noise)
 

@@ -4,7 +4,6 @@ Several devices run a sample each, or share the images of one.
 """
 
 import itertools
-import zlib
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -21,9 +20,10 @@ import metrics
 def logits(apply, params, batch_stats, images, batch_size):
     """float32 [N, K] for images uint8 [N, H, W, C], in batches; the last may be smaller, and every image counts once.
 
+    Batches that devices are to share but cannot equally are made a little larger.
     apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
     """
-    batch_size = min(batch_size, len(images))
+    batch_size = min(devices.shareable(batch_size), len(images))
     full = len(images) // batch_size * batch_size
     batches = devices.spread(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
     whole = jax.lax.map(partial(apply, params, batch_stats), batches)
@@ -102,8 +102,7 @@ class Posterior:
 
     def predict(self, images, numbers):
         """Yields the Prediction for images uint8 [N, H, W, C] after each of `numbers` samples, which rise."""
-        if jax.process_count() > 1:
-            devices.require_same({'images': zlib.crc32(np.ascontiguousarray(images))})
+        devices.require_same_arrays('images', images)
         images = devices.send(images)
         logits_at_mean = self._logits(self._mean, images, devices.on_all)
         samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(images, numbers[-1])

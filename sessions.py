@@ -4,7 +4,6 @@ import argparse
 import collections
 import math
 import time
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,9 +114,9 @@ def _read(args):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train)}
     trained = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
+    devices.require_same({'flags': trained, 'data set': config['dataset']})
     some = images.train[:: len(images.train) // 16 + 1]
-    sums = [zlib.crc32(np.ascontiguousarray(array)) for array in (some, images.train_labels, images.held_out_labels)]
-    devices.require_same({'flags': trained, 'data set': config['dataset'], 'images': sums})
+    devices.require_same_arrays('images', some, images.train_labels, images.held_out_labels)
     return config, dataset.augment and not args.noaugment, images
 
 

@@ -15,7 +15,7 @@ import flags
 from train import DATASETS, flags_of
 
 # Flags that may differ between the processes of one evaluation.
-OF_PROCESS = ('resultsfolder', 'output', 'datasetfolder', 'compilecache', 'processid')
+OF_PROCESS = ('resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid')
 
 
 def parse_args(argv=None):
@@ -25,7 +25,7 @@ def parse_args(argv=None):
     add('--resultsfolder', nargs='+', required=True, metavar='RUN', help=help)
     help = 'samples from the posterior over which probabilities are averaged; several numbers give a curve'
     add('--testmc', type=flags.integer(1), nargs='+', default=[1], metavar='N', help=help)
-    add('--testbatchsize', type=flags.integer(1), default=200, help='images per batch')
+    add('--testbatchsize', type=flags.integer(1), default=200, help='images per batch, on each device')
     add('--datasetfolder', help='folder of the data sets, where it is not the one of the training')
     help = 'the checkpoint after so many steps, instead of the newest'
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
@@ -96,13 +96,14 @@ def main(argv=None):
     flags.use_compilecache(args.compilecache)
     errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError, comparison.ComparisonError
     with contextlib.ExitStack() as held:
-        held.enter_context(devices.ended_together('test.py'))
+        held.enter_context(devices.ended_together('test.py', 'start them again'))
         held.enter_context(flags.one_line_errors('test.py', *errors))
         if args.coordinator:
             devices.join(args.coordinator, args.processes, args.processid)
         if not devices.is_first():
             held.enter_context(contextlib.redirect_stdout(None))
         same = {name: value for name, value in vars(args).items() if name not in OF_PROCESS}
+        same['corruptions'] = args.corruptions is not None
         devices.require_same({'flags': same, 'number of runs': len(args.resultsfolder)})
         several = len(args.resultsfolder) > 1
         results = []
@@ -116,6 +117,7 @@ def main(argv=None):
                 results += read_again(run, args) if args.reuse else [evaluate(run, args)]
         if several:
             compare(results, args)
+        devices.from_first(lambda: None)  # the first process has written its files, and all may end
 
 
 def require_comparable(args):

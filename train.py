@@ -241,11 +241,12 @@ def main(argv=None):
 
         flags.use_compilecache(args.compilecache)
         errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError
-        held.enter_context(devices.ended_together('train.py'))
+        held.enter_context(devices.ended_together('train.py', 'go on with --resume when all are back'))
         with flags.one_line_errors('train.py', *errors):
             of_start = {name: vars(args).pop(name) for name in OF_START}
             if of_start['coordinator']:
-                devices.join(of_start['coordinator'], of_start['processes'], of_start['processid'])
+                address = of_start['coordinator'], of_start['processes'], of_start['processid']
+                devices.join(*address, stops_by_step=True)
             if not devices.is_first():
                 held.enter_context(contextlib.redirect_stdout(None))
             args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
