@@ -91,13 +91,6 @@ STUDIES = {
         },
         tuned_by='cifar10_tuning',
     ),
-    'cifar10_long': Study(
-        _CIFAR10 | {'epochs': 23},
-        {name: _METHODS[name] for name in ('bsam', 'sgd')},
-        1,
-        {'test': (1, ['--testmc', '1', '2', '4', '8', '16', '--testimages=2500', '--ood=cifar100', '--temperature'])},
-        tuned_by='cifar10_tuning',
-    ),
     'fashion_tuning': Study(_FASHION | {'validation': 0.2}, _each_alpha(_TUNED, _TUNED_ALPHAS), 1, _VALIDATION),
     'fashion': Study(
         _FASHION, _TUNED, 5, {'test': (5, ['--testmc', '1', '2', '4', '8', '16', '32'])}, tuned_by='fashion_tuning'
