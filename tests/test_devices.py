@@ -65,7 +65,7 @@ def test_eight_devices_train_as_one():
     assert len(differences) == len(train.OPTIMIZERS) + 3
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
-    assert differences['bsam resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one
+    assert differences['ivon resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one
 
 
 # Trains and evaluates a run on all of four devices, then goes on with it on one; a group of four samples has a device
