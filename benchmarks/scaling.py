@@ -4,9 +4,9 @@
     python benchmarks/scaling.py predict --json results/scaling_predicted.json
 
 `measure` runs bSAM with 1, 2, ... processes on as many CPU cores: with the same batch (strong scaling), and with four
-sub-batches a process (weak scaling); then evaluation, with a posterior sample on each or all sharing the images of each
-sample. `predict` compiles the step for so many virtual devices, each with one sub-batch,
-reads operations and collective bytes off, and divides them by the rates that its flags assume.
+sub-batches a process (weak scaling); then evaluation, with a posterior sample on each or all sharing the images of
+each sample. `predict` compiles the step for so many virtual devices, each with one sub-batch, reads operations and
+collective bytes off, and divides them by the rates that its flags assume.
 """
 
 import argparse
@@ -69,22 +69,21 @@ def measured(args):
     if max(args.processes) > len(os.sched_getaffinity(0)):
         sys.exit(f'scaling.py: error: {max(args.processes)} processes need as many cores')
     rows = []
-    splits = {'training, strong': lambda number: 8, 'training, weak': lambda number: 4 * number}
-    samples = {'evaluation, a sample each': 8, 'evaluation, images shared': 1}
-    for scaling in (*splits, *samples):
+    training = {'function': 'training', 'steps': args.steps}
+    workers = {
+        'training, strong': lambda number: training | {'batch_size': 8 * SUB_BATCH},
+        'training, weak': lambda number: training | {'batch_size': 4 * number * SUB_BATCH},
+        'evaluation, a sample each': lambda number: {'function': 'evaluation', 'batch_size': 200, 'samples': 8},
+        'evaluation, images shared': lambda number: {'function': 'evaluation', 'batch_size': 200, 'samples': 1},
+    }
+    for scaling, worker_of in workers.items():
         alone = None
         for number in args.processes:
-            worker = {'model': args.model or 'resnet20', 'number': number}
-            if scaling in splits:
-                split = splits[scaling](number)
-                worker |= {'function': 'training', 'split': split, 'steps': args.steps}
-            else:
-                split = 8
-                worker |= {'function': 'evaluation', 'samples': samples[scaling], 'batch_size': split * SUB_BATCH}
+            worker = worker_of(number) | {'model': args.model or 'resnet20', 'number': number}
             rate = min(result['rate'] for result in started(worker, number))
             alone = alone or rate / number
             rows.append({
-                'scaling': scaling, 'processes': number, 'batch': split * SUB_BATCH, 'images/s': round(rate, 1),
+                'scaling': scaling, 'processes': number, 'batch': worker['batch_size'], 'images/s': round(rate, 1),
                 'efficiency': f'{rate / number / alone:.0%}',
             })  # fmt: skip
             run.report(f'{scaling}, {number} processes: {rate:.1f} images/s')
@@ -120,7 +119,7 @@ def time_evaluation(model, samples, batch_size, **processes):
 
     With one sample, fewer than there are processes, these share the images; else each has samples of its own.
     """
-    num_images = 5 * batch_size
+    num_images = 10 * batch_size
     with jax.set_mesh(joined(**processes)):
         posterior, _ = run.posterior_of(model, 'bsam', 'float32', batch_size)
         images, _ = run.synthetic_images(num_images)
@@ -130,11 +129,10 @@ def time_evaluation(model, samples, batch_size, **processes):
     return {'rate': num_images * (1 + samples) / (time.perf_counter() - began)}
 
 
-def time_training(model, split, steps, **processes):
+def time_training(model, batch_size, steps, **processes):
     """In a process of its own: images per second of bSAM's steps over the processes that there are."""
     mesh = joined(**processes)
-    batch_size = split * SUB_BATCH
-    experiment, step = run.step_of(model, 'bsam', 'float32', split)
+    experiment, step = run.step_of(model, 'bsam', 'float32', batch_size // SUB_BATCH)
     with jax.set_mesh(mesh):
         state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
         images = devices.replicate(run.synthetic_images(2 * batch_size), mesh)

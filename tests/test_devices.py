@@ -32,11 +32,13 @@ SCRIPT = """if True:
         experiment = experiments.create({'flags': vars(train.parse_args(arguments)), 'dataset': dataset})
         mesh = devices.create_mesh(number)
         step = training.step_function(experiment.optimizer, lambda key, batch: experiment.normalise(batch))
+        is_shared = bool(split) and number > 1
         with jax.set_mesh(mesh):
             state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
             held = devices.replicate((images, labels, jnp.float32(1)), mesh)
             for number in (0, 1):
                 epoch = devices.replicate(training.start_epoch(jax.random.key(1), jnp.int32(number), 160, 16), mesh)
+                assert ('manual' in step.lower(state, epoch, *held).as_text()) == is_shared
                 for _ in range(10):
                     state, epoch, _ = step(state, epoch, *held)
             probs = experiment.probs(state.params, state.batch_stats, held[0], 40)
@@ -69,7 +71,7 @@ def test_eight_devices_train_as_one():
 
 
 # Trains and evaluates a run on all of four devices, then goes on with it on one; a group of four samples has a device
-# each, two more share all.
+# each, two more share all, in batches of 8 as 6 cannot be shared.
 COMMANDS = """if True:
     import sys
     sys.path[:0] = ['.']
@@ -80,7 +82,7 @@ COMMANDS = """if True:
     run = train.main([*flags, '--alpha=0.01', '--epochs=0', f'--datasetfolder={data}', f'--resultsfolder={folder}'])
     evaluations = []
     for number in (4, 1):
-        test.main([f'--resultsfolder={run}', '--testmc=6', '--testbatchsize=8', f'--devices={number}'])
+        test.main([f'--resultsfolder={run}', '--testmc=6', '--testbatchsize=6', f'--devices={number}'])
         with np.load(run / 'predictions.npz') as file:
             evaluations.append([file[name] for name in ('logits', 'probs', 'expected_entropy')])
     for four, one in zip(*evaluations):

@@ -41,6 +41,23 @@ def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
     assert (drawn['other'] == 1).all()
 
 
+def test_draws_do_not_depend_on_eigenvectors_of_equal_eigenvalues():
+    """Two factors of the same covariance, whose last three features have equal deviations, turned in one of them."""
+    rng = np.random.default_rng(0)
+    features, classes, turn = (np.linalg.qr(rng.normal(size=(n, n)))[0].astype(np.float32) for n in (5, 3, 3))
+    deviations = rng.uniform(0.1, 1, (5, 3)).astype(np.float32)
+    deviations[2:] = deviations[2]
+    turned = np.concatenate([features[:, :2], features[:, 2:] @ turn], axis=1)
+    params = {'head': {'kernel': jnp.zeros((4, 3)), 'bias': jnp.zeros(3)}}
+    draws = [
+        laplace.sample('head', laplace.Factors(vectors, classes, deviations), params, jax.random.key(0))['head']
+        for vectors in (features, turned)
+    ]
+    for name in ('kernel', 'bias'):
+        np.testing.assert_allclose(draws[0][name], draws[1][name], atol=1e-5)
+    assert np.abs(draws[0]['kernel']).max() > 0.1
+
+
 @pytest.mark.parametrize('name', ['mlp', 'lenet', 'resnet18'])
 def test_features_enter_the_last_layer(name, small_resnet18):
     model = models.create(name, 10)

@@ -178,7 +178,7 @@ def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
     assert not (tmp_path / 'elsewhere').exists()
     for at in ('mean', 'average'):
         one, two = (np.array(list(found[number][at].values()), float) for number in (1, 2))
-        np.testing.assert_allclose(two, one, rtol=1e-3)
+        np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 def test_one_process_that_joined_is_stopped_as_ever(tmp_path):
