@@ -11,7 +11,7 @@ reference code of Möllenhoff & Khan (ICLR 2023).
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ class LeNet(nn.Module):
         x = images
         for i, features in enumerate((6, 16, 120), start=1):
             x = nn.relu(_conv(features, 5, 1, truncated_fan_in, name=f'conv{i}')(x))
-            x = nn.max_pool(x, (3, 3), strides=(2, 2))
+            x = max_pool(x, size=3, stride=2)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(64, kernel_init=truncated_fan_in, name='dense1')(x))
         return nn.Dense(self.num_classes, kernel_init=truncated_fan_in, name='dense2')(x)
@@ -263,6 +263,19 @@ class FilterResponseNorm(nn.Module):
         mean_square = jnp.square(_at_least_float32(x)).mean(axis=(1, 2), keepdims=True)
         y = _channels(scale) * (x * lax.rsqrt(mean_square + self.epsilon)) + _channels(bias)
         return jnp.maximum(y, _channels(threshold)).astype(x.dtype)
+
+
+def max_pool(x, size, stride):
+    """The largest value of each channel in windows of size × size pixels that lie inside of the image.
+
+    A maximum of shifted images instead of XLA's window reduction, with which a gradient of LeNet-5 takes 1.2 to 1.7
+    times as long on CPUs. Equal values share their gradient. x: [B, H, W, C]; returns [B, H', W', C].
+    """
+    for axis in (1, 2):
+        reach = x.shape[axis] - size + 1
+        shifted = [lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(size)]
+        x = reduce(jnp.maximum, shifted)
+    return x
 
 
 def _at_least_float32(x):

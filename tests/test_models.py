@@ -1,12 +1,14 @@
 """The networks against the reference's own logits, parameter counts, initial distributions and running averages."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
@@ -75,7 +77,8 @@ def initial():
     shapes = {'resnet18': (1, 32, 32, 3), 'resnet20': (1, 32, 32, 3), 'lenet': (1, 32, 32, 1), 'mlp': (1, 32, 32, 3)}
     flat = {}
     for name, shape in shapes.items():
-        variables = models.create(name, 10).init(jax.random.key(1), jnp.zeros(shape), train=False)
+        init = jax.jit(partial(models.create(name, 10).init, train=False))
+        variables = init(jax.random.key(1), jnp.zeros(shape))
         flat[name] = flatten_dict(variables['params'], sep='/')
     return flat
 
@@ -146,6 +149,19 @@ def test_convolution_gradient(pixels, size, stride, padding, x64):
     cotangent = jax.random.normal(keys[2], value.shape)
     for ours, jaxs in zip(gradient(cotangent), expected_gradient(cotangent), strict=True):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(('pixels', 'size', 'stride'), [(9, 3, 2), (8, 3, 2), (7, 2, 2), (6, 3, 1)])
+def test_max_pool(pixels, size, stride, x64):
+    """Value and gradient are those of Flax's window reduction, as long as no two values are equal."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, pixels, pixels + 1, 3))
+    expected, expected_gradient = jax.vjp(lambda x: nn.max_pool(x, (size, size), (stride, stride)), x)
+    value, gradient = jax.vjp(lambda x: models.max_pool(x, size, stride), x)
+    np.testing.assert_array_equal(value, expected)
+    cotangent = jax.random.normal(keys[1], value.shape)
+    for ours, flax in zip(gradient(cotangent), expected_gradient(cotangent), strict=True):
+        np.testing.assert_allclose(ours, flax, rtol=1e-12)
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet20'])
