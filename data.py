@@ -557,14 +557,6 @@ def _decode_block(shape, paths):
     return images
 
 
-def _for_each(decode, num_images):
-    """Calls decode(i) for every image, on all cores, under a progress bar."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        calls = pool.map(decode, range(num_images))
-        for _ in tqdm(calls, 'decoding', num_images, unit=' images', leave=False, disable=None):
-            pass
-
-
 def _cached(path, images):
     """Keeps decoded images for the next start where the folder can be written; returns them."""
     partial_path = _partial_path(path)
@@ -649,6 +641,14 @@ def _read_tfds(builder, image_key, label_key, folder, split):
 
     _for_each(decode, len(source))
     return images, _checked_labels(labels, builder.info.features[label_key].num_classes, builder.info.full_name)
+
+
+def _for_each(decode, num_images):
+    """Calls decode(i) for every image, on all cores, under a progress bar."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        calls = pool.map(decode, range(num_images))
+        for _ in tqdm(calls, 'decoding', num_images, unit=' images', leave=False, disable=None):
+            pass
 
 
 # The digits that scikit-learn ships: no file, no network.

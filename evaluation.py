@@ -1,4 +1,4 @@
-"""The evaluation of a run: what its posterior is worth on the test images, on unknown and on corrupted ones."""
+"""The evaluation of a run: what its posterior is worth on test, out-of-distribution (OOD) and corrupted images."""
 
 import io
 import math
@@ -174,7 +174,7 @@ def tempered(subject, prediction, num_samples, num_bins):
     return results
 
 
-def read_unknown(subject, name, num_images):
+def read_ood(subject, name, num_images):
     """The test images of another data set in the shape of the run's, and the shape that they had. Raises DataError.
 
     num_images: that many of them at most, None for all.
@@ -186,16 +186,16 @@ def read_unknown(subject, name, num_images):
     return data.fitted(images, subject.images.shape[1:]), list(images.shape[1:])
 
 
-def all_unknown(subject, known, sets, num_samples):
-    """`unknown` of every data set, {name: {'num_images', 'shape', 'mean', 'average'}}; sets: as from read_unknown."""
+def all_ood(subject, known, sets, num_samples):
+    """`ood_detection` of every data set, {name: {'num_images', 'shape', 'mean', 'average'}}; sets: as from read_ood."""
     results = {}
     for name, (images, shape) in sets.items():
         (prediction,) = subject.posterior.predict(images, [num_samples])
-        results[name] = {'num_images': len(images), 'shape': shape} | unknown(known, prediction)
+        results[name] = {'num_images': len(images), 'shape': shape} | ood_detection(known, prediction)
     return results
 
 
-def unknown(known, prediction):
+def ood_detection(known, prediction):
     """How well scores tell the images of `prediction` from the known ones: {'mean': {score: {...}}, 'average': ...}.
 
     auroc; aupr_unknown and aupr_known, by which of the two counts as positive; fpr95, the share of unknown images that

@@ -100,6 +100,10 @@ class Posterior:
         self._mean = params, _refreshed(params, self._refresh, devices.on_all)
         self._batch_stats = {}
 
+    @property
+    def has_batch_stats(self):
+        return bool(jax.tree.leaves(self._mean[1]))
+
     def predict(self, images, numbers):
         """Yields the Prediction for images uint8 [N, H, W, C] after each of `numbers` samples, which rise."""
         devices.require_same_arrays('images', images)

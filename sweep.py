@@ -29,8 +29,8 @@ from pathlib import Path
 
 import flags
 import jobs
+import settings
 import tables
-import train
 
 SHOWN = ('nll', 'accuracy', 'ece')
 
@@ -63,7 +63,7 @@ def main(argv=None):
         fixed, runs = read(args.sweep)
         chosen = [] if args.summary else range(args.part[0], len(runs), args.part[1])
         for number in chosen:
-            train.parse_args(jobs.arguments(fixed | runs[number]))
+            settings.parse_args(jobs.arguments(fixed | runs[number]))
         for number, values in enumerate(runs):
             _require_same_flags(args.output / f'{number:04}', fixed | values)
         tasks = [partial(_run, args, number, fixed | runs[number]) for number in chosen]
@@ -137,7 +137,7 @@ def _require_same_flags(folder, values):
             held = json.loads(path.read_text())['flags']
         except (OSError, ValueError, KeyError):
             continue  # train.py says what is wrong with it
-        given = vars(train.parse_args(jobs.arguments(values)))
+        given = vars(settings.parse_args(jobs.arguments(values)))
         for name in values.keys() - {'datasetfolder', 'resultsfolder'}:
             if held.get(name) != given[name]:
                 raise SweepError(

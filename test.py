@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import flags
-from train import DATASETS, flags_of
+from settings import DATASETS, flags_of
 
 # Flags that may differ between the processes of one evaluation.
 OF_PROCESS = ('resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid')
@@ -155,6 +155,7 @@ def evaluate(run, args):
     )
     if devices.is_first():
         warn_if_incomplete(subject, config)
+        warn_of_batch_statistics(subject, args.bnrefresh)
     prediction, results = measure(subject, args)
     mark = _mark(args.split, args.laplace, args.checkpoint)
     num_samples = args.testmc[-1]
@@ -173,7 +174,7 @@ def measure(subject, args):
     import evaluation
 
     num_samples = args.testmc[-1]
-    unknown = {name: evaluation.read_unknown(subject, name, args.testimages) for name in args.ood}
+    ood = {name: evaluation.read_ood(subject, name, args.testimages) for name in args.ood}
     corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
     if args.temperature:
         evaluation.require_held_out(subject.run, subject.held_out)
@@ -198,9 +199,9 @@ def measure(subject, args):
     if args.temperature:
         results['temperature'] = evaluation.tempered(subject, prediction, num_samples, args.bins)
         print_temperature(measured, results['temperature'], num_samples)
-    if unknown:
-        results['ood'] = evaluation.all_unknown(subject, prediction, unknown, num_samples)
-        print_unknown(results['ood'])
+    if ood:
+        results['ood'] = evaluation.all_ood(subject, prediction, ood, num_samples)
+        print_ood(results['ood'])
     if corrupted:
         results['corruptions'] = evaluation.all_corrupted(subject, corrupted, num_samples, args.bins)
         print_corruptions(results['corruptions'], measured, num_samples)
@@ -218,6 +219,13 @@ def warn_if_incomplete(subject, config):
     if subject.progress[:2] != (subject.flags['epochs'], steps):
         where = f'epoch {subject.progress.epoch + 1} of {subject.flags["epochs"] + 1}'
         print(f'test.py: warning: {subject.run} is evaluated in {where}', file=sys.stderr)
+
+
+def warn_of_batch_statistics(subject, bn_refresh):
+    """Those of a SWAG run belong to SGD's weights, of which neither the mean nor a sample is one."""
+    if subject.flags['optim'] == 'swag' and subject.posterior.has_batch_stats and not bn_refresh:
+        what = f"{subject.run} is evaluated with the batch statistics of SGD's last weights"
+        print(f'test.py: warning: {what}: estimate them again with --bnrefresh 10 or more', file=sys.stderr)
 
 
 def read_again(run, args):
@@ -325,7 +333,7 @@ def print_temperature(measured, tempered, num_samples):
     print_table(['', 'temperature', *_SHORT, 'brier'], rows)
 
 
-def print_unknown(results):
+def print_ood(results):
     names = ('auroc', 'aupr_unknown', 'aupr_known', 'fpr95')
     for dataset, result in results.items():
         rows = [

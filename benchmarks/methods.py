@@ -103,7 +103,7 @@ def draws(ranges, number):
 
 
 def trained(args, optim, settings, seed, folder, flags):
-    own = {'batchsplit': args.batchsplit} if 'rho' in train.OPTIMIZERS[optim] else {}
+    own = {'batchsplit': args.batchsplit} if 'rho' in settings.OPTIMIZERS[optim] else {}
     given = {
         'dataset': args.dataset, 'model': args.model, 'optim': optim, 'batchsize': args.batchsize, 'randomseed': seed,
         'warmup': 1, 'resultsfolder': folder,

@@ -32,8 +32,8 @@ import models  # noqa: E402
 import optimizers  # noqa: E402
 import posteriors  # noqa: E402
 import runs  # noqa: E402
+import settings  # noqa: E402
 import tables  # noqa: E402
-import train  # noqa: E402
 import training  # noqa: E402
 
 BATCH, SPLIT = 200, 8
@@ -115,7 +115,7 @@ def machine():
 
 
 def configuration(model, optim, precision, batchsplit=SPLIT):
-    flags = vars(train.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}']))
+    flags = vars(settings.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}']))
     flags |= {'alpha': 0.01, 'rho': flags['rho'] and 0.01, 'batchsplit': flags['batchsplit'] and batchsplit}
     row = data.DATASETS['cifar10']
     dataset = {'num_train': 50_000, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': row.mean, 'std': row.std}

@@ -18,6 +18,7 @@ import data
 import demo2d
 import models
 import optimizers
+import settings
 import test as evaluate
 import train
 from conftest import read_log, restore
@@ -105,14 +106,14 @@ def test_digits_are_learned(flags_of):
     assert read_log(run)[-1]['test_accuracy'] > 0.9
 
 
-@pytest.mark.parametrize('optim', train.OPTIMIZERS)
+@pytest.mark.parametrize('optim', settings.OPTIMIZERS)
 def test_no_hidden_transfers(optim, flags_of):
     """A whole run sends nothing to the device but what it means to: no scalar a step, no batch."""
     with jax.transfer_guard('disallow'):
         train.main(flags_of(dataset='cifar10', model='mlp', optim=optim))
 
 
-@pytest.mark.parametrize('optim', train.OPTIMIZERS)
+@pytest.mark.parametrize('optim', settings.OPTIMIZERS)
 def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18):
     run = train.main(flags_of(dataset='cifar10', model='resnet18', optim=optim, precision='bfloat16'))
     _, state, _ = restore(run)
@@ -185,37 +186,37 @@ def test_bad_flags(changes, message, flags_of, tmp_path, capsys):
 
 
 def test_names_in_any_case(flags_of):
-    args = train.parse_args(flags_of(dataset='CIFAR10', model='ResNet18', optim='bSAM'))
+    args = settings.parse_args(flags_of(dataset='CIFAR10', model='ResNet18', optim='bSAM'))
     assert (args.dataset, args.model, args.optim) == ('cifar10', 'resnet18', 'bsam')
 
 
 def test_flags_offer_what_the_tables_hold():
-    assert tuple(data.DATASETS) == train.DATASETS
-    assert tuple(models.MODELS) == train.MODELS
-    assert list(optimizers.OPTIMIZERS) == list(train.OPTIMIZERS)
+    assert tuple(data.DATASETS) == settings.DATASETS
+    assert tuple(models.MODELS) == settings.MODELS
+    assert list(optimizers.OPTIMIZERS) == list(settings.OPTIMIZERS)
 
 
-@pytest.mark.parametrize('optim', train.OPTIMIZERS)
+@pytest.mark.parametrize('optim', settings.OPTIMIZERS)
 def test_optimizers_take_the_flags_of_the_table(optim):
     """weight_decay is made from priorprec, num_data from dafactor, swagevery from the data; clip may be unset."""
     parameters = set(inspect.signature(optimizers.OPTIMIZERS[optim]).parameters)
-    own = set(train.OPTIMIZERS[optim]) - {'swagrate'}
+    own = set(settings.OPTIMIZERS[optim]) - {'swagrate'}
     assert parameters - {'loss', 'weight_decay', 'num_data', 'swagevery'} == own - {'priorprec'}
 
 
 def test_flags_of_other_optimizers_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse_args(['--optim=sgd', '--rho=0.1'])
+        settings.parse_args(['--optim=sgd', '--rho=0.1'])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and '--rho is no flag of sgd, which takes --alpha, --beta1, --priorprec' in error
     with pytest.raises(SystemExit):
-        train.parse_args(['--optim=swag', '--epochs=1'])
+        settings.parse_args(['--optim=swag', '--epochs=1'])
     assert 'swag needs two epochs or more after --swagstart 0.5 of 2' in capsys.readouterr().err
-    assert train.parse_args(['--optim=ivon']).beta2 == 0.99999 and train.parse_args(['--optim=sgd']).beta2 is None
+    assert settings.parse_args(['--optim=ivon']).beta2 == 0.99999 and settings.parse_args(['--optim=sgd']).beta2 is None
 
 
 def test_defaults_are_those_of_the_reference():
-    args = vars(train.parse_args(['--optim=bsam']))
+    args = vars(settings.parse_args(['--optim=bsam']))
     others = {
         'coordinator',
         'processes',
@@ -231,7 +232,7 @@ def test_defaults_are_those_of_the_reference():
         'trainimages',
     }
     assert all(args.pop(name) is None for name in others)
-    assert train.parse_args([]).optim == 'sgd'
+    assert settings.parse_args([]).optim == 'sgd'
     assert args == {
         'randomseed': 0, 'alpha': 1.0, 'rho': 0.1, 'optim': 'bsam', 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0,
         'dafactor': 1.0, 'batchsize': 200, 'testbatchsize': 200, 'epochs': 180, 'warmup': 5, 'dataset': 'cifar10',

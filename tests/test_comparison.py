@@ -7,8 +7,8 @@ import pytest
 
 import comparison
 import metrics
+import settings
 import tables
-import train
 
 LABELS = np.random.default_rng(0).integers(0, 3, 400)
 
@@ -116,7 +116,7 @@ def test_perfect_values_are_bold_only_where_asked():
 
 def test_flags_that_may_change_make_no_other_method():
     """But for the number of epochs."""
-    assert set(train.MAY_CHANGE) - {'epochs'} <= set(comparison._NOT_OF_THE_METHOD)
+    assert set(settings.MAY_CHANGE) - {'epochs'} <= set(comparison._NOT_OF_THE_METHOD)
 
 
 def test_what_cannot_be_compared():

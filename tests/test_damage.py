@@ -21,6 +21,7 @@ import archives
 import checkpoints
 import data
 import runs
+import settings
 import setup_tinyimagenet
 import test as evaluate
 import train
@@ -143,7 +144,7 @@ def test_config_from_before_a_flag_was_there(run):
     del config['flags']['validation'], config['flags']['bnupdate'], config['flags']['eta']
     runs.write_config(run, config)
     evaluate.main([f'--resultsfolder={run}'])
-    args = train.flags_of(runs.read_config(run), run)
+    args = settings.flags_of(runs.read_config(run), run)
     assert (args.validation, args.bnupdate, args.eta) == (0.0, 'both', None)
 
 
@@ -181,7 +182,7 @@ def test_500_random_damages_of_a_run_folder(run, finished):
         name, damage = draws.choice(files), draws.choice(list(DAMAGES))
         DAMAGES[damage](run / name, draws.randrange(1 << 30))
         try:
-            train.flags_of(runs.read_config(run), run)
+            settings.flags_of(runs.read_config(run), run)
             state = restore(run)[1]
             runs.read_log(run)
         except runs.RunError as error:

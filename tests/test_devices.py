@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import devices
+import settings
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,7 @@ SCRIPT = """if True:
     import json, sys
     import jax, jax.numpy as jnp, numpy as np
     sys.path[:0] = ['tests', '.']
-    import conftest, devices, experiments, models, train, training
+    import conftest, devices, experiments, models, settings, training
     models.MODELS |= {'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (160, 16, 16, 3), np.uint8), rng.integers(0, 10, 160)
@@ -29,7 +30,7 @@ SCRIPT = """if True:
     def run(optim, model, number):
         split = [] if optim in ('sgd', 'adam', 'adamw', 'swag') else ['--batchsplit=8']
         arguments = [f'--optim={optim}', f'--model={model}', '--alpha=0.01', '--batchsize=16', '--epochs=3', *split]
-        experiment = experiments.create({'flags': vars(train.parse_args(arguments)), 'dataset': dataset})
+        experiment = experiments.create({'flags': vars(settings.parse_args(arguments)), 'dataset': dataset})
         mesh = devices.create_mesh(number)
         step = training.step_function(experiment.optimizer, lambda key, batch: experiment.normalise(batch))
         is_shared = bool(split) and number > 1
@@ -49,7 +50,7 @@ SCRIPT = """if True:
         return float(np.linalg.norm(one - other) / np.linalg.norm(one))
 
     assert len(jax.devices()) == 8
-    cases = [(optim, 'resnet20') for optim in train.OPTIMIZERS] + [(o, 'resnet18') for o in ('sgd', 'sam', 'bsam')]
+    cases = [(optim, 'resnet20') for optim in settings.OPTIMIZERS] + [(o, 'resnet18') for o in ('sgd', 'sam', 'bsam')]
     print(json.dumps({
         f'{optim} {model}': [difference(*pair) for pair in zip(*(run(optim, model, n) for n in (1, 8)))]
         for optim, model in cases
@@ -64,7 +65,7 @@ def test_eight_devices_train_as_one():
     done = subprocess.run([sys.executable, '-c', SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
-    assert len(differences) == len(train.OPTIMIZERS) + 3
+    assert len(differences) == len(settings.OPTIMIZERS) + 3
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
     assert differences['ivon resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one

@@ -119,12 +119,16 @@ def test_what_is_refused(trained, flags_of, capsys):
     assert '--validation 0.001 of 40 training images leaves none' in capsys.readouterr().err
 
 
-def test_batch_statistics_over_training_batches(flags_of, small_resnet18, capsys):
-    run = train.main(flags_of(model='resnet18'))
+@pytest.mark.parametrize('optim', ['bsam', 'swag'])
+def test_batch_statistics_over_training_batches(optim, flags_of, small_resnet18, capsys):
+    """Without them, only SWAG's weights have those of others."""
+    run = train.main(flags_of(model='resnet18', optim=optim))
     evaluate.main([f'--resultsfolder={run}', '--testmc=2'])
     before = results_of(run)
+    assert ('--bnrefresh 10 or more' in capsys.readouterr().err) == (optim == 'swag')
     evaluate.main([f'--resultsfolder={run}', '--testmc=2', '--bnrefresh=2'])
     after = results_of(run)
+    assert 'warning' not in capsys.readouterr().err
     assert after['bnrefresh'] == 2 and after['mean']['nll'] != before['mean']['nll']
     assert '--bnrefresh 3: the training images are 2 batches of 20' in error_of(
         [f'--resultsfolder={run}', '--bnrefresh=3'], capsys

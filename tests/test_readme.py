@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import train
+import settings
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
 
@@ -28,7 +28,7 @@ def test_published_commands_are_understood():
     whole = re.findall(r'python train\.py (--dataset [^`\n]*)', README.replace('\\\n', ' '))
     assert len(tables) == 7 and len(whole) == 1
     for flags in [*tables, *whole]:
-        assert train.parse_args(shlex.split(flags)).optim in train.OPTIMIZERS
+        assert settings.parse_args(shlex.split(flags)).optim in settings.OPTIMIZERS
 
 
 def test_tests_that_are_named_exist():

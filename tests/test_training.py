@@ -7,13 +7,13 @@ import pytest
 import experiments
 import models
 import optimizers
-import train
+import settings
 import training
 
 
 def create(optim, num_images=40):
     """A step of an MLP whose 1.7 million parameters are most of what it holds, and its arguments."""
-    flags = vars(train.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8']))
+    flags = vars(settings.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8']))
     flags['batchsplit'] = flags['batchsplit'] and 4
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
     experiment = experiments.create({'flags': flags, 'dataset': dataset})

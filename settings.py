@@ -1,0 +1,222 @@
+"""The flags of a run: what train.py takes, and what a run's configuration holds.
+
+Needs neither JAX nor the tables that it lists the names of, so that --help and usage errors answer at once.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import flags
+
+DESCRIPTION = 'Train an image classifier with SGD, SAM, bSAM or one of their kin and leave a run folder for test.py.'
+
+DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
+MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
+
+# The flags of each optimizer, with its defaults; those of sgd, sam and bsam are the reference's.
+_SGD = {'alpha': 1.0, 'beta1': 0.9, 'priorprec': 25.0}
+_ADAM = {'alpha': 0.001, 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0}
+_SHARP = {'rho': 0.1, 'batchsplit': 8, 'bnupdate': 'both'}
+OPTIMIZERS = {
+    'sgd': _SGD,
+    'sam': _SGD | _SHARP,
+    'bsam': _SGD | _SHARP | {'beta2': 0.999, 'custominit': 1.0, 'damping': 0.1},
+    'adam': _ADAM,
+    'adamw': _ADAM,
+    'samadam': _ADAM | _SHARP,
+    'asam': _SGD | _SHARP | {'rho': 0.5, 'eta': 0.01},
+    'swag': _SGD | {'swagstart': 0.5, 'swagrate': 0.2, 'swagrank': 20},
+    'ivon': {
+        'alpha': 0.2, 'beta1': 0.9, 'beta2': 0.99999, 'priorprec': 10.0, 'hessinit': 0.5, 'clip': None, 'batchsplit': 1,
+        'trainmc': 1,
+    },
+}  # fmt: skip
+PRECISIONS = ('float32', 'bfloat16')
+BNUPDATES = ('both', 'first', 'second')
+
+# Flags of a start, which are not kept with the run.
+OF_START = ('resume', 'checkpoint', 'coordinator', 'processes', 'processid', 'seeds')
+
+# Flags that may be given with --resume and another value than the run has.
+MAY_CHANGE = (
+    'epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize', 'devices',
+    'stream',
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    """The flags of argv. Those of the reference have its defaults.
+
+    Those of the optimizer are set but with --resume, where the run has them.
+    """
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    if args.checkpoint is not None and args.resume is None:
+        parser.error('--checkpoint goes with --resume')
+    flags.require_whole_address(parser, args)
+    _require_own_seeds(parser, args, argv)
+    if args.resume is None:
+        _choose_own_flags(parser, args)
+        _require_consistency(parser, args)
+    return args
+
+
+def _require_own_seeds(parser, args, argv):
+    given = parser.given(argv) if args.seeds else {}
+    for name in ('resume', 'randomseed', 'coordinator'):
+        if name in given:
+            parser.error(f'--seeds does not go with --{name}')
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error('--seeds names a seed twice')
+
+
+def _require_consistency(parser, args):
+    if args.batchsplit and args.batchsize % args.batchsplit:
+        parser.error(f'--batchsize {args.batchsize} does not divide into --batchsplit {args.batchsplit} sub-batches')
+    if args.optim == 'bsam' and args.damping == args.priorprec == 0:
+        parser.error('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
+    if args.optim == 'swag' and args.epochs + 1 - math.floor(args.swagstart * (args.epochs + 1)) < 2:
+        parser.error(f'swag needs two epochs or more after --swagstart {args.swagstart} of {args.epochs + 1}')
+
+
+def _choose_own_flags(parser, args):
+    """Sets the optimizer's defaults where no flag was given; an error for flags of other optimizers."""
+    for name in _OWN_FLAGS - OPTIMIZERS[args.optim].keys():
+        if getattr(args, name) is not None:
+            takes = ', '.join(f'--{other}' for other in OPTIMIZERS[args.optim])
+            parser.error(f'--{name} is no flag of {args.optim}, which takes {takes}')
+    _set_defaults(args)
+
+
+def _set_defaults(args):
+    """The optimizer's defaults where there is no value; None for flags of other optimizers."""
+    own = OPTIMIZERS[args.optim]
+    for name in _OWN_FLAGS:
+        if name not in own or getattr(args, name) is None:
+            setattr(args, name, own.get(name))
+
+
+_OWN_FLAGS = {name for own in OPTIMIZERS.values() for name in own}
+
+
+def flags_of(config, run):
+    """The flags of a run from its configuration, held to the same bounds as on the command line. Raises RunError."""
+    import runs
+
+    try:
+        args = create_parser().from_values(config['flags'], without=OF_START)
+    except (ValueError, KeyError, TypeError) as error:
+        raise runs.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
+    _set_defaults(args)
+    return args
+
+
+def continued(args, given, run):
+    """The flags `args` of a run, with those that were given now, if they may differ. Raises RunError."""
+    import runs
+
+    given = {name: value for name, value in given.items() if name not in OF_START}
+    if 'datasetfolder' in given:
+        given['datasetfolder'] = os.path.abspath(given['datasetfolder'])
+    for name, value in given.items():
+        held = getattr(args, name)
+        if value != held and name not in MAY_CHANGE:
+            raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
+        if name == 'epochs' and value != held and args.optim == 'swag':
+            raise runs.RunError(f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run')
+        if name == 'epochs' and value < held:
+            raise runs.RunError(f'--epochs {value}: {run} was begun with {held}; only more are possible')
+    return argparse.Namespace(**vars(args) | given)
+
+
+def create_parser():
+    parser = flags.Parser(DESCRIPTION)
+    add = parser.add_argument
+    help = 'go on with the run in this folder; its flags hold, and --epochs may be more'
+    add('--resume', type=Path, metavar='RUN', help=help)
+    help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
+    add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
+    add('--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of everything that is random')
+    help = 'train with each of these seeds, a run each: on a GPU each, or one after another'
+    add('--seeds', type=flags.integer(0, below=2**32), nargs='+', default=[], metavar='SEED', help=help)
+    parser.add_choice('--optim', OPTIMIZERS, default='sgd', help=_OPTIMIZER_HELP)
+    beta = flags.number(minimum=0, below=1)
+    _add_own(parser, 'alpha', flags.number(above=0), 'learning rate α, before the schedule')
+    help = 'ρ: evaluate at w + ρ g/‖g‖ (sam, samadam), w + ρ g/s (bsam), w + ρ T²g/‖Tg‖ (asam)'
+    _add_own(parser, 'rho', flags.number(minimum=0), help)
+    help = 'β₁: m ← β₁m + g + δw (sgd, sam, asam, swag), m ← β₁m + (1−β₁)(g + δw) (bsam, Adam and its kin)'
+    _add_own(parser, 'beta1', beta, help)
+    help = 'β₂: s ← β₂s + (1−β₂)(√s|g| + γ + δ) (bsam); decay of g² (Adam and its kin) or of h (ivon)'
+    _add_own(parser, 'beta2', beta, help)
+    help = 'prior precision: the weight decay is δ = priorprec / N'
+    _add_own(parser, 'priorprec', flags.number(minimum=0), help)
+    help = 'data augmentation factor: N = training images × dafactor'
+    add('--dafactor', type=flags.number(above=0), default=1.0, help=help)
+    add('--batchsize', type=flags.integer(1), default=200, help='images per training step')
+    add('--testbatchsize', type=flags.integer(1), default=200, help='images per batch of the test set')
+    add('--epochs', type=flags.integer(0), default=180, help='epochs; as in the reference one more is run')
+    help = 'epochs e with learning rate α (e+1)/warmup; then α ½(1 + cos(π (e−warmup)/(epochs+1−warmup)))'
+    add('--warmup', type=flags.integer(0), default=5, help=help)
+    help = 'data set; tfds/NAME is one that TensorFlow Datasets prepared in the folder of the data sets'
+    parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
+    help = 'sub-batches m of a batch, each with a perturbation or noise of its own'
+    _add_own(parser, 'batchsplit', flags.integer(1), help)
+    help = 'which of the two gradients moves batch statistics'
+    parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))
+    help = 'train on so many of the training images, a random part that is the same for all seeds; all by default'
+    add('--trainimages', type=flags.integer(1), metavar='N', help=help)
+    help = 'keep this fraction of the training images out, and evaluate epochs on it instead of the test set'
+    add('--validation', type=flags.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
+    add('--noaugment', action='store_true', help='no random crops and flips')
+    parser.add_choice('--model', MODELS, default='resnet18', help='network')
+    add('--datasetfolder', default='datasets', help='folder of the data sets')
+    help = 'the run is kept in RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K'
+    add('--resultsfolder', default='results', help=help)
+    help = 'devices that share batches, or the sub-batches of optimizers that have them; all that there are by default'
+    add('--devices', type=flags.integer(1), help=help)
+    help = 'send each batch when it is due, instead of all images at first; done anyway with images too large for that'
+    add('--stream', action=argparse.BooleanOptionalAction, default=False, help=help)
+    flags.add_coordinator(parser)
+    help = 'what networks compute in; weights, optimizer state, statistics and loss are float32'
+    parser.add_choice('--precision', PRECISIONS, default='float32', help=help)
+    flags.add_compilecache(parser)
+    help = 'save within epochs too, every so many steps (500) or minutes (30min); after each epoch it is done anyway'
+    add('--checkpointevery', type=flags.steps_or_minutes, metavar='STEPS', help=help)
+    help = 'keep the checkpoint of best accuracy in the log besides the last two; not for choosing what you report'
+    add('--keepbest', action='store_true', help=help)
+    add('--keepgoing', action='store_true', help='train on where the loss is not finite, instead of stopping')
+    _add_own(parser, 'custominit', flags.number(above=0), 'initial precision s')
+    _add_own(parser, 'damping', flags.number(minimum=0), 'damping γ of the precision')
+    _add_own(parser, 'eta', flags.number(minimum=0), 'η: T = |w| + η')
+    help = 'fraction of the epochs after which weights are recorded, once an epoch'
+    _add_own(parser, 'swagstart', flags.number(minimum=0, below=1), help)
+    _add_own(parser, 'swagrate', flags.number(above=0), 'learning rate from there on, relative to alpha')
+    _add_own(parser, 'swagrank', flags.integer(2, below=1001), 'deviations that are kept for the covariance')
+    _add_own(parser, 'hessinit', flags.number(above=0), 'initial Hessian h₀')
+    _add_own(parser, 'clip', flags.number(above=0), 'bound of an update before the learning rate, none by default')
+    _add_own(parser, 'trainmc', flags.integer(1), 'samples of the weights a sub-batch')
+    return parser
+
+
+_OPTIMIZER_HELP = (
+    'optimizer: sgd; sam (Foret et al., 2021); bsam (Möllenhoff & Khan, 2023); adam (Kingma & Ba, 2015); adamw '
+    '(Loshchilov & Hutter, 2019); samadam, SAM with Adam; asam (Kwon et al., 2021); swag (Maddox et al., 2019); ivon '
+    '(Shen et al., 2024)'
+)
+
+
+def _add_own(parser, name, type, help):
+    """A flag that some optimizers take, each with its own default."""
+    parser.add_argument(f'--{name}', type=type, help=help + _defaults(name))
+
+
+def _defaults(name):
+    """For --help: the default, or which optimizers have which."""
+    optimizers_of = {}
+    for optim, own in OPTIMIZERS.items():
+        if own.get(name) is not None:
+            optimizers_of.setdefault(own[name], []).append(optim)
+    texts = [f'{value} for {", ".join(names)}' for value, names in optimizers_of.items()]
+    return f' (default: {"; ".join(texts)})' if texts else ''
