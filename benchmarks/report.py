@@ -21,11 +21,16 @@ sys.path.insert(0, str(ROOT))
 import study  # noqa: E402
 
 import evaluation  # noqa: E402
+import jobs  # noqa: E402
 import plots  # noqa: E402
 import tables  # noqa: E402
 
 RESULTS = ROOT / 'results'
-NAMES = {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM', 'ivon': 'IVON'}
+NAMES = {
+    'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM', 'ivon': 'IVON', 'adam': 'Adam', 'adamw': 'AdamW', 'samadam': 'SAM-Adam',
+    'asam': 'ASAM', 'swag': 'SWAG',
+}  # fmt: skip
+WITH_POSTERIOR = ('bsam', 'ivon', 'swag')
 PUBLISHED_RHO = {'bsam': 0.01, 'sam': 0.05}
 
 
@@ -87,10 +92,10 @@ def main():
 
 
 def all_records():
-    return {study: records(study) for study in ('cifar10', 'fashion', 'rho', 'ablations')}
+    return {name: records(name) for name in ('cifar10', 'fashion', 'rho', 'ablations', 'bnupdate', 'published')}
 
 
-def page(cifar10, fashion, rho, ablations):
+def page(cifar10, fashion, rho, ablations, bnupdate, published):
     template = (Path(__file__).parent / 'report.md').read_text()
     return template.format(
         cifar10_table=methods_table(cifar10),
@@ -102,19 +107,23 @@ def page(cifar10, fashion, rho, ablations):
         rho_table=rho_table(rho),
         rho_verdict=rho_verdict(rho),
         rho_commands=commands('rho', {name: rho[name] for name in ('bsam_0.01', 'sam_0.05')}),
-        ablations=ablations_table(rho['bsam_0.01'], ablations),
+        ablations=ablations_table('as above', rho['bsam_0.01'], ablations),
+        bnupdate=ablations_table('both gradients', bnupdate['bnupdate_both'], bnupdate),
+        bnupdate_commands=commands('bnupdate', {'bnupdate_both': bnupdate['bnupdate_both']}),
+        published=published_table(published),
         comparisons='\n'.join(comparison(*row) for row in COMPARISONS),
         speed_table=speed_table(),
     )
 
 
-def records(study):
-    """{variant: {seed: record}} of what study.py kept, seeds rising."""
+def records(name):
+    """{variant: {seed: record}} of what study.py kept, variants as it lists them and seeds rising."""
     found = {}
-    for path in (RESULTS / 'studies' / study).glob('*.json'):
-        variant, _, seed = path.stem.rpartition('_')
-        found.setdefault(variant, {})[int(seed)] = json.loads(path.read_text())
-    return {variant: dict(sorted(group.items())) for variant, group in sorted(found.items())}
+    for variant in study.STUDIES[name].variants:
+        paths = [RESULTS / 'studies' / name / f'{variant}_{seed}.json' for seed in range(study.STUDIES[name].seeds)]
+        group = {seed: json.loads(path.read_text()) for seed, path in enumerate(paths) if path.exists()}
+        found |= {variant: group} if group else {}
+    return found
 
 
 def first_of(group):
@@ -182,13 +191,19 @@ def methods_table(found):
     header = ['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC', 'minutes']
     more = {name: pick for name, pick in FURTHER.items() if name in first_of(found['sgd'])['evaluations']['test']}
     rows = []
-    for subject in (SGD, SAM, BSAM_MEAN, BSAM, IVON_MEAN, IVON):
+    for subject in subjects(found):
         group, at = found[subject.variant], subject.at
         minutes = [sum(epoch['seconds'] for epoch in record['log']) / 60 for record in group.values()]
         further = [[pick(record['evaluations']['test'], at) for record in group.values()] for _, pick in more.values()]
         metrics = cells(group, at, ('accuracy', 'nll', 'ece', 'auroc'))
         rows.append([str(subject), str(len(group)), *metrics, spread(minutes, 1), *(spread(f, 4) for f in further)])
     return tables.markdown(header + [title for title, _ in more.values()], rows)
+
+
+def subjects(found):
+    """Of every variant the mean, and the average over samples where there is a posterior."""
+    ats = {variant: ['mean', 'average'][: 1 + (variant in WITH_POSTERIOR)] for variant in NAMES if variant in found}
+    return [Subject(variant, at) for variant, of_variant in ats.items() for at in of_variant]
 
 
 # What only some evaluations have, {key in metrics.json: (column, function of metrics.json and 'mean' or 'average')}.
@@ -234,15 +249,12 @@ def rho_verdict(found):
     return '\n'.join(lines)
 
 
-def ablations_table(base, found):
-    command = '`python benchmarks/study.py rho ablations --folder …`'
-    if not found:
-        return f'Not measured yet: {command} and `make results` fill the table.'
-    rows = [ablation('as above', base, base)]
-    names = [name for name in study.STUDIES['ablations'].variants if name in found]
-    rows += [ablation(name.replace('_', ' '), found[name], base) for name in names]
+def ablations_table(name_of_base, base, found):
+    """The records `base`, and every group that was found with the difference of its NLL to them."""
+    rows = [ablation(name_of_base, base, base)]
+    rows += [ablation(name.replace('_', ' '), group, base) for name, group in found.items() if group is not base]
     header = ['', 'runs', 'accuracy %', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL']
-    return f'{tables.markdown(header, rows)}\n{command}'
+    return tables.markdown(header, rows)
 
 
 def ablation(name, group, base):
@@ -251,6 +263,30 @@ def ablation(name, group, base):
     if group is base:
         return [*row, '']
     return [*row, shown(differences(base, group, 'nll'), 4)]
+
+
+# What the paper's authors report, one run each, the NLL divided rightly: accuracy in per cent, NLL, ECE.
+PUBLISHED = {
+    'cifar10_sgd': ('94.77', '0.2017', '0.0306'),
+    'cifar10_sam': ('95.69', '0.1402', '0.0134'),
+    'cifar10_bsam': ('95.95', '0.1214', '0.0082'),
+    'cifar100_bsam': ('about 80.4',),
+}
+
+
+def published_table(found):
+    """The published numbers beside ours in both precisions, whose cells are empty where there is no record."""
+    rows = []
+    for name, numbers in PUBLISHED.items():
+        flags = study.STUDIES['published'].variants[name]
+        at = 'average' if flags['optim'] in WITH_POSTERIOR else 'mean'
+        ours = [
+            ', '.join(cells(found[run], at, ('accuracy', 'nll', 'ece'))) if run in found else ''
+            for run in (name, f'{name}_bfloat16')
+        ]
+        command = ' '.join(jobs.arguments(flags)).replace('=', ' ')
+        rows.append([f'`{command}`', ', '.join(numbers), *ours])
+    return tables.markdown(['ResNet-18: `python train.py` …', 'published', 'here', 'here, bfloat16'], rows)
 
 
 COMPARISONS = [
@@ -288,18 +324,18 @@ def speed_table():
     return tables.markdown(['', 'machine', 'network', 'SAM / gradient', 'bSAM / gradient'], rows)
 
 
-def commands(study, found):
+def commands(name, found):
     """What started the runs, and what that ran for the first seed of some variants."""
     first = first_of(first_of(found))
     environment = first['environment']
     trainings = [
-        first_of(found[name])['command']
-        for name in [*(name for name in NAMES if name in found), *(name for name in found if name not in NAMES)]
+        first_of(found[variant])['command']
+        for variant in [*(v for v in NAMES if v in found), *(v for v in found if v not in NAMES)]
     ]
     tests = [measured['command'] for measured in first['evaluations'].values()]
     where = f'{environment["device"]}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
     lines = '\n'.join(f'    {line}' for line in [*trainings, *tests])
-    return f'`python benchmarks/study.py {study} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'
+    return f'`python benchmarks/study.py {name} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'
 
 
 # Pictures.

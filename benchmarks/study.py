@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import jobs  # noqa: E402
 import runs  # noqa: E402
+import settings  # noqa: E402
 
 KEPT = ROOT / 'results' / 'studies'
 
@@ -65,12 +66,37 @@ _TUNED = {
     'sgd': {'optim': 'sgd', 'priorprec': 1.04},
     'sam': {'optim': 'sam', 'priorprec': 8.63, 'rho': 0.0635, 'batchsplit': 8},
     'ivon': {'optim': 'ivon', 'priorprec': 8.63, 'hessinit': 0.635},
+    'adam': {'optim': 'adam', 'priorprec': 20.1},
+    'adamw': {'optim': 'adamw', 'priorprec': 20.1},
+    'samadam': {'optim': 'samadam', 'priorprec': 12.8, 'rho': 0.0101, 'batchsplit': 8},
+    'asam': {'optim': 'asam', 'priorprec': 1.04, 'rho': 0.113, 'batchsplit': 8},
+    'swag': {'optim': 'swag', 'priorprec': 1.04},
 }
-_TUNED_ALPHAS = {'bsam': (0.103, 0.308), 'sgd': (0.0188, 0.0564), 'sam': (0.0163, 0.049), 'ivon': (0.084, 0.252)}
+_TUNED_ALPHAS = {
+    'bsam': (0.103, 0.308), 'sgd': (0.0188, 0.0564), 'sam': (0.0163, 0.049), 'ivon': (0.084, 0.252),
+    'adam': (0.00141, 0.00423), 'adamw': (0.00141, 0.00423), 'samadam': (0.00247, 0.00742), 'asam': (0.0188, 0.0564),
+    'swag': (0.0188, 0.0564),
+}  # fmt: skip
 # The learning rates are about those that methods.py chose on all of Fashion-MNIST, the rest is as published.
 _BSAM = {'optim': 'bsam', 'alpha': 0.3, 'priorprec': 40, 'rho': 0.01, 'batchsplit': 8, 'dafactor': 4}
 _SAM = {'optim': 'sam', 'alpha': 0.05, 'priorprec': 25, 'rho': 0.05, 'batchsplit': 8}
 _TEST = {'test': (3, ['--testmc=32'])}
+
+# The commands of the paper's authors for ResNet-18, which need a GPU; in float32, and in bfloat16.
+_SGD_AS_PUBLISHED = {'dataset': 'cifar10', 'optim': 'sgd', 'alpha': 0.03, 'beta1': 0.9, 'priorprec': 25}
+_BSAM_AS_PUBLISHED = {
+    'dataset': 'cifar10', 'optim': 'bsam', 'alpha': 0.5, 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 40, 'rho': 0.01,
+    'batchsplit': 8, 'dafactor': 4,
+}  # fmt: skip
+_AS_PUBLISHED = {
+    'cifar10_sgd': _SGD_AS_PUBLISHED,
+    'cifar10_sam': _SGD_AS_PUBLISHED | {'optim': 'sam', 'rho': 0.05, 'batchsplit': 8},
+    'cifar10_bsam': _BSAM_AS_PUBLISHED,
+    'cifar100_bsam': _BSAM_AS_PUBLISHED | {'dataset': 'cifar100'},
+}
+_PUBLISHED = _AS_PUBLISHED | {
+    f'{name}_bfloat16': flags | {'precision': 'bfloat16'} for name, flags in _AS_PUBLISHED.items()
+}
 
 _VALIDATION = {'validation': (1, ['--split=validation', '--testmc=8'])}
 
@@ -118,6 +144,13 @@ STUDIES = {
         3,
         _TEST,
     ),
+    'bnupdate': Study(
+        _FASHION | {'model': 'resnet18', 'trainimages': 1000, 'batchsize': 50, 'epochs': 7},
+        {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 2} for which in settings.BNUPDATES},
+        3,
+        {'test': (3, ['--testmc=4', '--testimages=1000'])},
+    ),
+    'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, ['--testmc=32'])}),
 }  # fmt: skip
 
 
