@@ -117,6 +117,13 @@ STUDIES = {
         },
         tuned_by='cifar10_tuning',
     ),
+    'cifar10_few': Study(
+        _CIFAR10 | {'trainimages': 1250, 'validation': 0.2, 'noaugment': True, 'epochs': 39},
+        _METHODS,
+        3,
+        {'test': (3, ['--testmc', '1', '2', '4', '8', '--testimages=2500', '--ood=cifar100', '--temperature'])},
+        tuned_by='cifar10_tuning',
+    ),
     'fashion_tuning': Study(_FASHION | {'validation': 0.2}, _each_alpha(_TUNED, _TUNED_ALPHAS), 1, _VALIDATION),
     'fashion': Study(
         _FASHION, _TUNED, 5, {'test': (5, ['--testmc', '1', '2', '4', '8', '16', '32'])}, tuned_by='fashion_tuning'
@@ -145,8 +152,8 @@ STUDIES = {
         _TEST,
     ),
     'bnupdate': Study(
-        _FASHION | {'model': 'resnet18', 'trainimages': 1000, 'batchsize': 50, 'epochs': 7},
-        {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 2} for which in settings.BNUPDATES},
+        _FASHION | {'model': 'resnet18', 'trainimages': 500, 'batchsize': 25, 'epochs': 7},
+        {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 1} for which in settings.BNUPDATES},
         3,
         {'test': (3, ['--testmc=4', '--testimages=1000'])},
     ),
