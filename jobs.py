@@ -27,13 +27,14 @@ def begun_run(folder):
 def on_devices(tasks, number=None):
     """Calls task(environment) of each, `number` at once, one a GPU by default; returns what they return.
 
-    environment: the os.environ of processes that are to run on a GPU of their own.
+    environment: the os.environ of processes that are to run on a GPU of their own, or on their share of the cores.
     """
     gpus = _gpus()
     number = number or len(gpus) or 1
+    cores = {'NPROC': str(max(1, os.cpu_count() // number))}  # XLA's threads; with more of them, jobs hinder each other
     free = queue.SimpleQueue()
     for job in range(number):
-        free.put(os.environ | ({'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} if gpus else {}))
+        free.put(cores | os.environ | ({'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} if gpus else {}))
 
     def call(task):
         environment = free.get()

@@ -117,3 +117,17 @@ def test_run_to_go_on_with(tmp_path):
 def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
     monkeypatch.setattr(jobs, 'on_devices', lambda tasks: [0, -9, 1])
     assert jobs.train_seeds({}, [0, 1, 2]) == 137
+
+
+def test_jobs_share_the_machine(monkeypatch):
+    """Of two at once each has a GPU of its own, and half of the cores."""
+    monkeypatch.setattr('os.cpu_count', lambda: 8)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
+    monkeypatch.delenv('NPROC', raising=False)
+    both_run = threading.Barrier(2)
+
+    def task(environment):
+        both_run.wait(timeout=10)
+        return environment['CUDA_VISIBLE_DEVICES'], environment['NPROC']
+
+    assert sorted(jobs.on_devices([task, task])) == [('3', '4'), ('5', '4')]
