@@ -1,6 +1,7 @@
 """Sweeps: which runs they make, that they go on where they were, and the table of validation metrics."""
 
 import csv
+import threading
 
 import pytest
 
