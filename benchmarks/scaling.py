@@ -66,7 +66,7 @@ def main(argv=None):
 
 def measured(args):
     """Images per second of numbers of processes, and their share of so many times those of one."""
-    if max(args.processes) > len(os.sched_getaffinity(0)):
+    if max(args.processes) > os.cpu_count():
         sys.exit(f'scaling.py: error: {max(args.processes)} processes need as many cores')
     rows = []
     training = {'function': 'training', 'steps': args.steps}
@@ -95,10 +95,11 @@ def started(worker, number):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
+    one_core = os.environ | {'NPROC': '1'}  # XLA's threads; processes with more than cores hinder each other
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, 'measure', '--worker', json.dumps(worker | {'process': i, 'address': address})],
-            stdout=subprocess.PIPE, text=True,
+            env=one_core, stdout=subprocess.PIPE, text=True,
         )
         for i in range(number)
     ]  # fmt: skip
@@ -107,8 +108,7 @@ def started(worker, number):
 
 
 def joined(number, process, address):
-    """The mesh over the processes that there are, on as many cores."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
+    """The mesh over the processes that there are."""
     if number > 1:
         devices.join(address, number, process)
     return devices.create_mesh()

@@ -54,6 +54,7 @@ _METHODS = {
     'sam': {'optim': 'sam', 'priorprec': 25, 'rho': 0.05, 'batchsplit': 1},
     'ivon': {'optim': 'ivon', 'priorprec': 10, 'hessinit': 0.5},
 }
+# With 1,000 images, N and weight decays are those of the published runs if dafactor is 50, and 200 for bSAM.
 _ALPHAS = {'bsam': (0.05, 0.15, 0.5), 'sgd': (0.003, 0.01, 0.03), 'sam': (0.003, 0.01, 0.03), 'ivon': (0.02, 0.06, 0.2)}
 
 _FASHION = {
@@ -118,8 +119,8 @@ STUDIES = {
         tuned_by='cifar10_tuning',
     ),
     'cifar10_few': Study(
-        _CIFAR10 | {'trainimages': 1250, 'validation': 0.2, 'noaugment': True, 'epochs': 39},
-        _METHODS,
+        _CIFAR10 | {'trainimages': 1250, 'validation': 0.2, 'noaugment': True, 'epochs': 35},
+        {name: flags | {'dafactor': 200 if name == 'bsam' else 50} for name, flags in _METHODS.items()},
         3,
         {'test': (3, ['--testmc', '1', '2', '4', '8', '--testimages=2500', '--ood=cifar100', '--temperature'])},
         tuned_by='cifar10_tuning',

@@ -16,6 +16,9 @@ import runs
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+# XLA's threads: those of parallel workers share the cores.
+os.environ.setdefault('NPROC', str(max(1, os.cpu_count() // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))))
+
 
 @pytest.fixture(scope='session', autouse=True)
 def compilecache(tmp_path_factory):

@@ -29,8 +29,8 @@ SCRIPT = """if True:
     {'train': train, 'test': test}[sys.argv[1]].main(sys.argv[2:])
 """
 FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
-# XLA's optimizations are most of the time here.
-WITHOUT_OPTIMIZATIONS = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+# XLA's optimizations are most of the time here, and more threads than cores hinder each other.
+SMALL = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'NPROC': '1'}
 
 
 def start(number, *arguments, last=(), script='train'):
@@ -43,7 +43,7 @@ def start(number, *arguments, last=(), script='train'):
     return [
         subprocess.Popen(
             [sys.executable, '-c', SCRIPT, script, *arguments, *(own if number > 1 else [])],
-            cwd=ROOT, env=os.environ | WITHOUT_OPTIMIZATIONS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ | SMALL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for own in others
     ]  # fmt: skip
