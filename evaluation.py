@@ -44,14 +44,14 @@ class Subject(NamedTuple):
 
 
 def load(run, config, *, split, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
-    """The Subject of a run. Raises DataError, ModelError and RunError.
+    """The Subject of a run. Raises DataError, DeviceError, ModelError and RunError.
 
     config: as from runs.read_config; num_images: of the split, None for all; step: a checkpoint, None for the newest;
     bn_refresh: training batches over which batch statistics of each weights are estimated again, None for those of
     training; with_laplace: the posterior is a Laplace approximation of the last layer.
     """
     flags = config['flags']
-    data.check_description(config['dataset'], run / 'config.json')
+    data.check_description(config.get('dataset'), run / 'config.json')
     if devices.is_first() and not os.access(run, os.W_OK):
         raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
     experiment = experiments.create(config)

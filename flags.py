@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that explains defaults in --help and reports an error in one line."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=_HelpFormatter)
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors='replace')  # the formulas in --help are not ASCII

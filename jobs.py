@@ -31,10 +31,10 @@ def on_devices(tasks, number=None):
     """
     gpus = _gpus()
     number = number or len(gpus) or 1
-    cores = {'NPROC': str(max(1, os.cpu_count() // number))}  # XLA's threads; with more of them, jobs hinder each other
     free = queue.SimpleQueue()
     for job in range(number):
-        free.put(cores | os.environ | ({'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} if gpus else {}))
+        gpu = {'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} if gpus else {}
+        free.put(os.environ | gpu | (share_of_cores(number) if number > 1 else {}))
 
     def call(task):
         environment = free.get()
@@ -45,6 +45,12 @@ def on_devices(tasks, number=None):
 
     with ThreadPoolExecutor(number) as pool:
         return list(pool.map(call, tasks))
+
+
+def share_of_cores(number):
+    """What lets XLA start threads for one of so many processes side by side; with more they hinder each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return {'PJRT_NPROC': str(max(1, cores // number))}
 
 
 def _gpus():

@@ -54,7 +54,7 @@ class Session(NamedTuple):
 def begin(args, held):
     """A Session of a new run folder, which is locked while `held`, a contextlib.ExitStack, lasts.
 
-    Raises DataError, ModelError and RunError.
+    Raises DataError, DeviceError, ModelError and RunError.
     """
     mesh = _share(args)
     config, augmented, images = _read(args)
@@ -75,13 +75,14 @@ def begin(args, held):
 def resume(run, args, before, held, step=None):
     """A Session that goes on from a run's newest checkpoint, or that of `step`; locked as by `begin`.
 
-    before: the run's configuration; args may have other paths and more epochs. Raises DataError, ModelError, RunError.
+    before: the run's configuration; args may have other paths and more epochs.
+    Raises DataError, DeviceError, ModelError and RunError.
     """
     if devices.is_first():
         held.enter_context(runs.locked(run))
     mesh = _share(args)
     config, augmented, images = _read(args)
-    if config['dataset'] != before['dataset']:
+    if config['dataset'] != before.get('dataset'):
         raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import flags
 
-DESCRIPTION = 'Train an image classifier with SGD, SAM, bSAM or one of their kin and leave a run folder for test.py.'
-
 DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
 MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
 
@@ -59,7 +57,10 @@ def parse_args(argv=None):
     _require_own_seeds(parser, args, argv)
     if args.resume is None:
         _choose_own_flags(parser, args)
-        _require_consistency(parser, args)
+        try:
+            _require_consistency(args)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 
@@ -72,13 +73,15 @@ def _require_own_seeds(parser, args, argv):
         parser.error('--seeds names a seed twice')
 
 
-def _require_consistency(parser, args):
-    if args.batchsplit and args.batchsize % args.batchsplit:
-        parser.error(f'--batchsize {args.batchsize} does not divide into --batchsplit {args.batchsplit} sub-batches')
+def _require_consistency(args):
+    """Raises a ValueError for flags that do not go together."""
+    batch, split = args.batchsize, args.batchsplit
+    if split and batch % split:
+        raise ValueError(f'--batchsize {batch} does not divide into --batchsplit {split} sub-batches')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
-        parser.error('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
+        raise ValueError('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
     if args.optim == 'swag' and args.epochs + 1 - math.floor(args.swagstart * (args.epochs + 1)) < 2:
-        parser.error(f'swag needs two epochs or more after --swagstart {args.swagstart} of {args.epochs + 1}')
+        raise ValueError(f'swag needs two epochs or more after --swagstart {args.swagstart} of {args.epochs + 1}')
 
 
 def _choose_own_flags(parser, args):
@@ -107,9 +110,10 @@ def flags_of(config, run):
 
     try:
         args = create_parser().from_values(config['flags'], without=OF_START)
+        _set_defaults(args)
+        _require_consistency(args)
     except (ValueError, KeyError, TypeError) as error:
         raise runs.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
-    _set_defaults(args)
     return args
 
 
@@ -132,7 +136,7 @@ def continued(args, given, run):
 
 
 def create_parser():
-    parser = flags.Parser(DESCRIPTION)
+    parser = flags.Parser('Train an image classifier and leave a run folder for test.py.')
     add = parser.add_argument
     help = 'go on with the run in this folder; its flags hold, and --epochs may be more'
     add('--resume', type=Path, metavar='RUN', help=help)

@@ -66,6 +66,7 @@ def main(argv=None):
             settings.parse_args(jobs.arguments(fixed | runs[number]))
         for number, values in enumerate(runs):
             _require_same_flags(args.output / f'{number:04}', fixed | values)
+        _require_folder(args.output)
         tasks = [partial(_run, args, number, fixed | runs[number]) for number in chosen]
         complete = jobs.on_devices(tasks, args.jobs)
         print(summarise(args.output, runs))
@@ -80,7 +81,9 @@ def read(path):
     except (OSError, ValueError) as error:
         raise SweepError(f'{path} cannot be read: {error}') from error
     unknown = sweep.keys() - {'flags', 'grid', 'random'}
-    fixed, grid, ranges = (dict(sweep.get(name, {})) for name in ('flags', 'grid', 'random'))
+    fixed, grid, ranges = (sweep.get(name, {}) for name in ('flags', 'grid', 'random'))
+    if not all(isinstance(table, dict) for table in (fixed, grid, ranges)):
+        raise SweepError(f'{path}: flags, grid and random are tables, [flags], [grid] and [random]')
     draws = ranges.pop('draws', 1)
     if unknown:
         raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
@@ -94,6 +97,13 @@ def read(path):
     drawn = [{name: _log_uniform(rng, *bounds) for name, bounds in ranges.items()} for _ in range(draws)]
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return fixed, [combination | draw for combination in combinations for draw in drawn]
+
+
+def _require_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f'--output {folder} cannot be written: {error.strerror}') from error
 
 
 def _is_range(bounds):
@@ -164,7 +174,6 @@ def summarise(output, runs):
         [f'{number:04}', *(str(run[name]) for name in varied), *(_cell(found[name]) for name in SHOWN)]
         for number, run, found in complete
     ]
-    output.mkdir(parents=True, exist_ok=True)
     text = tables.markdown(header, rows) + f'\n{len(complete)} of {len(runs)} runs, by validation metrics\n'
     (output / 'summary.md').write_text(text)
     (output / 'summary.csv').write_text(tables.comma_separated(header, rows))

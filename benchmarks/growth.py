@@ -86,12 +86,12 @@ def bare_step(optim, num_params):
         del batch
         return jnp.square(params).sum() / 2, batch_stats
 
-    settings = {'alpha': 0.1, 'beta1': 0.9, 'weight_decay': 1e-4}
+    given = {'alpha': 0.1, 'beta1': 0.9, 'weight_decay': 1e-4}
     if optim != 'sgd':
-        settings |= {'rho': 0.01, 'batchsplit': run.SPLIT}
+        given |= {'rho': 0.01, 'batchsplit': run.SPLIT}
     if optim == 'bsam':
-        settings |= {'beta2': 0.999, 'num_data': 50_000}
-    optimizer = optimizers.OPTIMIZERS[optim](loss, **settings)
+        given |= {'beta2': 0.999, 'num_data': 50_000}
+    optimizer = optimizers.OPTIMIZERS[optim](loss, **given)
     step = jax.jit(optimizer.step, donate_argnums=0)
     held = {'state': optimizer.init(jnp.ones(num_params), {}, jax.random.key(0))}
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jobs
 import runs
+import settings
 import test as evaluate
 import train
 
@@ -79,10 +80,10 @@ def tuned_and_trained(args, optim):
     """Tries the draws, trains the best with all seeds and evaluates it; returns what came out."""
     began = time.monotonic()
     tried = []
-    for settings in draws(RANGES[optim], args.draws):
+    for drawn in draws(RANGES[optim], args.draws):
         flags = [f'--validation={args.validation}', f'--epochs={args.tuneepochs - 1}', '--keepgoing']
-        run = trained(args, optim, settings, seed=0, folder=args.folder / 'tuning', flags=flags)
-        tried.append({'settings': settings, 'nll': validation_nll(args, run)})
+        run = trained(args, optim, drawn, seed=0, folder=args.folder / 'tuning', flags=flags)
+        tried.append({'settings': drawn, 'nll': validation_nll(args, run)})
         print(optim, tried[-1], flush=True)
     best = min(tried, key=lambda t: t['nll'])['settings']
     flags = [f'--epochs={args.epochs - 1}', '--keepgoing']
@@ -102,12 +103,12 @@ def draws(ranges, number):
     ]
 
 
-def trained(args, optim, settings, seed, folder, flags):
+def trained(args, optim, drawn, seed, folder, flags):
     own = {'batchsplit': args.batchsplit} if 'rho' in settings.OPTIMIZERS[optim] else {}
     given = {
         'dataset': args.dataset, 'model': args.model, 'optim': optim, 'batchsize': args.batchsize, 'randomseed': seed,
         'warmup': 1, 'resultsfolder': folder,
-    } | own | settings  # fmt: skip
+    } | own | drawn  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         return train.main([*common_flags(args), *flags, *jobs.arguments(given)])
 

@@ -92,15 +92,18 @@ def main():
 
 
 def all_records():
-    return {name: records(name) for name in ('cifar10', 'fashion', 'rho', 'ablations', 'bnupdate', 'published')}
+    return {name: records(name) for name in study.STUDIES if not name.endswith('_tuning')}
 
 
-def page(cifar10, fashion, rho, ablations, bnupdate, published):
+def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
     template = (Path(__file__).parent / 'report.md').read_text()
     return template.format(
         cifar10_table=methods_table(cifar10),
         cifar10_claims=claims_table(cifar10),
         cifar10_commands=commands('cifar10', cifar10),
+        few_table=methods_table(cifar10_few),
+        few_claims=claims_table(cifar10_few),
+        few_commands=commands('cifar10_few', cifar10_few),
         fashion_table=methods_table(fashion),
         fashion_claims=claims_table(fashion),
         fashion_commands=commands('fashion', fashion),
@@ -108,8 +111,7 @@ def page(cifar10, fashion, rho, ablations, bnupdate, published):
         rho_verdict=rho_verdict(rho),
         rho_commands=commands('rho', {name: rho[name] for name in ('bsam_0.01', 'sam_0.05')}),
         ablations=ablations_table('as above', rho['bsam_0.01'], ablations),
-        bnupdate=ablations_table('both gradients', bnupdate['bnupdate_both'], bnupdate),
-        bnupdate_commands=commands('bnupdate', {'bnupdate_both': bnupdate['bnupdate_both']}),
+        bnupdate=bnupdate_table(bnupdate),
         published=published_table(published),
         comparisons='\n'.join(comparison(*row) for row in COMPARISONS),
         speed_table=speed_table(),
@@ -255,6 +257,14 @@ def ablations_table(name_of_base, base, found):
     rows += [ablation(name.replace('_', ' '), group, base) for name, group in found.items() if group is not base]
     header = ['', 'runs', 'accuracy %', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL']
     return tables.markdown(header, rows)
+
+
+def bnupdate_table(found):
+    """Which gradients move batch statistics."""
+    if 'bnupdate_both' not in found:
+        return 'Not measured yet: `python benchmarks/study.py bnupdate --folder …` and `make results` fill the table.\n'
+    both = found['bnupdate_both']
+    return ablations_table('both', both, found) + '\n' + commands('bnupdate', {'bnupdate_both': both})
 
 
 def ablation(name, group, base):

@@ -67,7 +67,7 @@ def parse_args(argv):
     )
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
-    add('--precision', choices=('float32', 'bfloat16'), default='float32', help='see train.py')
+    add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
     add('--repeats', type=int, default=5, help='turns in which steps are timed')
     add('--testimages', type=int, default=1000, help='images that are evaluated, twice')
     add('--testmc', type=int, default=8, help='samples over which their predictions are averaged')
@@ -233,11 +233,11 @@ def baseline_times(model, precision, repeats):
     state = jax.jit(experiment.init)(jax.random.key(0))
     images, labels = synthetic_images(5 * BATCH)
     mean, std = config['dataset']['mean'], config['dataset']['std']
-    settings = {name: config['flags'][name] for name in ('alpha', 'beta1', 'beta2', 'rho', 'batchsplit', 'damping')}
+    given = {name: config['flags'][name] for name in ('alpha', 'beta1', 'beta2', 'rho', 'batchsplit', 'damping')}
     loss = training.loss_function(network, jnp.dtype(precision))
     num_data = config['dataset']['num_train']
     weight_decay = config['flags']['priorprec'] / num_data
-    step = baseline.bsam_step(loss, **settings, weight_decay=weight_decay, num_data=num_data)
+    step = baseline.bsam_step(loss, **given, weight_decay=weight_decay, num_data=num_data)
     carried = (state.params, state.momentum, state.precision, state.batch_stats, state.key)
     rng = np.random.default_rng(0)
 

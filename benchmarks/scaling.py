@@ -27,6 +27,7 @@ import numpy as np
 import run
 
 import devices
+import jobs
 import runs
 import tables
 import training
@@ -95,7 +96,7 @@ def started(worker, number):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    one_core = os.environ | {'NPROC': '1'}  # XLA's threads; processes with more than cores hinder each other
+    one_core = os.environ | jobs.share_of_cores(os.cpu_count())
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, 'measure', '--worker', json.dumps(worker | {'process': i, 'address': address})],

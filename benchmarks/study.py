@@ -42,8 +42,8 @@ class Study(NamedTuple):
     tuned_by: str | None = None
 
 
-# As published for CIFAR-10, IVON's by its authors, but for the batch, one published sub-batch of 25 images, and the
-# learning rate, which is tuned for it: the published one, a third and a tenth of it.
+# As published for CIFAR-10, IVON's by its authors, but for the batch, one published sub-batch of 25 images, N, which is
+# four times the images for all, and the learning rate, which is tuned: the published one, a third and a tenth of it.
 _CIFAR10 = {
     'dataset': 'cifar10', 'model': 'resnet20', 'trainimages': 5000, 'validation': 0.1, 'batchsize': 25, 'warmup': 1,
     'dafactor': 4,
@@ -54,7 +54,6 @@ _METHODS = {
     'sam': {'optim': 'sam', 'priorprec': 25, 'rho': 0.05, 'batchsplit': 1},
     'ivon': {'optim': 'ivon', 'priorprec': 10, 'hessinit': 0.5},
 }
-# With 1,000 images, N and weight decays are those of the published runs if dafactor is 50, and 200 for bSAM.
 _ALPHAS = {'bsam': (0.05, 0.15, 0.5), 'sgd': (0.003, 0.01, 0.03), 'sam': (0.003, 0.01, 0.03), 'ivon': (0.02, 0.06, 0.2)}
 
 _FASHION = {
@@ -118,6 +117,7 @@ STUDIES = {
         },
         tuned_by='cifar10_tuning',
     ),
+    # With 1,000 images, N and weight decays are those of the published runs if dafactor is 50, and 200 for bSAM.
     'cifar10_few': Study(
         _CIFAR10 | {'trainimages': 1250, 'validation': 0.2, 'noaugment': True, 'epochs': 35},
         {name: flags | {'dafactor': 200 if name == 'bsam' else 50} for name, flags in _METHODS.items()},

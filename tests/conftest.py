@@ -11,13 +11,13 @@ import archives
 import checkpoints
 import experiments
 import flags
+import jobs
 import models
 import runs
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# XLA's threads: those of parallel workers share the cores.
-os.environ.setdefault('NPROC', str(max(1, os.cpu_count() // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))))
+os.environ |= jobs.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -38,6 +38,16 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Fails at once what would fetch a file."""
+
+    def refuse(url, timeout=None):
+        raise OSError('no network in tests')
+
+    monkeypatch.setattr('urllib.request.urlopen', refuse)
 
 
 @pytest.fixture

@@ -65,6 +65,15 @@ def test_help(benchmark, capsys, name):
     assert not stop.value.code and 'usage' in capsys.readouterr().out
 
 
+def test_methods(benchmark, tmp_path):
+    """Two optimizers, of one draw and one seed each."""
+    flags = ['--model=mlp', '--optimizers', 'sgd', 'sam', '--draws=1', '--tuneepochs=1', '--epochs=1', '--seeds=1']
+    benchmark('methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "digits"}'])
+    results = json.loads((tmp_path / 'digits.json').read_text())['optimizers']
+    assert all(found['chosen'] == found['tried'][0]['settings'] for found in results.values())
+    assert '| sgd, mean' in (tmp_path / 'digits.md').read_text() and (tmp_path / 'digits.csv').exists()
+
+
 def test_growth(benchmark, tmp_path, monkeypatch):
     growth = benchmark('growth')
     monkeypatch.setattr(growth, 'median_seconds', lambda function: growth.run.seconds(function))

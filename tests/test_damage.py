@@ -128,6 +128,7 @@ def test_damaged_config(change, message, run, capsys):
         ('dataset', 'num_classes', 10**12, 'does not describe images'),
         ('dataset', 'mean', ['0'], 'does not describe images'),
         ('dataset', 'std', [float('nan')], 'does not describe images'),
+        ('flags', 'batchsplit', 3, 'does not divide into --batchsplit 3 sub-batches'),
     ],
 )
 def test_absurd_config(part, name, value, message, run, capsys):
@@ -136,6 +137,20 @@ def test_absurd_config(part, name, value, message, run, capsys):
     config[part][name] = value
     runs.write_config(run, config)
     assert message in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
+
+
+@pytest.mark.parametrize(
+    ('main', 'flag', 'message'),
+    [
+        (evaluate.main, 'resultsfolder', 'does not describe images'),
+        (train.main, 'resume', 'holds other images than those'),
+    ],
+)
+def test_config_without_a_part(main, flag, message, run, capsys):
+    config = runs.read_config(run)
+    del config['dataset']
+    runs.write_config(run, config)
+    assert message in error_of(main, [f'--{flag}={run}'], capsys)
 
 
 def test_config_from_before_a_flag_was_there(run):
@@ -303,9 +318,8 @@ def write_plain_mnist(folder):
 
 
 @pytest.mark.parametrize('write', [write_cifar10_archive, write_cifar10_pickle, write_mnist, write_plain_mnist])
-def test_500_random_damages_of_an_archive(write, tmp_path, monkeypatch):
+def test_500_random_damages_of_an_archive(write, tmp_path):
     """A DataError of one line, or images of the right kind; never much more memory than the whole file takes."""
-    monkeypatch.setattr('urllib.request.urlopen', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('no network')))
     name, path = write(tmp_path)
     whole, draws, noticed = path.read_bytes(), random.Random(0), 0
     tracemalloc.start()

@@ -26,16 +26,6 @@ def read(name, folder, split):
     return data.dataset(name, folder).read(split)
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Fails at once what would fetch a file."""
-
-    def refuse(url, timeout=None):
-        raise OSError('no network in tests')
-
-    monkeypatch.setattr(urllib.request, 'urlopen', refuse)
-
-
 @pytest.mark.parametrize('layout', ['folder', 'archive', 'python folder', 'python archive'])
 def test_cifar10(layout, tmp_path):
     files, contents = archives.cifar10_record_files()

@@ -102,6 +102,7 @@ def test_he_kernels(initial):
     """ResNet-20's are cut too, but corrected: their standard deviation is √(2/fan_in)."""
     kernel = np.asarray(initial['resnet20']['stage3/block2/layer1/conv/kernel'])
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 576), rtol=0.02)
+    np.testing.assert_allclose(np.abs(kernel).max(), 2 * np.sqrt(2 / 576) / 0.8796, rtol=0.01)
 
 
 def test_initial_constants(initial):

@@ -30,14 +30,18 @@ SCRIPT = """if True:
 """
 FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
 # XLA's optimizations are most of the time here, and more threads than cores hinder each other.
-SMALL = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'NPROC': '1'}
+SMALL = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'PJRT_NPROC': '1'}
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return f'127.0.0.1:{free.getsockname()[1]}'
 
 
 def start(number, *arguments, last=(), script='train'):
     """Processes of one run, the last with more arguments; with number 1, a run that knows nothing of others."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        address = f'127.0.0.1:{free.getsockname()[1]}'
+    address = free_address()
     others = [[f'--coordinator={address}', f'--processes={number}', f'--processid={i}'] for i in range(number)]
     others[-1] += last
     return [
@@ -146,7 +150,7 @@ def test_addresses_that_are_not_whole(flags, line, capsys):
 def test_error_of_one_ends_all(datasets, tmp_path):
     """Data that one of two processes does not find, or other data: its line and status 2, and soon the other's end."""
     flags = ['--dataset=mnist', '--model=mlp', '--batchsize=20', '--optim=sgd', f'--datasetfolder={datasets}']
-    processes = start(2, *flags, f'--resultsfolder={tmp_path}', last=[f'--datasetfolder={tmp_path / "none"}'])
+    processes = start(2, *flags, f'--resultsfolder={tmp_path}', last=['--dataset=tinyimagenet'])
     began = time.monotonic()
     (first, _, _), (second, _, errors) = ended(processes)
     assert first != 0 and second == 2 and time.monotonic() - began < 60
@@ -182,7 +186,7 @@ def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
 
 
 def test_one_process_that_joined_is_stopped_as_ever(tmp_path):
-    flags = [*LONG, '--epochs=100000', '--processes=1', '--processid=0', '--coordinator=127.0.0.1:29763']
+    flags = [*LONG, '--epochs=100000', '--processes=1', '--processid=0', f'--coordinator={free_address()}']
     (process,) = start(1, *flags, f'--resultsfolder={tmp_path}')
     until_step(tmp_path, 2)
     process.send_signal(signal.SIGTERM)

@@ -82,6 +82,7 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
         ('[0.001, 0.1]', '[0.1, 0.001]', 'two numbers, 0 < low < high'),
         ('[flags]', '[flags', 'cannot be read'),
         ("optim = ['sgd', 'adam']", 'rho = [0.1]', '--rho is no flag of sgd'),
+        ('epochs = 0', 'epoch = 0', 'unrecognized arguments: --epoch=0'),
     ],
 )
 def test_what_is_refused(old, new, message, toml, tmp_path, capsys):
@@ -91,6 +92,19 @@ def test_what_is_refused(old, new, message, toml, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1 and message in error
     assert not (tmp_path / 'sweep').exists()
+
+
+def test_a_number_in_place_of_a_table(tmp_path, capsys):
+    (tmp_path / 'sweep.toml').write_text('grid = 3')
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(tmp_path / 'sweep.toml'), f'--output={tmp_path / "sweep"}'])
+    assert stop.value.code == 2 and 'flags, grid and random are tables' in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_folder(toml, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(toml), f'--output={toml}'])
+    assert stop.value.code == 2 and f'--output {toml} cannot be written' in capsys.readouterr().err
 
 
 def test_changed_file_is_refused(toml, tmp_path, capsys):
@@ -122,13 +136,12 @@ def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
 
 def test_jobs_share_the_machine(monkeypatch):
     """Of two at once each has a GPU of its own, and half of the cores."""
-    monkeypatch.setattr('os.cpu_count', lambda: 8)
+    monkeypatch.setattr('os.sched_getaffinity', lambda process: range(8), raising=False)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
-    monkeypatch.delenv('NPROC', raising=False)
     both_run = threading.Barrier(2)
 
     def task(environment):
         both_run.wait(timeout=10)
-        return environment['CUDA_VISIBLE_DEVICES'], environment['NPROC']
+        return environment['CUDA_VISIBLE_DEVICES'], environment['PJRT_NPROC']
 
     assert sorted(jobs.on_devices([task, task])) == [('3', '4'), ('5', '4')]
