@@ -81,7 +81,8 @@ def main():
     found = all_records()
     (RESULTS / 'README.md').write_text(page(**found))
     pictures = {
-        'reliability': reliability(found['fashion']),
+        'reliability': reliability(found['cifar10_few']),
+        'few_samples': over_samples(found['cifar10_few']),
         'cifar10_samples': over_samples(found['cifar10']),
         'fashion_samples': over_samples(found['fashion']),
         'cifar10_corruptions': over_severities(found['cifar10']),
