@@ -248,7 +248,7 @@ def test_signal_before_the_first_step_ends_without_a_traceback(flags_of):
 
 
 SHORT_STEPS = (
-    '--dataset=mnist', '--model=mlp', '--optim=bsam', '--alpha=0.1', '--batchsize=20', '--batchsplit=2', '--epochs=150',
+    '--dataset=mnist', '--model=mlp', '--optim=bsam', '--alpha=0.1', '--batchsize=20', '--batchsplit=2', '--epochs=80',
 )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def test_killed_anywhere(datasets, tmp_path):
     for chain in chains:
         run, steps = chain.result()
         assert steps == sorted(steps) and len(set(steps)) > 5
-        train.main([f'--resume={run}'])
+        train.main([f'--resume={run}', '--checkpointevery=1000'])
         assert_same_run(run, never_killed)
 
 
