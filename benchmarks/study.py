@@ -153,7 +153,7 @@ STUDIES = {
         _TEST,
     ),
     'bnupdate': Study(
-        _FASHION | {'model': 'resnet18', 'trainimages': 500, 'batchsize': 25, 'epochs': 7},
+        _FASHION | {'model': 'resnet18', 'trainimages': 625, 'validation': 0.2, 'batchsize': 25, 'epochs': 7},
         {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 1} for which in settings.BNUPDATES},
         3,
         {'test': (3, ['--testmc=4', '--testimages=1000'])},
