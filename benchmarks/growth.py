@@ -134,7 +134,7 @@ def plot(results, picture):
         axis.grid(alpha=0.3)
         if name != 'parameters':
             axis.set_xticks(sizes, sizes)
-            axis.set(ylim=(0.1, 10), yticks=(0.1, 1, 10), yticklabels=('0.1', '1', '10'))
+            axis.set(ylim=(0.05, 10), yticks=(0.1, 1, 10), yticklabels=('0.1', '1', '10'))
             axis.xaxis.set_minor_locator(ticker.NullLocator())
     axes[0].set_ylabel('seconds')
     axes[0].legend(frameon=False)
