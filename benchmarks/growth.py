@@ -3,8 +3,8 @@
     python benchmarks/growth.py --json results/growth.json
     python benchmarks/growth.py --plot results/growth.json results/growth.png
 
-Seconds are medians. The network is ResNet-20, but for the parameters: there the loss is |w|²/2, so that the optimizer
-itself is all that costs.
+Seconds are medians over turns, so that what else a machine does disturbs all points alike. The network is ResNet-20,
+but for the parameters: there the loss is |w|²/2, so that the optimizer itself is all that costs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import runs
 
 BATCHES, SUB_BATCHES, SAMPLES = (25, 50, 100, 200, 400), (1, 2, 4, 8, 20), (1, 2, 4, 8, 16, 32)
 PARAMETERS = (10_000, 100_000, 1_000_000, 10_000_000, 40_000_000)
-NETWORK, SUB_BATCH, TEST_IMAGES = 'resnet20', 25, 200
+NETWORK, SUB_BATCH, TEST_IMAGES, TURNS = 'resnet20', 25, 200, 5
 
 
 def main(argv=None):
@@ -52,17 +52,9 @@ def parse_args(argv):
 
 
 def curves(make, optims, sizes):
-    """{optimizer: {size: median seconds of what make(optimizer, size) returned}}."""
-    return {optim: {size: median_seconds(make(optim, size)) for size in sizes} for optim in optims}
-
-
-def median_seconds(function):
-    """The median of three calls, or of as many as fit into half a second."""
-    function()
-    times = []
-    while len(times) < 3 or sum(times) < 0.5:
-        times.append(run.seconds(function))
-    return statistics.median(times)
+    """{optimizer: {size: median seconds of what make(optimizer, size) returned}}, all called in turn."""
+    times, _ = run.in_turns(TURNS, {(optim, size): make(optim, size) for optim in optims for size in sizes})
+    return {optim: {size: statistics.median(times[optim, size]) for size in sizes} for optim in optims}
 
 
 def step_of_batch(optim, batch_size):
