@@ -268,7 +268,7 @@ def swag(loss, *, alpha, beta1, weight_decay, swagstart, swagevery, swagrank=20)
     """SWAG (Maddox et al., 2019): SGD, and the Gaussian of the weights that it passes.
 
     After step `swagstart` and every `swagevery` steps from there the weights θ are recorded: their mean θ̄ (SWA), that
-    of θ², and the last `swagrank` deviations D = θ − θ̄. The posterior has half of the covariance
+    of θ², and the last K ≤ `swagrank` deviations D = θ − θ̄. The posterior has half of the covariance
     diag(mean θ² − θ̄²) + DDᵀ/(K − 1). Batch statistics are those of SGD's weights: estimate them again for others.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)

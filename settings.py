@@ -150,7 +150,7 @@ def create_parser():
     _add_own(parser, 'alpha', flags.number(above=0), 'learning rate α, before the schedule')
     help = 'ρ: evaluate at w + ρ g/‖g‖ (sam, samadam), w + ρ g/s (bsam), w + ρ T²g/‖Tg‖ (asam)'
     _add_own(parser, 'rho', flags.number(minimum=0), help)
-    help = 'β₁: m ← β₁m + g + δw (sgd, sam, asam, swag), m ← β₁m + (1−β₁)(g + δw) (bsam, Adam and its kin)'
+    help = 'β₁: m ← β₁m + g + δw (sgd, sam, asam, swag), m ← β₁m + (1−β₁)(g + δw) (others, adamw and ivon without δw)'
     _add_own(parser, 'beta1', beta, help)
     help = 'β₂: s ← β₂s + (1−β₂)(√s|g| + γ + δ) (bsam); decay of g² (Adam and its kin) or of h (ivon)'
     _add_own(parser, 'beta2', beta, help)
@@ -165,7 +165,7 @@ def create_parser():
     add('--warmup', type=flags.integer(0), default=5, help=help)
     help = 'data set; tfds/NAME is one that TensorFlow Datasets prepared in the folder of the data sets'
     parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
-    help = 'sub-batches m of a batch, each with a perturbation or noise of its own'
+    help = 'sub-batches M of a batch, each with a perturbation or noise of its own'
     _add_own(parser, 'batchsplit', flags.integer(1), help)
     help = 'which of the two gradients moves batch statistics'
     parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))
@@ -190,7 +190,7 @@ def create_parser():
     add('--checkpointevery', type=flags.steps_or_minutes, metavar='STEPS', help=help)
     help = 'keep the checkpoint of best accuracy in the log besides the last two; not for choosing what you report'
     add('--keepbest', action='store_true', help=help)
-    add('--keepgoing', action='store_true', help='train on where the loss is not finite, instead of stopping')
+    add('--keepgoing', action='store_true', help='train on where the loss or the state is not finite')
     _add_own(parser, 'custominit', flags.number(above=0), 'initial precision s')
     _add_own(parser, 'damping', flags.number(minimum=0), 'damping γ of the precision')
     _add_own(parser, 'eta', flags.number(minimum=0), 'η: T = |w| + η')

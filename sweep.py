@@ -19,6 +19,7 @@ python sweep.py sweep.toml --output results/sweep --part $SLURM_ARRAY_TASK_ID/8
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -104,6 +105,8 @@ def _require_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f'--output {folder} cannot be written: {error.strerror}') from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SweepError(f'--output {folder} cannot be written: permission denied')
 
 
 def _is_range(bounds):

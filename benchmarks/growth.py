@@ -110,9 +110,9 @@ def plot(results, picture):
 
     panels = [
         ('batch', 'images in a batch', f'a training step, sub-batches of {SUB_BATCH}'),
-        ('sub_batches', 'sub-batches m', f'a training step, batch of {run.BATCH}'),
+        ('sub_batches', 'sub-batches M', f'a training step, batch of {run.BATCH}'),
         ('samples', 'posterior samples', f'evaluation of {TEST_IMAGES} images'),
-        ('parameters', 'parameters', 'an optimizer without a network, m = 8'),
+        ('parameters', 'parameters', 'an optimizer without a network, M = 8'),
     ]
     labels = {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM'}
     colours = {'sgd': '#8F5F3F', 'sam': '#6FA060', 'bsam': '#435571'}

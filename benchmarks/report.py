@@ -244,10 +244,10 @@ def rho_verdict(found):
         nlls = {rho: values(group, 'nll', 'average') for rho, group in by_rho(found, method).items()}
         small = [rho for rho in nlls if rho <= 3 * published]
         apart, apart_in_all = (np.ptp([nlls[rho].mean() for rho in rhos]) for rhos in (small, nlls))
-        seeds = np.mean([group.std(ddof=1) for group in nlls.values()])
+        seeds = np.mean([nlls[rho].std(ddof=1) for rho in small])
         lines.append(
             f'- {NAMES[method]}: from ρ = {small[0]:g} to {small[-1]:g}, a factor of {small[-1] / small[0]:.0f}, the '
-            f'best and the worst NLL differ by {apart:.4f}, over all ρ by {apart_in_all:.4f}; seeds by {seeds:.4f}'
+            f'best and the worst NLL differ by {apart:.4f}, seeds by {seeds:.4f}; over all ρ by {apart_in_all:.4f}'
         )
     return '\n'.join(lines)
 
@@ -262,8 +262,6 @@ def ablations_table(name_of_base, base, found):
 
 def bnupdate_table(found):
     """Which gradients move batch statistics."""
-    if 'bnupdate_both' not in found:
-        return 'Not measured yet: `python benchmarks/study.py bnupdate --folder …` and `make results` fill the table.\n'
     both = found['bnupdate_both']
     return ablations_table('both', both, found) + '\n' + commands('bnupdate', {'bnupdate_both': both})
 
@@ -324,15 +322,15 @@ def from_csv(row, metric):
 
 
 def speed_table():
-    """The ratios of benchmarks/run.py on each machine that it ran on."""
+    """The ratios of benchmarks/run.py, of each file that it wrote."""
     rows = []
     for path in sorted(RESULTS.glob('benchmark*.json')):
         results = json.loads(path.read_text())
         for model in ('resnet18', 'resnet20'):
             ratios = [results[model][f'{optim}_over_gradient'] for optim in ('sam', 'bsam')]
-            machine = f'{results["environment"]["device"]}, JAX {results["environment"]["versions"]["jax"]}'
-            rows.append([f'[{path.name}]({path.name})', machine, model, *(f'{ratio:.2f}' for ratio in ratios)])
-    return tables.markdown(['', 'machine', 'network', 'SAM / gradient', 'bSAM / gradient'], rows)
+            versions = results['environment']['versions']
+            rows.append([f'[{path.stem}]({path.name})', versions['jax'], model, *(f'{ratio:.2f}' for ratio in ratios)])
+    return tables.markdown(['', 'JAX', 'network', 'SAM / gradient', 'bSAM / gradient'], rows)
 
 
 def commands(name, found):

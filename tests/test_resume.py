@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import shutil
@@ -200,6 +201,17 @@ def test_divergence_keeps_the_last_finite_checkpoint(flags_of, monkeypatch, caps
     assert restore(run)[0] == 2 and all(np.isfinite(leaf).all() for leaf in arrays(restore(run)[1]))
     assert train.main([f'--resume={run}', '--keepgoing']) == run
     assert restore(run)[0] == 4 and [record['loss'] is None for record in read_log(run)] == [False, True]
+
+
+def test_state_that_is_not_finite_is_not_saved(flags_of, monkeypatch, capsys):
+    """The rate of the second epoch is infinite; the loss of its first step is that of the weights before."""
+    monkeypatch.setattr('optimizers.lr_factor', lambda epoch, epochs, warmup: 1 if epoch == 0 else math.inf)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(optim='sgd', alpha=0.05, checkpointevery=1))
+    out, error = capsys.readouterr()
+    assert stop.value.code == 1 and error.count('\n') == 1
+    assert 'weights or optimizer state are not finite after step 3 (epoch 2)' in error
+    assert restore(Path(out.split(':')[0]))[0] == 2
 
 
 def test_other_images_than_before(flags_of, tmp_path, capsys):

@@ -107,6 +107,14 @@ def test_a_file_in_place_of_the_folder(toml, capsys):
     assert stop.value.code == 2 and f'--output {toml} cannot be written' in capsys.readouterr().err
 
 
+def test_a_folder_of_others(toml, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('os.access', lambda path, mode: path != tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(toml), f'--output={tmp_path}'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f'--output {tmp_path} cannot be written: permission denied' in error
+
+
 def test_changed_file_is_refused(toml, tmp_path, capsys):
     """Runs of before would stand in the table with the flags of now."""
     output = tmp_path / 'sweep'
