@@ -18,7 +18,7 @@ import runs
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 os.environ |= jobs.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
-# LLVM's optimizations are half of the tests' time; those of XLA itself, which choose what is computed how, remain.
+# LLVM's further optimizations take longer than they save in short tests.
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=1 ' + os.environ.get('XLA_FLAGS', '')
 
 
