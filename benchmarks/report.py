@@ -261,9 +261,11 @@ def ablations_table(name_of_base, base, found):
 
 
 def bnupdate_table(found):
-    """Which gradients move batch statistics."""
+    """Which gradients move batch statistics, and statistics that are estimated again for the mean and every sample."""
     both = found['bnupdate_both']
-    return ablations_table('both', both, found) + '\n' + commands('bnupdate', {'bnupdate_both': both})
+    refreshed = {seed: {'evaluations': {'test': record['evaluations']['refreshed']}} for seed, record in both.items()}
+    table = ablations_table('both', both, found | {'both, bnrefresh 20': refreshed})
+    return table + '\n' + commands('bnupdate', {'bnupdate_both': both})
 
 
 def ablation(name, group, base):

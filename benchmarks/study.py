@@ -156,7 +156,10 @@ STUDIES = {
         _FASHION | {'model': 'resnet18', 'trainimages': 625, 'validation': 0.2, 'batchsize': 25, 'epochs': 7},
         {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 1} for which in settings.BNUPDATES},
         3,
-        {'test': (3, ['--testmc=4', '--testimages=1000'])},
+        {
+            'refreshed': (3, ['--testmc=4', '--testimages=1000', '--bnrefresh=20']),
+            'test': (3, ['--testmc=4', '--testimages=1000']),
+        },
     ),
     'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, ['--testmc=32'])}),
 }  # fmt: skip
