@@ -6,6 +6,7 @@ import difflib
 import io
 import math
 import os
+import pathlib
 import sys
 
 
@@ -165,6 +166,14 @@ def steps_or_minutes(text):
         raise argparse.ArgumentTypeError(
             f'{text!r} is neither a number of steps like 500 nor minutes like 30min'
         ) from error
+
+
+def new_file(text):
+    """A flag type: the path of a file that can be written, as far as its folder tells."""
+    path = pathlib.Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{path.parent} is no folder: make it first')
+    return path
 
 
 def first_line(error):

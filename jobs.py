@@ -1,5 +1,6 @@
-"""Processes of train.py side by side: one a GPU, or one at a time where there is none."""
+"""Processes of train.py and test.py side by side: one a GPU, or one at a time where there is none."""
 
+import json
 import os
 import queue
 import shutil
@@ -7,9 +8,16 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import settings
+
 SCRIPTS = Path(__file__).parent
+
+
+class JobError(Exception):
+    """A run that failed, or that cannot be gone on with, in one line for the user."""
 
 
 def arguments(values):
@@ -18,16 +26,14 @@ def arguments(values):
     return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
 
 
-def begun_run(folder):
-    """The run folder below `folder` that has a checkpoint to go on from, None if there is none."""
-    checkpoints = folder.glob('*/*/run_*/checkpoints/*')
-    return next((path.parent.parent for path in checkpoints if path.name.isdecimal()), None)
-
-
 def on_devices(tasks, number=None):
-    """Calls task(environment) of each, `number` at once, one a GPU by default; returns what they return.
+    """Calls task(run) of each, `number` at once, one a GPU by default; returns what they return, of a task that raises
+    a JobError None, and prints that.
 
-    environment: the os.environ of processes that are to run on a GPU of their own, or on their share of the cores.
+    run(command, write) runs a process on a GPU or a share of the cores of its own, calls write(line) with each line
+    that it prints, and returns its exit status.
+    SIGTERM and SIGINT are passed on to the processes that run; no others are started, and when those have ended, this
+    one ends too.
     """
     gpus = _gpus()
     number = number or len(gpus) or 1
@@ -39,12 +45,72 @@ def on_devices(tasks, number=None):
     def call(task):
         environment = free.get()
         try:
-            return task(environment)
+            return task(partial(processes.run, environment))
+        except _StoppedError:
+            return None
+        except JobError as error:
+            print(error, file=sys.stderr, flush=True)
+            return None
         finally:
             free.put(environment)
 
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(call, tasks))
+    with _Processes() as processes, ThreadPoolExecutor(number) as pool:
+        results = list(pool.map(call, tasks))
+    if processes.signal:
+        sys.exit(128 + processes.signal)
+    return results
+
+
+class _StoppedError(Exception):
+    """There was a signal to end."""
+
+
+class _Processes:
+    """Processes that get the SIGTERM and SIGINT which this one gets while it is entered."""
+
+    def __init__(self):
+        self.signal = None
+        self._running = set()
+        self._before = {}
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def run(self, environment, command, write):
+        """Runs a process to its end; returns its exit status. Raises _StoppedError after a signal."""
+        if self.signal:
+            raise _StoppedError
+        with subprocess.Popen(
+            list(map(str, command)),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace',
+            start_new_session=True,  # else Ctrl-C would reach it twice
+        ) as process:
+            self._running.add(process)
+            if self.signal:
+                process.send_signal(self.signal)
+            for line in process.stdout:
+                write(line)
+        self._running.discard(process)
+        if self.signal:
+            raise _StoppedError
+        return process.returncode
+
+    def _pass_on(self, number, frame):
+        del frame
+        self.signal = number
+        running = list(self._running)
+        print(f'\n{signal.Signals(number).name}: waiting for what runs to save and end', file=sys.stderr, flush=True)
+        for process in running:
+            process.send_signal(number)
 
 
 def share_of_cores(number):
@@ -64,42 +130,70 @@ def _gpus():
 
 
 def train_seeds(values, seeds):
-    """Trains with the flags {name: value} and each seed, in processes whose lines it prints; returns an exit status.
+    """Trains with the flags {name: value} and each seed, in processes whose lines it prints; returns an exit status."""
 
-    SIGTERM and SIGINT are passed on to those that run, which save and end, and the others are not begun.
-    """
-    running, signals = set(), []
-
-    def train(seed, environment):
-        if signals:
-            return 0
+    def train(seed, run):
         command = [sys.executable, SCRIPTS / 'train.py', *arguments(values | {'randomseed': seed})]
-        with subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            running.add(process)
-            if signals:
-                process.send_signal(signals[0])
-            for line in process.stdout:
-                print(f'seed {seed}: {line}', end='', flush=True)
-            running.discard(process)
-        return process.returncode
+        return run(command, lambda line: print(f'seed {seed}: {line}', end='', flush=True))
 
-    def pass_on(number, frame):
-        del frame
-        signals.append(number)
-        for process in list(running):
-            process.send_signal(number)
+    statuses = on_devices([partial(train, seed) for seed in seeds])
+    return max(128 - status if status < 0 else status for status in statuses)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        statuses = on_devices([lambda environment, seed=seed: train(seed, environment) for seed in seeds])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 128 + signals[0] if signals else max(128 - status if status < 0 else status for status in statuses)
+
+def trained_and_tested(run, folder, values, tests):
+    """Trains one run below `folder` with the flags {name: value}, or goes on with the one that is there, and calls
+    test.py with each of the argument lists `tests`. What they print goes to folder/output.txt.
+
+    run: what on_devices gives a task. Returns the run folder, and what each call measured. Raises JobError.
+    """
+    require_same_flags(folder, values)
+    begun = begun_run(folder)
+    if begun:
+        training = [f'--resume={begun}']
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        training = [*arguments(values), f'--resultsfolder={folder}']
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'output.txt', 'a', buffering=1) as output:
+
+        def call(script, given):
+            status = run([sys.executable, SCRIPTS / script, *given], output.write)
+            if status:
+                raise JobError(f'{folder}: {script} ended with status {status}, see output.txt')
+
+        call('train.py', training)
+        (trained,) = folder.glob('*/*/run_*')
+        measured = []
+        for given in tests:
+            call('test.py', [f'--resultsfolder={trained}', *given])
+            measured.append(metrics(trained, given))
+    return trained, measured
+
+
+def metrics(trained, given=()):
+    """What test.py measured of a run folder when it was last called with these arguments."""
+    marks = {'--split=validation': '-validation', '--laplace': '-laplace'}
+    name = 'metrics' + ''.join(mark for argument, mark in marks.items() if argument in given)
+    return json.loads((trained / f'{name}.json').read_text())
+
+
+def require_same_flags(folder, values):
+    """Raises a JobError if the run below `folder` was begun with other flags."""
+    for path in folder.glob('*/*/run_*/config.json'):
+        try:
+            held = json.loads(path.read_text())['flags']
+        except (OSError, ValueError, KeyError):
+            continue  # train.py says what is wrong with it
+        given = vars(settings.parse_args(arguments(values)))
+        for name in values.keys() - {'datasetfolder', 'resultsfolder'}:
+            if held.get(name) != given[name]:
+                raise JobError(
+                    f'{path.parent} was begun with --{name} {held.get(name)}, not {given[name]}: '
+                    'take another folder, or remove this one'
+                )
+
+
+def begun_run(folder):
+    """The run folder below `folder` that has a checkpoint to go on from, None if there is none."""
+    checkpoints = folder.glob('*/*/run_*/checkpoints/*')
+    return next((path.parent.parent for path in checkpoints if path.name.isdecimal()), None)

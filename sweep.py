@@ -21,8 +21,6 @@ import json
 import math
 import os
 import random
-import shutil
-import subprocess
 import sys
 import tomllib
 from functools import partial
@@ -60,15 +58,15 @@ def _part(text):
 
 def main(argv=None):
     args = parse_args(argv)
-    with flags.one_line_errors('sweep.py', SweepError):
+    with flags.one_line_errors('sweep.py', SweepError, jobs.JobError):
         fixed, runs = read(args.sweep)
         chosen = [] if args.summary else range(args.part[0], len(runs), args.part[1])
         for number in chosen:
             settings.parse_args(jobs.arguments(fixed | runs[number]))
         for number, values in enumerate(runs):
-            _require_same_flags(args.output / f'{number:04}', fixed | values)
+            jobs.require_same_flags(args.output / f'{number:04}', fixed | values)
         _require_folder(args.output)
-        tasks = [partial(_run, args, number, fixed | runs[number]) for number in chosen]
+        tasks = [partial(_complete, args, number, fixed | runs[number]) for number in chosen]
         complete = jobs.on_devices(tasks, args.jobs)
         print(summarise(args.output, runs))
     if not all(complete):
@@ -118,45 +116,13 @@ def _log_uniform(rng, low, high):
     return float(f'{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}')
 
 
-def _run(args, number, values, environment):
+def _complete(args, number, values, run):
     """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns whether it is now."""
     folder = args.output / f'{number:04}'
-    if _metrics(folder):
-        return True
-    run = jobs.begun_run(folder)
-    if run:
-        arguments = [f'--resume={run}']
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        arguments = [*jobs.arguments(values), f'--resultsfolder={folder}']
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'output.txt', 'a') as output:
-        for script, more in (('train.py', arguments), ('test.py', ['--split=validation', f'--testmc={args.testmc}'])):
-            if script == 'test.py':
-                more = [f'--resultsfolder={next(folder.glob("*/*/run_*"))}', *more]
-            command = [sys.executable, jobs.SCRIPTS / script, *more]
-            done = subprocess.run(command, stdout=output, stderr=output, env=environment)
-            if done.returncode:
-                print(f'{folder}: {script} ended with status {done.returncode}, see output.txt', file=sys.stderr)
-                return False
-    print(f'{folder}: validation nll {_metrics(folder)["nll"]}', flush=True)
+    if not _metrics(folder):
+        jobs.trained_and_tested(run, folder, values, [['--split=validation', f'--testmc={args.testmc}']])
+        print(f'{folder}: validation nll {_metrics(folder)["nll"]}', flush=True)
     return True
-
-
-def _require_same_flags(folder, values):
-    """Raises a SweepError if a run was begun with other flags, as when the file was changed since."""
-    for path in folder.glob('*/*/run_*/config.json'):
-        try:
-            held = json.loads(path.read_text())['flags']
-        except (OSError, ValueError, KeyError):
-            continue  # train.py says what is wrong with it
-        given = vars(settings.parse_args(jobs.arguments(values)))
-        for name in values.keys() - {'datasetfolder', 'resultsfolder'}:
-            if held.get(name) != given[name]:
-                raise SweepError(
-                    f'{path.parent} was begun with --{name} {held.get(name)}, not {given[name]}: '
-                    'take another --output, or remove the folder'
-                )
 
 
 def _metrics(folder):

@@ -5,7 +5,6 @@
 Operations overlap on several cores, so their times add up to more than the gradient's.
 """
 
-import argparse
 import collections
 import math
 import re
@@ -16,13 +15,14 @@ from pathlib import Path
 import jax
 import run
 
+import flags
 import tables
 
 SUB_BATCHES, SUB_BATCH = 4, 25
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
     args = parser.parse_args(argv)
     gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)

@@ -5,27 +5,26 @@ python benchmarks/methods.py --dataset digits --model lenet --folder /tmp/digits
 Each optimizer draws the same number of settings from its ranges below (log-uniform, seeded), trains each with a part of
 the training images kept out, and takes the one of least NLL there, averaged over 8 posterior samples. With it, all
 training images and a seed each it is trained again, and test.py compares the runs over 32 samples on the test images,
-which nothing was chosen by. What was drawn and chosen goes to OUTPUT.json, the tables to OUTPUT.md and .csv.
+which nothing was chosen by, with ensembles, and Laplace approximations where an optimizer has no posterior. What was
+drawn and chosen goes to OUTPUT.json, the tables to OUTPUT.md and .csv.
 """
 
-import argparse
 import contextlib
 import io
-import json
+import math
 import shutil
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import study
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import flags
 import jobs
 import runs
 import settings
 import test as evaluate
-import train
 
 _SGD = {'alpha': (0.003, 0.3), 'priorprec': (0.3, 30)}
 _ADAM = {'alpha': (1e-4, 1e-2), 'priorprec': (0.3, 30)}
@@ -43,7 +42,31 @@ RANGES = {
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args = parse_args(argv)
+    drawn = [(optim, values) for optim in args.optimizers for values in draws(RANGES[optim], args.draws)]
+    nlls = complete(args, [partial(tune, args, number, *draw) for number, draw in enumerate(drawn)])
+    tried = {optim: [] for optim in args.optimizers}
+    for (optim, values), nll in zip(drawn, nlls, strict=True):
+        tried[optim].append({'settings': values, 'nll': nll})
+    chosen = {optim: min(of_optim, key=lambda t: t['nll'])['settings'] for optim, of_optim in tried.items()}
+    final = [partial(train, args, optim, chosen[optim], seed) for optim in chosen for seed in range(args.seeds)]
+    trained = complete(args, final)
+    record = {
+        'command': ' '.join(['python benchmarks/methods.py', *(sys.argv[1:] if argv is None else argv)]),
+        **runs.environment(),
+        'optimizers': {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen},
+    }
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluate.main(['--reuse', '--ensemble', f'--output={args.folder}', '--resultsfolder', *map(str, trained)])
+    tables = out.getvalue()
+    runs.write_json(args.output.with_suffix('.json'), record)
+    args.output.with_suffix('.md').write_text(tables[: tables.index('written:')].strip() + '\n')
+    shutil.copy(args.folder / 'comparison.csv', args.output.with_suffix('.csv'))
+    print(tables)
+
+
+def parse_args(argv):
+    parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('--dataset', default='digits')
     parser.add_argument('--model', default='lenet')
     parser.add_argument('--datasetfolder', default='datasets')
@@ -55,44 +78,10 @@ def main(argv=None):
     parser.add_argument('--validation', type=float, default=0.2, help='fraction kept out for tuning')
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES))
-    parser.add_argument('--folder', type=Path, required=True, help='of the runs')
-    parser.add_argument('--output', type=Path, required=True, help='results/NAME, without a suffix')
-    args = parser.parse_args(argv)
-
-    record = {'command': sys.argv[1:] if argv is None else argv, **runs.environment(), 'optimizers': {}}
-    for optim in args.optimizers:
-        record['optimizers'][optim] = tuned_and_trained(args, optim)
-        runs.write_json(args.output.with_suffix('.json'), record)
-    folders = [run for chosen in record['optimizers'].values() for run in chosen.pop('runs')]
-    arguments = ['--reuse', f'--output={args.folder}', '--resultsfolder', *folders]
-    tables = said(evaluate.main, arguments)
-    runs.write_json(args.output.with_suffix('.json'), record)
-    args.output.with_suffix('.md').write_text(tables[: tables.index('written:')].strip() + '\n')
-    shutil.copy(args.folder / 'comparison.csv', args.output.with_suffix('.csv'))
-    print(tables)
-
-
-def common_flags(args):
-    return [f'--datasetfolder={args.datasetfolder}']
-
-
-def tuned_and_trained(args, optim):
-    """Tries the draws, trains the best with all seeds and evaluates it; returns what came out."""
-    began = time.monotonic()
-    tried = []
-    for drawn in draws(RANGES[optim], args.draws):
-        flags = [f'--validation={args.validation}', f'--epochs={args.tuneepochs - 1}', '--keepgoing']
-        run = trained(args, optim, drawn, seed=0, folder=args.folder / 'tuning', flags=flags)
-        tried.append({'settings': drawn, 'nll': validation_nll(args, run)})
-        print(optim, tried[-1], flush=True)
-    best = min(tried, key=lambda t: t['nll'])['settings']
-    flags = [f'--epochs={args.epochs - 1}', '--keepgoing']
-    folders = [trained(args, optim, best, seed, args.folder / 'final', flags) for seed in range(args.seeds)]
-    for run in folders:
-        said(evaluate.main, [f'--resultsfolder={run}', '--testmc=32', *common_flags(args)])
-    minutes = round((time.monotonic() - began) / 60, 1)
-    print(optim, 'took', best, f'{minutes} min', flush=True)
-    return {'tried': tried, 'chosen': best, 'minutes': minutes, 'runs': [str(run) for run in folders]}
+    parser.add_argument('--folder', type=Path, required=True, help='of the runs; those that it has are gone on with')
+    parser.add_argument('--output', type=flags.new_file, required=True, help='results/NAME, without a suffix')
+    parser.add_argument('--jobs', type=int, help='runs at once; one a GPU by default, else one')
+    return parser.parse_args(argv)
 
 
 def draws(ranges, number):
@@ -103,27 +92,38 @@ def draws(ranges, number):
     ]
 
 
-def trained(args, optim, drawn, seed, folder, flags):
-    own = {'batchsplit': args.batchsplit} if 'rho' in settings.OPTIMIZERS[optim] else {}
-    given = {
-        'dataset': args.dataset, 'model': args.model, 'optim': optim, 'batchsize': args.batchsize, 'randomseed': seed,
-        'warmup': 1, 'resultsfolder': folder,
-    } | own | drawn  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):
-        return train.main([*common_flags(args), *flags, *jobs.arguments(given)])
+def complete(args, tasks):
+    """What the tasks return; ends the script if one failed."""
+    results = jobs.on_devices(tasks, args.jobs)
+    if None in results:
+        sys.exit(1)
+    return results
 
 
-def validation_nll(args, run):
-    said(evaluate.main, [f'--resultsfolder={run}', '--split=validation', '--testmc=8', *common_flags(args)])
-    nll = json.loads((run / 'metrics-validation.json').read_text())['average']['nll']
-    return float('inf') if nll is None else nll
+def tune(args, number, optim, drawn, run):
+    """Trains with the settings drawn; returns the NLL over samples on the images that were kept out."""
+    values = flags_of(args, optim, drawn) | {'validation': args.validation, 'epochs': args.tuneepochs - 1}
+    tests = [['--split=validation', '--testmc=8']]
+    _, (measured,) = jobs.trained_and_tested(run, args.folder / 'tuning' / f'{number:03}', values, tests)
+    nll = measured['average']['nll']
+    print(optim, drawn, nll, flush=True)
+    return math.inf if nll is None else nll
 
 
-def said(function, *arguments):
-    """What a function prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        function(*arguments)
-    return out.getvalue()
+def train(args, optim, chosen, seed, run):
+    """Trains with the settings chosen and evaluates; returns the run folder."""
+    values = flags_of(args, optim, chosen) | {'epochs': args.epochs - 1, 'randomseed': seed}
+    tests = [['--testmc=32']] + [['--testmc=32', '--laplace']] * (optim not in study.WITH_POSTERIOR)
+    trained, _ = jobs.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, tests)
+    print(trained, flush=True)
+    return trained
+
+
+def flags_of(args, optim, chosen):
+    values = {name: getattr(args, name) for name in ('dataset', 'model', 'datasetfolder', 'batchsize')}
+    if 'rho' in settings.OPTIMIZERS[optim]:
+        values['batchsplit'] = args.batchsplit
+    return values | {'optim': optim, 'warmup': 1, 'keepgoing': True} | chosen
 
 
 if __name__ == '__main__':

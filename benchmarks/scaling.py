@@ -19,7 +19,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ import numpy as np
 import run
 
 import devices
+import flags
 import jobs
 import runs
 import tables
@@ -38,11 +38,9 @@ BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types, th
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('part', choices=('measure', 'predict'))
-    parser.add_argument('--json', type=Path, help='write all figures here')
+    parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
     parser.add_argument('--processes', type=int, nargs='+', default=[1, 2], help='measure: numbers of processes')
     parser.add_argument('--steps', type=int, default=5, help='measure: steps that are timed')

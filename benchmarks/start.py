@@ -3,7 +3,6 @@
 python benchmarks/start.py --json results/start.json
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,13 +15,14 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import flags  # noqa: E402
 import runs  # noqa: E402
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'])
-    parser.add_argument('--json', type=Path, help='write all figures here')
+    parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     args = parser.parse_args(argv)
     results = {
         'command': ' '.join(['python benchmarks/start.py', *(sys.argv[1:] if argv is None else argv)]),
@@ -51,9 +51,9 @@ def start_times(model):
         (folder / 'cifar-10-batches-bin').mkdir()
         for name in [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch']:
             (folder / 'cifar-10-batches-bin' / f'{name}.bin').write_bytes(records.tobytes())
-        flags = f'--model {model} --optim bsam --alpha 0.01 --epochs 0 --datasetfolder {folder}'.split()
-        flags += ['--resultsfolder', folder / 'results', '--compilecache', folder / 'compiled']
-        command = [sys.executable, ROOT / 'train.py', *flags]
+        arguments = f'--model {model} --optim bsam --alpha 0.01 --epochs 0 --datasetfolder {folder}'.split()
+        arguments += ['--resultsfolder', folder / 'results', '--compilecache', folder / 'compiled']
+        command = [sys.executable, ROOT / 'train.py', *arguments]
         return {'first_seconds': seconds_to_first_step(command), 'second_seconds': seconds_to_first_step(command)}
 
 

@@ -8,10 +8,8 @@ metrics with the bins of the reliability diagram, but neither weights nor predic
 trained again, and an interrupted one goes on where it was. report.py makes tables and pictures of these files.
 """
 
-import argparse
 import json
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,8 +21,10 @@ sys.path.insert(0, str(ROOT))
 import jobs  # noqa: E402
 import runs  # noqa: E402
 import settings  # noqa: E402
+from flags import Parser  # noqa: E402
 
 KEPT = ROOT / 'results' / 'studies'
+WITH_POSTERIOR = ('bsam', 'ivon', 'swag')  # of the optimizers
 
 
 class Study(NamedTuple):
@@ -32,7 +32,8 @@ class Study(NamedTuple):
 
     flags: of train.py, for all runs; variants: {name: further flags}; seeds: how many runs a variant has; evaluations:
     {name: (of so many seeds, arguments of test.py)}; tuned_by: the study whose variant of the same optimizer with the
-    least NLL on its validation images gives the flags that are left open.
+    least NLL on its validation images gives the flags that are left open; compared: whether test.py compares all runs
+    and their ensembles, when all are there.
     """
 
     flags: dict
@@ -40,6 +41,7 @@ class Study(NamedTuple):
     seeds: int
     evaluations: dict
     tuned_by: str | None = None
+    compared: bool = False
 
 
 # As published for CIFAR-10, IVON's by its authors, but for the batch, one published sub-batch of 25 images, N, which is
@@ -127,7 +129,15 @@ STUDIES = {
     ),
     'fashion_tuning': Study(_FASHION | {'validation': 0.2}, _each_alpha(_TUNED, _TUNED_ALPHAS), 1, _VALIDATION),
     'fashion': Study(
-        _FASHION, _TUNED, 5, {'test': (5, ['--testmc', '1', '2', '4', '8', '16', '32'])}, tuned_by='fashion_tuning'
+        _FASHION,
+        _TUNED,
+        5,
+        {
+            'laplace': (5, ['--laplace', '--testmc=32']),
+            'test': (5, ['--testmc', '1', '2', '4', '8', '16', '32']),
+        },
+        tuned_by='fashion_tuning',
+        compared=True,
     ),
     'rho': Study(
         _FASHION,
@@ -171,14 +181,15 @@ def main(argv=None):
     for name in args.studies:
         study = STUDIES[name]
         tasks = [partial(keep, args, name, variant, seed) for seed in range(study.seeds) for variant in study.variants]
-        complete = all(jobs.on_devices(tasks, args.jobs)) and complete
+        kept = all(jobs.on_devices(tasks, args.jobs))
+        if kept and study.compared:
+            (kept,) = jobs.on_devices([partial(compare, args, name)])
+        complete = complete and bool(kept)
     sys.exit(0 if complete else 1)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'of {", ".join(STUDIES)}')
     parser.add_argument('--folder', type=Path, required=True, help='of the runs')
     parser.add_argument('--datasetfolder', default='datasets', help='folder of the data sets')
@@ -186,30 +197,52 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def keep(args, name, variant, seed, environment):
+def keep(args, name, variant, seed, run):
     """Trains and evaluates one run and keeps its record, unless there is one. Returns whether there is one now."""
     path = KEPT / name / f'{variant}_{seed}.json'
     if path.exists():
         return True
     study = STUDIES[name]
-    folder = args.folder / name / f'{variant}_{seed}'
-    try:
-        flags = study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed}
-    except FileNotFoundError as error:
-        print(f'{folder}: run the study {study.tuned_by} first, {error.filename} is missing', file=sys.stderr)
-        return False
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'output.txt', 'a') as output:
-        call = partial(subprocess.run, stdout=output, stderr=output, env=environment, check=True)
-        try:
-            record = trained_and_evaluated(args, study, flags, folder, call)
-        except subprocess.CalledProcessError as error:
-            print(f'{folder}: {error.cmd[1]} ended with status {error.returncode}, see output.txt', file=sys.stderr)
-            return False
+    flags = study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed, 'keepgoing': True}
+    evaluations = evaluations_of(study, flags)
+    values = flags | {'datasetfolder': args.datasetfolder}
+    trained, measured = jobs.trained_and_tested(run, folder_of(args, name, variant, seed), values, evaluations.values())
+    record = record_of(trained, flags, evaluations, measured)
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_json(path, record)
     print(f'{name}/{variant}_{seed}: {sum(epoch["seconds"] for epoch in record["log"]):.0f} s of training', flush=True)
     return True
+
+
+def compare(args, name, run):
+    """Keeps what test.py says of all runs side by side, unless it was said. Returns whether that is kept now."""
+    path = KEPT / name / 'comparison.csv'
+    if path.exists():
+        return True
+    study = STUDIES[name]
+    folders = [folder_of(args, name, variant, seed) for variant in study.variants for seed in range(study.seeds)]
+    trained = [next(folder.glob('*/*/run_*'), folder) for folder in folders]
+    given = ['--reuse', '--ensemble', f'--output={args.folder / name}', '--resultsfolder', *trained]
+    (args.folder / name).mkdir(parents=True, exist_ok=True)
+    with open(args.folder / name / 'comparison.txt', 'w') as output:
+        status = run([sys.executable, jobs.SCRIPTS / 'test.py', *given], output.write)
+    if status:
+        raise jobs.JobError(f'{output.name}: test.py ended with status {status}')
+    shutil.copy(args.folder / name / path.name, path)
+    return True
+
+
+def folder_of(args, name, variant, seed):
+    return args.folder / name / f'{variant}_{seed}'
+
+
+def evaluations_of(study, flags):
+    """{name: arguments of test.py} of a run with these flags; a Laplace approximation has no place in a posterior."""
+    return {
+        name: arguments
+        for name, (seeds, arguments) in study.evaluations.items()
+        if flags['randomseed'] < seeds and not ('--laplace' in arguments and flags['optim'] in WITH_POSTERIOR)
+    }
 
 
 def tuned(study, flags):
@@ -224,35 +257,25 @@ def tuned(study, flags):
 
 
 def validation_nll(study, variant):
-    nll = json.loads((KEPT / study / f'{variant}_0.json').read_text())['evaluations']['validation']['average']['nll']
+    path = KEPT / study / f'{variant}_0.json'
+    if not path.exists():
+        raise jobs.JobError(f'{path} is missing: run the study {study} first')
+    nll = json.loads(path.read_text())['evaluations']['validation']['average']['nll']
     return float('inf') if nll is None else nll
 
 
-def trained_and_evaluated(args, study, flags, folder, call):
-    begun = jobs.begun_run(folder)
-    if begun:
-        held = runs.read_config(begun)['flags']
-        if any(held[name] != value for name, value in flags.items()):
-            sys.exit(f'{begun} was begun with other flags than STUDIES has now: take another --folder')
-    else:
-        shutil.rmtree(folder / f'{flags["dataset"]}_{flags["model"]}', ignore_errors=True)
-    where = [f'--resume={begun}'] if begun else [*jobs.arguments(flags), f'--resultsfolder={folder}']
-    call([sys.executable, ROOT / 'train.py', *where, f'--datasetfolder={args.datasetfolder}', '--keepgoing'])
-    (run,) = folder.glob('*/*/run_*')
-    evaluations = {}
-    for name, (seeds, arguments) in study.evaluations.items():
-        if flags['randomseed'] < seeds:
-            call([sys.executable, ROOT / 'test.py', f'--resultsfolder={run}', *arguments])
-            mark = '-validation' if '--split=validation' in arguments else ''
-            evaluations[name] = json.loads((run / f'metrics{mark}.json').read_text())
-            evaluations[name]['command'] = ' '.join(['python test.py --resultsfolder RUN', *arguments])
-    config = runs.read_config(run)
+def record_of(trained, flags, evaluations, measured):
+    """What is kept of a run folder and of what its evaluations measured."""
+    config = runs.read_config(trained)
     return {
-        'command': ' '.join(['python train.py', *jobs.arguments(flags), '--keepgoing']),
+        'command': ' '.join(['python train.py', *jobs.arguments(flags)]),
         'num_data': config['num_data'],
         'environment': {name: config[name] for name in ('python', 'versions', 'git_commit', 'device')},
-        'log': runs.read_log(run),
-        'evaluations': evaluations,
+        'log': runs.read_log(trained),
+        'evaluations': {
+            name: metrics | {'command': ' '.join(['python test.py --resultsfolder RUN', *arguments])}
+            for (name, arguments), metrics in zip(evaluations.items(), measured, strict=True)
+        },
     }
 
 

@@ -1,0 +1,107 @@
+"""Processes side by side: what they share, what they say, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import jobs
+import runs
+
+WAITS = [sys.executable, '-c', 'import time; print("begun", flush=True); time.sleep(60)']
+SCRIPT = """
+[flags]
+dataset = 'mnist'
+model = 'mlp'
+datasetfolder = '{datasets}'
+validation = 0.25
+batchsize = 10
+epochs = 100000
+warmup = 0
+noaugment = true
+
+[grid]
+randomseed = [0, 1]
+"""
+
+
+def test_jobs_share_the_machine(monkeypatch):
+    """Of two at once each has a GPU of its own, and half of the cores."""
+    monkeypatch.setattr('os.sched_getaffinity', lambda process: range(8), raising=False)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
+    both_run = threading.Barrier(2)
+    code = 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ["PJRT_NPROC"])'
+
+    def task(run):
+        both_run.wait(timeout=10)
+        lines = []
+        assert run([sys.executable, '-c', code], lines.append) == 0
+        return lines
+
+    assert sorted(jobs.on_devices([task, task])) == [['3 4\n'], ['5 4\n']]
+
+
+def test_a_task_that_fails_leaves_the_others(capsys):
+    def fails(run):
+        raise jobs.JobError('run_0: train.py ended with status 1')
+
+    assert jobs.on_devices([fails, lambda run: run([sys.executable, '-c', 'exit(3)'], print)]) == [None, 3]
+    assert capsys.readouterr().err == 'run_0: train.py ended with status 1\n'
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_what_runs_and_begins_no_more(number, capsys):
+    before = signal.getsignal(number)
+
+    def is_stopped(run):
+        return run(WAITS, lambda line: os.kill(os.getpid(), number))
+
+    with pytest.raises(SystemExit) as stop:
+        jobs.on_devices([is_stopped, lambda run: run([sys.executable, '-c', 'print("begun")'], print)])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 128 + number and not out and f'{number.name}: waiting for what runs' in error
+    assert signal.getsignal(number) == before
+
+
+def test_a_sweep_that_is_stopped_saves_and_goes_on(datasets, tmp_path):
+    """SIGTERM to sweep.py alone: the run is saved, the next one not begun."""
+    sweep, output = tmp_path / 'sweep.toml', tmp_path / 'sweep'
+    sweep.write_text(SCRIPT.format(datasets=datasets))
+    command = [sys.executable, jobs.SCRIPTS / 'sweep.py', sweep, f'--output={output}']
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        said = output / '0000' / 'output.txt'
+        until = time.monotonic() + 60
+        while not (said.exists() and 'epoch 2/' in said.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and 'Traceback' not in error
+    assert 'saved; go on with' in said.read_text() and not list(output.glob('0001/*/'))
+    (run,) = output.glob('0000/*/*/run_*')
+    assert jobs.begun_run(output / '0000') == run and len(runs.read_log(run)) >= 2
+
+
+def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
+    monkeypatch.setattr(jobs, 'on_devices', lambda tasks: [0, -9, 1])
+    assert jobs.train_seeds({}, [0, 1, 2]) == 137
+
+
+def test_run_to_go_on_with(tmp_path):
+    """One with a whole checkpoint, not with one that a kill left half written."""
+    checkpoints = tmp_path / 'mnist_mlp' / 'sgd' / 'run_0' / 'checkpoints'
+    (checkpoints / '5.partial').mkdir(parents=True)
+    assert jobs.begun_run(tmp_path) is None
+    (checkpoints / '4').mkdir()
+    assert jobs.begun_run(tmp_path) == checkpoints.parent
+
+
+def test_what_test_py_measured(tmp_path):
+    for mark in ('', '-validation', '-laplace'):
+        (tmp_path / f'metrics{mark}.json').write_text(json.dumps(mark))
+    given = {'': ['--testmc=8'], '-validation': ['--split=validation'], '-laplace': ['--testmc=8', '--laplace']}
+    assert all(jobs.metrics(tmp_path, arguments) == mark for mark, arguments in given.items())
