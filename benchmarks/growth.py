@@ -7,7 +7,6 @@ Seconds are medians over turns, so that what else a machine does disturbs all po
 but for the parameters: there the loss is |w|²/2, so that the optimizer itself is all that costs.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import run
 
+import flags
 import optimizers
 import runs
 
@@ -32,19 +32,17 @@ def main(argv=None):
         plot(json.loads(source.read_text()), picture)
         return
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    command = ' '.join(['python benchmarks/growth.py', *(sys.argv[1:] if argv is None else argv)])
+    measured = {'command': command, 'environment': runs.environment()}
     for name in args.panels:
-        results[name] = {
-            'command': ' '.join(['python benchmarks/growth.py', *(sys.argv[1:] if argv is None else argv)]),
-            'environment': runs.environment(),
-            'seconds': curves(*PANELS[name]),
-        }
+        results[name] = measured | {'seconds': curves(*PANELS[name])}
         runs.write_json(args.json, results)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument('--json', type=Path, help='measure, and write the figures into this file')
+    action.add_argument('--json', type=flags.new_file, help='measure, and write the figures into this file')
     help = 'what to measure; others in the file stay (default: all, some ten minutes on two cores)'
     parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
     action.add_argument('--plot', type=Path, nargs=2, metavar=('JSON', 'PNG'), help='plot figures measured before')

@@ -6,7 +6,6 @@ Images are synthetic. What is compared is measured in turns in this process; a r
 turns, and a time the median too.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ import data  # noqa: E402
 import devices  # noqa: E402
 import evaluation  # noqa: E402
 import experiments  # noqa: E402
+import flags  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import optimizers  # noqa: E402
@@ -62,9 +62,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = flags.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
     add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
@@ -73,7 +71,7 @@ def parse_args(argv):
     add('--testmc', type=int, default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation, minutes each for ResNet-18 on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=int, default=2, help=help)
-    add('--json', type=Path, help='write all figures here')
+    add('--json', type=flags.new_file, help='write all figures here')
     return parser.parse_args(argv)
 
 
@@ -88,11 +86,15 @@ def seconds(function, *args):
 
 
 def in_turns(repeats, functions):
-    """Seconds of functions of no arguments, {name: [one a turn]}, and those of a first call, which compiles."""
+    """Seconds of functions of no arguments, {name: [one a turn]}, and those of a first call, which compiles.
+
+    Each is called twice in a turn, and the second call is timed: what comes before it frees memory meanwhile.
+    """
     first = {name: seconds(function) for name, function in functions.items()}
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            seconds(function)
             times[name].append(seconds(function))
     return times, first
 
@@ -115,11 +117,11 @@ def machine():
 
 
 def configuration(model, optim, precision, batchsplit=SPLIT):
-    flags = vars(settings.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}']))
-    flags |= {'alpha': 0.01, 'rho': flags['rho'] and 0.01, 'batchsplit': flags['batchsplit'] and batchsplit}
+    values = vars(settings.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}']))
+    values |= {'alpha': 0.01, 'rho': values['rho'] and 0.01, 'batchsplit': values['batchsplit'] and batchsplit}
     row = data.DATASETS['cifar10']
     dataset = {'num_train': 50_000, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': row.mean, 'std': row.std}
-    return {'flags': flags, 'dataset': dataset}
+    return {'flags': values, 'dataset': dataset}
 
 
 def synthetic_images(n):
