@@ -22,7 +22,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import flags
 
 AXIS = 'batch'
 
@@ -146,7 +145,11 @@ def join(coordinator, processes=None, process_id=None, stops_by_step=False):
             shutdown_timeout_seconds=60,
         )
     except (ValueError, RuntimeError) as error:
-        raise DeviceError(f'--coordinator {coordinator}: {flags.first_line(error)}') from error
+        reason = ' '.join(str(error).split())[:300]
+        if coordinator == 'auto' and isinstance(error, ValueError):
+            where = 'neither Slurm, Open MPI nor Kubernetes says which processes there are'
+            reason = f'{where}; give HOST:PORT, --processes and --processid'
+        raise DeviceError(f'--coordinator {coordinator}: {reason}') from error
     if stops_by_step:
         signal.signal(signal.SIGINT, _terminate)
 

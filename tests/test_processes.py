@@ -147,6 +147,12 @@ def test_addresses_that_are_not_whole(flags, line, capsys):
     assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
+def test_automatic_without_a_cluster(tmp_path):
+    ((status, _, error),) = ended(start(1, *FLAGS, '--coordinator=auto', f'--resultsfolder={tmp_path}'))
+    assert status == 2 and error.count('\n') == 1 and not list(tmp_path.iterdir())
+    assert '--coordinator auto: neither Slurm, Open MPI nor Kubernetes says which processes there are' in error
+
+
 def test_error_of_one_ends_all(datasets, tmp_path):
     """Data that one of two processes does not find, or other data: its line and status 2, and soon the other's end."""
     flags = ['--dataset=mnist', '--model=mlp', '--batchsize=20', '--optim=sgd', f'--datasetfolder={datasets}']
