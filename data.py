@@ -92,7 +92,14 @@ def dataset(name, folder):
     if name.startswith('tfds/'):
         return _tfds_dataset(name.removeprefix('tfds/'), folder)
     row = DATASETS[name]
-    return row._replace(read=partial(row.read, folder))
+    return row._replace(read=partial(_read, row.read, folder))
+
+
+def _read(read, folder, split):
+    try:
+        return read(folder, split)
+    except OSError as error:
+        raise DataError(f'{error.filename or folder} cannot be read: {error.strerror or error}') from error
 
 
 def describe(dataset, train_images):

@@ -22,7 +22,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-
 AXIS = 'batch'
 
 
@@ -39,6 +38,14 @@ def create_mesh(number=None):
         raise DeviceError(f'--devices {number}: there are {len(devices)} ({devices[0].platform})')
     devices = devices[:number]
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def require():
+    """Raises a DeviceError if JAX finds no device."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f'JAX finds no device: {" ".join(str(error).split())[:300]}') from error
 
 
 def require_divisible(flag, number, mesh):

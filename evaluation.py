@@ -25,6 +25,7 @@ import metrics
 import models
 import posteriors
 import runs
+import settings
 
 
 class Subject(NamedTuple):
@@ -64,7 +65,7 @@ def load(run, config, *, split, num_images, step, dataset_folder, batch_size, bn
     if train:
         devices.require_same_arrays('training images', *train)
     if split == 'validation':
-        require_held_out(run, held_out)
+        require_held_out(run, flags)
     whole_split = held_out if split == 'validation' else dataset.read('test')
     images, labels = data.some('--testimages', num_images, *whole_split)
     if list(images.shape[1:]) != config['dataset']['image_shape']:
@@ -79,15 +80,20 @@ def load(run, config, *, split, num_images, step, dataset_folder, batch_size, bn
 
 
 def _laplace_sample(experiment, flags, state, batch_size, images):
-    """sample(key) of a Laplace approximation around the trained weights. Raises RunError for a posterior beside it."""
-    if experiment.optimizer.has_posterior:
-        raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
-    if flags['priorprec'] == 0:
-        raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
+    """sample(key) of a Laplace approximation around the trained weights. Raises RunError."""
+    require_place_for_laplace(flags)
     layer = models.LAST_LAYERS[flags['model']]
     outputs = Partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
     return Partial(partial(laplace.sample, layer), factors, state.params)
+
+
+def require_place_for_laplace(flags):
+    """Raises a RunError for a run with a posterior of its own, or without a prior."""
+    if flags['optim'] in settings.WITH_POSTERIOR:
+        raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
+    if flags['priorprec'] == 0:
+        raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
 
 
 def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, augment):
@@ -119,7 +125,8 @@ def _training_batches(key, images, number, flags, augment):
 def measure(prediction, labels, num_bins):
     """All metrics, {'mean': {name: value}, 'average': ..., 'intervals': {'mean': {name: (low, high)}, 'average': ...}}.
 
-    Those of the average have the means of the entropy terms over the images besides. 'reliability' has the bins of ECE.
+    Both have the mean entropy over the images besides, the average also its mutual information and disagreement.
+    'reliability' has the bins of ECE.
     """
     probs = {'mean': prediction.probs_at_mean, 'average': prediction.probs}
     measured = {at: metrics.summary(p, labels, num_bins) for at, p in probs.items()}
@@ -155,9 +162,9 @@ def _short_summary(probs, labels, num_bins):
     return {name: summary[name] for name in ('accuracy', 'nll', 'ece')}
 
 
-def require_held_out(run, held_out):
+def require_held_out(run, flags):
     """Raises a RunError if a run kept no images out of training: on those it was trained on, a network is too sure."""
-    if held_out is None:
+    if not flags['validation']:
         raise runs.RunError(f'{run} kept no training images out: train with --validation 0.1')
 
 

@@ -42,6 +42,11 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
         return {name: value for name, value in vars(args).items() if value is not unset}
 
+    def takes_whole_numbers(self, name):
+        """Whether a flag refuses 1.5, but not 1."""
+        kind = next((action.type for action in self._actions if action.dest == name), None)
+        return kind is not None and _accepts(kind, '1') and not _accepts(kind, '1.5')
+
     def from_values(self, values, without=()):
         """A Namespace of all flags but those named, from plain values held to the bounds of each. Raises ValueError.
 
@@ -59,6 +64,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def _accepts(kind, text):
+    try:
+        kind(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+    return True
 
 
 def _checked_value(action, values):
@@ -100,6 +113,11 @@ def add_coordinator(parser):
     add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
     add('--processes', type=integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
     add('--processid', type=integer(0), metavar='I', help='with HOST:PORT: which of them this is')
+
+
+def add_jobs(parser):
+    """--jobs, how many runs are made at once."""
+    parser.add_argument('--jobs', type=integer(1), help='runs at once; one a GPU by default, else one')
 
 
 def _address(text):

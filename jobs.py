@@ -1,6 +1,6 @@
 """Processes of train.py and test.py side by side: one a GPU, or one at a time where there is none."""
 
-import json
+import math
 import os
 import queue
 import shutil
@@ -11,13 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import runs
 import settings
+import test as evaluate
 
 SCRIPTS = Path(__file__).parent
-
-
-class JobError(Exception):
-    """A run that failed, or that cannot be gone on with, in one line for the user."""
 
 
 def arguments(values):
@@ -28,7 +26,7 @@ def arguments(values):
 
 def on_devices(tasks, number=None):
     """Calls task(run) of each, `number` at once, one a GPU by default; returns what they return, of a task that raises
-    a JobError None, and prints that.
+    a RunError None, and prints that.
 
     run(command, write) runs a process on a GPU or a share of the cores of its own, calls write(line) with each line
     that it prints, and returns its exit status.
@@ -39,16 +37,17 @@ def on_devices(tasks, number=None):
     number = number or len(gpus) or 1
     free = queue.SimpleQueue()
     for job in range(number):
-        gpu = {'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} if gpus else {}
-        free.put(os.environ | gpu | (share_of_cores(number) if number > 1 else {}))
+        free.put(os.environ | _share_of_gpus(gpus, job, number) | (share_of_cores(number) if number > 1 else {}))
 
     def call(task):
+        if processes.signal:
+            return None
         environment = free.get()
         try:
             return task(partial(processes.run, environment))
         except _StoppedError:
             return None
-        except JobError as error:
+        except runs.RunError as error:
             print(error, file=sys.stderr, flush=True)
             return None
         finally:
@@ -119,6 +118,15 @@ def share_of_cores(number):
     return {'PJRT_NPROC': str(max(1, cores // number))}
 
 
+def _share_of_gpus(gpus, job, number):
+    """What gives one of so many processes side by side a GPU, or its part of one: JAX reserves most of it."""
+    if not gpus:
+        return {}
+    on_one = math.ceil(number / len(gpus))
+    part = {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / on_one:.2f}'} if on_one > 1 else {}
+    return {'CUDA_VISIBLE_DEVICES': gpus[job % len(gpus)]} | part
+
+
 def _gpus():
     """The ids of the GPUs that CUDA_VISIBLE_DEVICES names, or all that nvidia-smi lists."""
     if 'CUDA_VISIBLE_DEVICES' in os.environ:
@@ -126,7 +134,7 @@ def _gpus():
     if shutil.which('nvidia-smi') is None:
         return []
     listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True).stdout
-    return [str(i) for i, _ in enumerate(listed.splitlines())]
+    return [str(i) for i, _ in enumerate(line for line in listed.splitlines() if line.startswith('GPU '))]
 
 
 def train_seeds(values, seeds):
@@ -144,51 +152,59 @@ def trained_and_tested(run, folder, values, tests):
     """Trains one run below `folder` with the flags {name: value}, or goes on with the one that is there, and calls
     test.py with each of the argument lists `tests`. What they print goes to folder/output.txt.
 
-    run: what on_devices gives a task. Returns the run folder, and what each call measured. Raises JobError.
+    run: what on_devices gives a task. Returns the run folder, and what each call measured. Raises RunError.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with runs.locked(folder), open(folder / 'output.txt', 'a', buffering=1) as output:
+            call = partial(_call, run, folder, output)
+            trained = _trained(call, folder, values)
+            return trained, [_tested(call, trained, values, given) for given in tests]
+    except (OSError, ValueError) as error:
+        raise runs.RunError(f'{folder}: {error}') from error
+
+
+def _call(run, folder, output, script, given):
+    status = run([sys.executable, SCRIPTS / script, *given], output.write)
+    if status:
+        raise runs.RunError(f'{folder}: {script} ended with status {status}, see output.txt')
+
+
+def _trained(call, folder, values):
     require_same_flags(folder, values)
     begun = begun_run(folder)
     if begun:
-        training = [f'--resume={begun}']
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        training = [*arguments(values), f'--resultsfolder={folder}']
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'output.txt', 'a', buffering=1) as output:
-
-        def call(script, given):
-            status = run([sys.executable, SCRIPTS / script, *given], output.write)
-            if status:
-                raise JobError(f'{folder}: {script} ended with status {status}, see output.txt')
-
-        call('train.py', training)
-        (trained,) = folder.glob('*/*/run_*')
-        measured = []
-        for given in tests:
-            call('test.py', [f'--resultsfolder={trained}', *given])
-            measured.append(metrics(trained, given))
-    return trained, measured
+        may_change = {name: value for name, value in values.items() if name in settings.MAY_CHANGE}
+        call('train.py', [f'--resume={begun}', *arguments(may_change)])
+        return begun
+    for left in folder.glob('*/*/run_*'):
+        with runs.locked(left):
+            shutil.rmtree(left)
+    call('train.py', [*arguments(values), f'--resultsfolder={folder}'])
+    return next(folder.glob('*/*/run_*'))
 
 
-def metrics(trained, given=()):
-    """What test.py measured of a run folder when it was last called with these arguments."""
-    marks = {'--split=validation': '-validation', '--laplace': '-laplace'}
-    name = 'metrics' + ''.join(mark for argument, mark in marks.items() if argument in given)
-    return json.loads((trained / f'{name}.json').read_text())
+def _tested(call, trained, values, given):
+    folder = arguments({name: value for name, value in values.items() if name == 'datasetfolder'})
+    call('test.py', [f'--resultsfolder={trained}', *folder, *given])
+    return metrics(trained, given)
+
+
+def metrics(trained, given):
+    """What test.py measured of a run folder when it was last called with such arguments. Raises OSError, ValueError."""
+    return runs.read_json(evaluate.metrics_file(trained, evaluate.parse_args([f'--resultsfolder={trained}', *given])))
 
 
 def require_same_flags(folder, values):
-    """Raises a JobError if the run below `folder` was begun with other flags."""
+    """Raises a RunError if the run below `folder` was begun with other flags, but for those that may change."""
+    exempt = {*settings.OF_START, *settings.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
+    given = vars(settings.parse_args(arguments(values)))
     for path in folder.glob('*/*/run_*/config.json'):
-        try:
-            held = json.loads(path.read_text())['flags']
-        except (OSError, ValueError, KeyError):
-            continue  # train.py says what is wrong with it
-        given = vars(settings.parse_args(arguments(values)))
-        for name in values.keys() - {'datasetfolder', 'resultsfolder'}:
-            if held.get(name) != given[name]:
-                raise JobError(
-                    f'{path.parent} was begun with --{name} {held.get(name)}, not {given[name]}: '
+        held = vars(settings.flags_of(runs.read_config(path.parent), path.parent))
+        for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
+            if held[name] != given[name]:
+                raise runs.RunError(
+                    f'{path.parent} was begun with --{name} {held[name]}, not {given[name]}: '
                     'take another folder, or remove this one'
                 )
 

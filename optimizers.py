@@ -44,11 +44,6 @@ class Optimizer(NamedTuple):
     step: Callable
     sample: Callable
 
-    @property
-    def has_posterior(self):
-        """Whether samples are others than the mean."""
-        return self.sample is not _mean
-
 
 class MomentumState(NamedTuple):
     """State of SGD, SAM and ASAM; `momentum` has the structure of `params`."""

@@ -22,10 +22,9 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
-
-import jax
 
 
 class RunError(Exception):
@@ -52,9 +51,9 @@ def create(results_folder, dataset, model, optim):
 def locked(run):
     """Keeps a run folder for this process. Raises RunError if another one has it, or it cannot be written."""
     path = Path(run) / 'lock'
-    if not path.parent.is_dir():
-        raise RunError(f'{run} is not a run folder (name the folder run_K that train.py printed)')
     try:
+        if not path.parent.is_dir():
+            raise RunError(f'{run} is not a run folder (name the folder run_K that train.py printed)')
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
@@ -190,6 +189,8 @@ def _digest(content):
 
 def environment():
     """Versions, git commit and device of this process, for the record."""
+    import jax  # takes most of a second
+
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     device = jax.devices()[0]
     return {
@@ -198,6 +199,12 @@ def environment():
         'git_commit': _git_commit(),
         'device': f'{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores',
     }
+
+
+def provenance(script, argv=None):
+    """How the figures of a script come about: its command, argv or that of this process, and the environment."""
+    command = ' '.join(['python', script, *(sys.argv[1:] if argv is None else argv)])
+    return {'command': command, 'environment': environment()}
 
 
 def _git_commit():

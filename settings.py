@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import flags
+import runs
 
 DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
 MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
@@ -31,6 +32,7 @@ OPTIMIZERS = {
         'trainmc': 1,
     },
 }  # fmt: skip
+WITH_POSTERIOR = ('bsam', 'swag', 'ivon')  # whose samples are others than the mean
 PRECISIONS = ('float32', 'bfloat16')
 BNUPDATES = ('both', 'first', 'second')
 
@@ -106,8 +108,6 @@ _OWN_FLAGS = {name for own in OPTIMIZERS.values() for name in own}
 
 def flags_of(config, run):
     """The flags of a run from its configuration, held to the same bounds as on the command line. Raises RunError."""
-    import runs
-
     try:
         args = create_parser().from_values(config['flags'], without=OF_START)
         _set_defaults(args)
@@ -119,8 +119,6 @@ def flags_of(config, run):
 
 def continued(args, given, run):
     """The flags `args` of a run, with those that were given now, if they may differ. Raises RunError."""
-    import runs
-
     given = {name: value for name, value in given.items() if name not in OF_START}
     if 'datasetfolder' in given:
         given['datasetfolder'] = os.path.abspath(given['datasetfolder'])

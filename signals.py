@@ -4,18 +4,21 @@ import os
 import signal
 import sys
 import threading
+import time
 
 
 class Stop:
     """What the two signals do while it is entered.
 
     Before `begin()` a signal ends the process, as there is nothing to save. After it, the first is noted in `signal`,
-    for the caller to save and to end; a second one ends the process at once. Files of a run are written beside their
-    place and renamed, so what was saved before stays whole.
+    for the caller to save and to end; another one more than a second later ends the process at once, while in that
+    second it is taken for the same: Slurm signals a process and its parent, which passes it on. Files of a run are
+    written beside their place and renamed, so what was saved before stays whole.
     """
 
     def __init__(self):
         self.signal = None
+        self._noted_at = None
         self._begun = False
         self._before = {}
 
@@ -34,8 +37,11 @@ class Stop:
 
     def _note(self, number, frame):
         del frame
+        if self.signal is not None and time.monotonic() - self._noted_at < 1:
+            return
         if self.signal is not None or not self._begun:
             os._exit(128 + number)  # sys.exit would be lost in callbacks, such as those of garbage collection
-        self.signal = number
+        self.signal, self._noted_at = number, time.monotonic()
         name = signal.Signals(number).name
-        print(f'\n{name}: finishing the step and saving it; once more to exit at once', file=sys.stderr, flush=True)
+        said = f'{name}: finishing the step and saving it; once more after a second to exit at once'
+        print(f'\n{said}', file=sys.stderr, flush=True)

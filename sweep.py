@@ -17,7 +17,6 @@ python sweep.py sweep.toml --output results/sweep --part $SLURM_ARRAY_TASK_ID/8
 """
 
 import itertools
-import json
 import math
 import os
 import random
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import flags
 import jobs
+import runs
 import settings
 import tables
 
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     parser.add_argument('sweep', type=Path, help='the TOML file; its format stands at the top of sweep.py')
     parser.add_argument('--output', type=Path, required=True, help='folder of the runs and of summary.md and .csv')
     parser.add_argument('--part', type=_part, default='0/1', metavar='I/M', help='only every M-th run, from I on')
-    parser.add_argument('--jobs', type=flags.integer(1), help='runs at once; one a GPU by default, else one')
+    flags.add_jobs(parser)
     parser.add_argument('--testmc', type=flags.integer(1), default=8, help='posterior samples of the evaluation')
     parser.add_argument('--summary', action='store_true', help='train nothing, only write the tables')
     return parser.parse_args(argv)
@@ -58,17 +58,17 @@ def _part(text):
 
 def main(argv=None):
     args = parse_args(argv)
-    with flags.one_line_errors('sweep.py', SweepError, jobs.JobError):
-        fixed, runs = read(args.sweep)
-        chosen = [] if args.summary else range(args.part[0], len(runs), args.part[1])
+    with flags.one_line_errors('sweep.py', SweepError, runs.RunError):
+        fixed, varied = read(args.sweep)
+        sweep = [fixed | values for values in varied]
+        chosen = [] if args.summary else range(args.part[0], len(sweep), args.part[1])
         for number in chosen:
-            settings.parse_args(jobs.arguments(fixed | runs[number]))
-        for number, values in enumerate(runs):
-            jobs.require_same_flags(args.output / f'{number:04}', fixed | values)
+            settings.parse_args(jobs.arguments(sweep[number]))
+        for number, values in enumerate(sweep):
+            jobs.require_same_flags(_folder(args, number), values)
         _require_folder(args.output)
-        tasks = [partial(_complete, args, number, fixed | runs[number]) for number in chosen]
-        complete = jobs.on_devices(tasks, args.jobs)
-        print(summarise(args.output, runs))
+        complete = jobs.on_devices([partial(_complete, args, number, sweep[number]) for number in chosen], args.jobs)
+        print(summarise(args, sweep, varied))
     if not all(complete):
         sys.exit(1)
 
@@ -86,6 +86,11 @@ def read(path):
     draws = ranges.pop('draws', 1)
     if unknown:
         raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
+    reserved = {*settings.OF_START, 'resultsfolder'} & {*fixed, *grid, *ranges}
+    if reserved:
+        raise SweepError(f'{path}: {min(reserved)} is not for sweeps, which make run folders of their own')
+    if grid.keys() & ranges.keys():
+        raise SweepError(f'{path}: {min(grid.keys() & ranges.keys())} is in [grid] and in [random]: leave one out')
     if not fixed.get('validation'):
         raise SweepError(f'{path} keeps no images out to choose by: set validation = 0.1 in [flags]')
     if not all(isinstance(values, list) and values for values in grid.values()):
@@ -93,7 +98,8 @@ def read(path):
     if not isinstance(draws, int) or draws < 1 or not all(map(_is_range, ranges.values())):
         raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
     rng = random.Random(0)
-    drawn = [{name: _log_uniform(rng, *bounds) for name, bounds in ranges.items()} for _ in range(draws)]
+    whole = {name for name in ranges if settings.create_parser().takes_whole_numbers(name)}
+    drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return fixed, [combination | draw for combination in combinations for draw in drawn]
 
@@ -112,40 +118,66 @@ def _is_range(bounds):
     return numbers and 0 < bounds[0] < bounds[1]
 
 
-def _log_uniform(rng, low, high):
-    return float(f'{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}')
+def _drawn(rng, bounds, whole):
+    """Log-uniform between two numbers, a whole one if asked for."""
+    low, high = map(math.log, bounds)
+    value = math.exp(rng.uniform(low, high))
+    return round(value) if whole else float(f'{value:.4g}')
+
+
+def _folder(args, number):
+    return args.output / f'{number:04}'
 
 
 def _complete(args, number, values, run):
     """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns whether it is now."""
-    folder = args.output / f'{number:04}'
-    if not _metrics(folder):
-        jobs.trained_and_tested(run, folder, values, [['--split=validation', f'--testmc={args.testmc}']])
-        print(f'{folder}: validation nll {_metrics(folder)["nll"]}', flush=True)
+    folder = _folder(args, number)
+    if not _measured(args, number, values):
+        _, (measured,) = jobs.trained_and_tested(run, folder, values, [_evaluation(args)])
+        print(f'{folder}: validation nll {measured["average"]["nll"]}', flush=True)
     return True
 
 
-def _metrics(folder):
-    """What test.py measured of the average over samples, None before it has."""
-    for path in folder.glob('*/*/run_*/metrics-validation.json'):
-        return json.loads(path.read_text())['average']
+def _evaluation(args):
+    return ['--split=validation', f'--testmc={args.testmc}']
+
+
+def _measured(args, number, values):
+    """The metrics of the average over samples, None for a run that is not trained and evaluated as it is to be."""
+    for trained in _folder(args, number).glob('*/*/run_*'):
+        try:
+            found = jobs.metrics(trained, _evaluation(args))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise runs.RunError(f'{trained}: its metrics cannot be read: {error}') from error
+        epochs = settings.parse_args(jobs.arguments(values)).epochs
+        if (found['testmc'], found['trained']['epoch']) == (args.testmc, epochs):
+            return found['average']
     return None
 
 
-def summarise(output, runs):
-    """Writes summary.md and summary.csv, the run of least validation NLL first; returns the first."""
-    measured = [(number, run, _metrics(output / f'{number:04}')) for number, run in enumerate(runs)]
-    complete = [(number, run, found) for number, run, found in measured if found]
-    complete.sort(key=lambda entry: math.inf if entry[2]['nll'] is None else entry[2]['nll'])
-    varied = list(dict.fromkeys(name for run in runs for name in run))
-    header = ['run', *varied, *SHOWN]
+def summarise(args, sweep, varied):
+    """Writes summary.md and summary.csv, the run of least validation NLL first; returns the first.
+
+    sweep: all flags of each run; varied: those of them that are not the same for all. Raises RunError.
+    """
+    measured = [_measured(args, number, values) for number, values in enumerate(sweep)]
+    complete = [number for number, found in enumerate(measured) if found]
+    complete.sort(key=lambda number: math.inf if measured[number]['nll'] is None else measured[number]['nll'])
+    names = list(dict.fromkeys(name for values in varied for name in values))
+    header = ['run', *names, *SHOWN]
     rows = [
-        [f'{number:04}', *(str(run[name]) for name in varied), *(_cell(found[name]) for name in SHOWN)]
-        for number, run, found in complete
+        [
+            f'{number:04}',
+            *(str(varied[number][name]) for name in names),
+            *(_cell(measured[number][name]) for name in SHOWN),
+        ]
+        for number in complete
     ]
-    text = tables.markdown(header, rows) + f'\n{len(complete)} of {len(runs)} runs, by validation metrics\n'
-    (output / 'summary.md').write_text(text)
-    (output / 'summary.csv').write_text(tables.comma_separated(header, rows))
+    text = tables.markdown(header, rows) + f'\n{len(complete)} of {len(sweep)} runs, by validation metrics\n'
+    runs.write_bytes(args.output / 'summary.md', text.encode())
+    runs.write_bytes(args.output / 'summary.csv', tables.comma_separated(header, rows).encode())
     return text
 
 

@@ -100,6 +100,7 @@ def main(argv=None):
         held.enter_context(flags.one_line_errors('test.py', *errors))
         if args.coordinator:
             devices.join(args.coordinator, args.processes, args.processid)
+        devices.require()
         if not devices.is_first():
             held.enter_context(contextlib.redirect_stdout(None))
         same = {name: value for name, value in vars(args).items() if name not in OF_PROCESS}
@@ -121,16 +122,28 @@ def main(argv=None):
 
 
 def require_comparable(args):
-    """Raises a ComparisonError or a RunError for what would otherwise be found out after all runs are evaluated."""
+    """Raises a ComparisonError or a RunError for what would otherwise be found out after some runs are evaluated."""
     import comparison
     import devices
+    import evaluation
     import runs
 
     if args.output and devices.is_first() and not args.output.is_dir():
         raise runs.RunError(f'--output {args.output} is no folder: make it first')
+    if devices.is_first() and not os.access(_common_folder(args), os.W_OK):
+        raise runs.RunError(f'{_common_folder(args)} cannot be written: name another --output')
     configs = devices.from_first(lambda: [runs.read_config(run) for run in args.resultsfolder])
-    pairs = zip(configs, args.resultsfolder, strict=True)
-    comparison.check_flags([vars(flags_of(config, run)) for config, run in pairs], args.split)
+    flags_of_runs = [vars(flags_of(config, run)) for config, run in zip(configs, args.resultsfolder, strict=True)]
+    comparison.check_flags(flags_of_runs, args.split)
+    for run, of_run in zip(args.resultsfolder, flags_of_runs, strict=True):
+        if args.laplace:
+            evaluation.require_place_for_laplace(of_run)
+        if args.temperature or args.split == 'validation':
+            evaluation.require_held_out(run, of_run)
+
+
+def _common_folder(args):
+    return args.output or Path(os.path.commonpath([run.resolve() for run in args.resultsfolder]))
 
 
 def evaluate(run, args):
@@ -161,7 +174,7 @@ def evaluate(run, args):
     num_samples = args.testmc[-1]
     if devices.is_first():
         evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
-        runs.write_json(run / f'metrics{mark}.json', results | runs.environment())
+        runs.write_json(metrics_file(run, args), results | runs.environment())
         if args.plots:
             print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
     return comparison.Result(
@@ -177,7 +190,7 @@ def measure(subject, args):
     ood = {name: evaluation.read_ood(subject, name, args.testimages) for name in args.ood}
     corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
     if args.temperature:
-        evaluation.require_held_out(subject.run, subject.held_out)
+        evaluation.require_held_out(subject.run, subject.flags)
     predictions = list(subject.posterior.predict(subject.images, args.testmc))
     prediction = predictions[-1]
     measured = evaluation.measure(prediction, subject.labels, args.bins)
@@ -206,6 +219,11 @@ def measure(subject, args):
         results['corruptions'] = evaluation.all_corrupted(subject, corrupted, num_samples, args.bins)
         print_corruptions(results['corruptions'], measured, num_samples)
     return prediction, results
+
+
+def metrics_file(run, args):
+    """Where an evaluation with these arguments puts what it measures."""
+    return run / f'metrics{_mark(args.split, args.laplace, args.checkpoint)}.json'
 
 
 def _mark(split, laplace, checkpoint=None):
@@ -262,9 +280,8 @@ def compare(results, args):
     if len(rows) > 1:
         print('difference to the first: 95 % interval and p-value over resampled test images (paired bootstrap)\n')
         print(tables.markdown(*comparison.test_table(rows, results[0].labels, args.bins)))
-    folder = args.output or Path(os.path.commonpath([run.resolve() for run in args.resultsfolder]))
     if devices.is_first():
-        print('written: ' + ', '.join(str(path) for path in comparison.write(folder, rows, values)))
+        print('written: ' + ', '.join(str(path) for path in comparison.write(_common_folder(args), rows, values)))
 
 
 def draw(folder, subject, prediction, results):

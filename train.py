@@ -36,6 +36,7 @@ def main(argv=None):
             if of_start['coordinator']:
                 address = of_start['coordinator'], of_start['processes'], of_start['processid']
                 devices.join(*address, stops_by_step=True)
+            devices.require()
             if not devices.is_first():
                 held.enter_context(contextlib.redirect_stdout(None))
             args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere

@@ -16,6 +16,7 @@ import jax
 import run
 
 import flags
+import runs
 import tables
 
 SUB_BATCHES, SUB_BATCH = 4, 25
@@ -24,6 +25,7 @@ SUB_BATCHES, SUB_BATCH = 4, 25
 def main(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
+    parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     args = parser.parse_args(argv)
     gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)
     compiled = gradient.lower(*arguments).compile()
@@ -41,6 +43,15 @@ def main(argv=None):
         rows.append([label, f'{milliseconds:.0f}', f'{rate:.0f}', f'{rate / matrix_rate:.0%}'])
     rows.append(['all else: normalisation, additions, transpositions', f'{other:.0f}', '', ''])
     print(tables.markdown(['', 'ms', 'GFLOP/s', 'of the matrix product'], rows))
+    if args.json:
+        figures = runs.provenance('benchmarks/convolutions.py', argv) | {
+            'gradient_milliseconds': elapsed * 1e3,
+            'gflops': flops / elapsed,
+            'matrix_gflops': matrix_rate,
+            'milliseconds_and_gflop': table,
+            'other_milliseconds': other,
+        }
+        runs.write_json(args.json, figures)
 
 
 def operation_times(call):

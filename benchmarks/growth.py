@@ -9,7 +9,6 @@ but for the parameters: there the loss is |w|²/2, so that the optimizer itself 
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import jax
@@ -32,8 +31,7 @@ def main(argv=None):
         plot(json.loads(source.read_text()), picture)
         return
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
-    command = ' '.join(['python benchmarks/growth.py', *(sys.argv[1:] if argv is None else argv)])
-    measured = {'command': command, 'environment': runs.environment()}
+    measured = runs.provenance('benchmarks/growth.py', argv)
     for name in args.panels:
         results[name] = measured | {'seconds': curves(*PANELS[name])}
         runs.write_json(args.json, results)

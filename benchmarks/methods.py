@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import study
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import flags
 import jobs
@@ -51,11 +52,8 @@ def main(argv=None):
     chosen = {optim: min(of_optim, key=lambda t: t['nll'])['settings'] for optim, of_optim in tried.items()}
     final = [partial(train, args, optim, chosen[optim], seed) for optim in chosen for seed in range(args.seeds)]
     trained = complete(args, final)
-    record = {
-        'command': ' '.join(['python benchmarks/methods.py', *(sys.argv[1:] if argv is None else argv)]),
-        **runs.environment(),
-        'optimizers': {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen},
-    }
+    record = runs.provenance('benchmarks/methods.py', argv)
+    record['optimizers'] = {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         evaluate.main(['--reuse', '--ensemble', f'--output={args.folder}', '--resultsfolder', *map(str, trained)])
     tables = out.getvalue()
@@ -70,17 +68,17 @@ def parse_args(argv):
     parser.add_argument('--dataset', default='digits')
     parser.add_argument('--model', default='lenet')
     parser.add_argument('--datasetfolder', default='datasets')
-    parser.add_argument('--batchsize', type=int, default=50)
-    parser.add_argument('--batchsplit', type=int, default=5, help='of optimizers with several sub-batches')
-    parser.add_argument('--draws', type=int, default=8, help='settings tried for each optimizer')
-    parser.add_argument('--tuneepochs', type=int, default=10)
-    parser.add_argument('--epochs', type=int, default=30)
+    parser.add_argument('--batchsize', type=flags.integer(1), default=50)
+    parser.add_argument('--batchsplit', type=flags.integer(1), default=5, help='of optimizers with several sub-batches')
+    parser.add_argument('--draws', type=flags.integer(1), default=8, help='settings tried for each optimizer')
+    parser.add_argument('--tuneepochs', type=flags.integer(1), default=10)
+    parser.add_argument('--epochs', type=flags.integer(1), default=30)
     parser.add_argument('--validation', type=float, default=0.2, help='fraction kept out for tuning')
-    parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument('--seeds', type=flags.integer(1), default=5)
     parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES))
     parser.add_argument('--folder', type=Path, required=True, help='of the runs; those that it has are gone on with')
     parser.add_argument('--output', type=flags.new_file, required=True, help='results/NAME, without a suffix')
-    parser.add_argument('--jobs', type=int, help='runs at once; one a GPU by default, else one')
+    flags.add_jobs(parser)
     return parser.parse_args(argv)
 
 
@@ -113,7 +111,7 @@ def tune(args, number, optim, drawn, run):
 def train(args, optim, chosen, seed, run):
     """Trains with the settings chosen and evaluates; returns the run folder."""
     values = flags_of(args, optim, chosen) | {'epochs': args.epochs - 1, 'randomseed': seed}
-    tests = [['--testmc=32']] + [['--testmc=32', '--laplace']] * (optim not in study.WITH_POSTERIOR)
+    tests = [['--testmc=32']] + [['--testmc=32', '--laplace']] * (optim not in settings.WITH_POSTERIOR)
     trained, _ = jobs.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, tests)
     print(trained, flush=True)
     return trained

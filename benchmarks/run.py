@@ -43,11 +43,7 @@ MULTIPLY_ADDS = {'resnet18': 0.5554e9, 'resnet20': 0.0408e9}
 
 def main(argv=None):
     args = parse_args(argv)
-    results = {
-        'command': ' '.join(['python benchmarks/run.py', *(sys.argv[1:] if argv is None else argv)]),
-        'environment': runs.environment(),
-        'machine': machine(),
-    }
+    results = runs.provenance('benchmarks/run.py', argv) | {'machine': machine()}
     for model in args.models:
         results[model] = step_times(model, args.precision, args.repeats)
         results[model] |= evaluation_times(model, args.precision, args.testimages, args.testmc)
@@ -327,7 +323,7 @@ def peak_bytes(function, *arguments):
 
 
 def print_table(results, precision):
-    """Markdown, as it stands in the README."""
+    """Markdown."""
     environment, bounds = results['environment'], results['machine']
     versions = environment['versions']
     print(f'`{results["command"]}`: {environment["device"]}; Python {environment["python"]}, JAX {versions["jax"]}; ')

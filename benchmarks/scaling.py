@@ -59,8 +59,7 @@ def main(argv=None):
     rows = measured(args) if args.part == 'measure' else predicted(args)
     print(tables.markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     if args.json:
-        command = ' '.join(['python benchmarks/scaling.py', *(sys.argv[1:] if argv is None else argv)])
-        runs.write_json(args.json, {'command': command, 'environment': runs.environment(), 'rows': rows})
+        runs.write_json(args.json, runs.provenance('benchmarks/scaling.py', argv) | {'rows': rows})
 
 
 def measured(args):

@@ -24,11 +24,7 @@ def main(argv=None):
     parser.add_argument('--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'])
     parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     args = parser.parse_args(argv)
-    results = {
-        'command': ' '.join(['python benchmarks/start.py', *(sys.argv[1:] if argv is None else argv)]),
-        'environment': runs.environment(),
-        'help_seconds': seconds_of_help(),
-    }
+    results = runs.provenance('benchmarks/start.py', argv) | {'help_seconds': seconds_of_help()}
     print(f'train.py --help: {results["help_seconds"]:.2f} s')
     for model in args.models:
         results[model] = start_times(model)

@@ -21,10 +21,9 @@ sys.path.insert(0, str(ROOT))
 import jobs  # noqa: E402
 import runs  # noqa: E402
 import settings  # noqa: E402
-from flags import Parser  # noqa: E402
+from flags import Parser, add_jobs  # noqa: E402
 
 KEPT = ROOT / 'results' / 'studies'
-WITH_POSTERIOR = ('bsam', 'ivon', 'swag')  # of the optimizers
 
 
 class Study(NamedTuple):
@@ -193,18 +192,19 @@ def parse_args(argv):
     parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'of {", ".join(STUDIES)}')
     parser.add_argument('--folder', type=Path, required=True, help='of the runs')
     parser.add_argument('--datasetfolder', default='datasets', help='folder of the data sets')
-    parser.add_argument('--jobs', type=int, help='runs at once; one a GPU by default, else one')
+    add_jobs(parser)
     return parser.parse_args(argv)
 
 
 def keep(args, name, variant, seed, run):
     """Trains and evaluates one run and keeps its record, unless there is one. Returns whether there is one now."""
     path = KEPT / name / f'{variant}_{seed}.json'
-    if path.exists():
-        return True
     study = STUDIES[name]
     flags = study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed, 'keepgoing': True}
     evaluations = evaluations_of(study, flags)
+    if path.exists():
+        require_record(path, flags, evaluations)
+        return True
     values = flags | {'datasetfolder': args.datasetfolder}
     trained, measured = jobs.trained_and_tested(run, folder_of(args, name, variant, seed), values, evaluations.values())
     record = record_of(trained, flags, evaluations, measured)
@@ -212,6 +212,18 @@ def keep(args, name, variant, seed, run):
     runs.write_json(path, record)
     print(f'{name}/{variant}_{seed}: {sum(epoch["seconds"] for epoch in record["log"]):.0f} s of training', flush=True)
     return True
+
+
+def require_record(path, flags, evaluations):
+    """Raises a RunError if a record is not of these flags and evaluations, as when its study was changed since."""
+    record = json.loads(path.read_text())
+    same = set(record['command'].split()) == set(command_of(flags).split())
+    if not same or record['evaluations'].keys() != evaluations.keys():
+        raise runs.RunError(f'{path} is not what STUDIES asks for now: remove it')
+
+
+def command_of(flags):
+    return ' '.join(['python train.py', *jobs.arguments(flags)])
 
 
 def compare(args, name, run):
@@ -227,7 +239,7 @@ def compare(args, name, run):
     with open(args.folder / name / 'comparison.txt', 'w') as output:
         status = run([sys.executable, jobs.SCRIPTS / 'test.py', *given], output.write)
     if status:
-        raise jobs.JobError(f'{output.name}: test.py ended with status {status}')
+        raise runs.RunError(f'{output.name}: test.py ended with status {status}')
     shutil.copy(args.folder / name / path.name, path)
     return True
 
@@ -241,7 +253,7 @@ def evaluations_of(study, flags):
     return {
         name: arguments
         for name, (seeds, arguments) in study.evaluations.items()
-        if flags['randomseed'] < seeds and not ('--laplace' in arguments and flags['optim'] in WITH_POSTERIOR)
+        if flags['randomseed'] < seeds and not ('--laplace' in arguments and flags['optim'] in settings.WITH_POSTERIOR)
     }
 
 
@@ -259,7 +271,7 @@ def tuned(study, flags):
 def validation_nll(study, variant):
     path = KEPT / study / f'{variant}_0.json'
     if not path.exists():
-        raise jobs.JobError(f'{path} is missing: run the study {study} first')
+        raise runs.RunError(f'{path} is missing: run the study {study} first')
     nll = json.loads(path.read_text())['evaluations']['validation']['average']['nll']
     return float('inf') if nll is None else nll
 
@@ -268,7 +280,7 @@ def record_of(trained, flags, evaluations, measured):
     """What is kept of a run folder and of what its evaluations measured."""
     config = runs.read_config(trained)
     return {
-        'command': ' '.join(['python train.py', *jobs.arguments(flags)]),
+        'command': command_of(flags),
         'num_data': config['num_data'],
         'environment': {name: config[name] for name in ('python', 'versions', 'git_commit', 'device')},
         'log': runs.read_log(trained),

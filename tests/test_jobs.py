@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_jobs_share_the_machine(monkeypatch):
 
 def test_a_task_that_fails_leaves_the_others(capsys):
     def fails(run):
-        raise jobs.JobError('run_0: train.py ended with status 1')
+        raise runs.RunError('run_0: train.py ended with status 1')
 
     assert jobs.on_devices([fails, lambda run: run([sys.executable, '-c', 'exit(3)'], print)]) == [None, 3]
     assert capsys.readouterr().err == 'run_0: train.py ended with status 1\n'
@@ -103,5 +104,39 @@ def test_run_to_go_on_with(tmp_path):
 def test_what_test_py_measured(tmp_path):
     for mark in ('', '-validation', '-laplace'):
         (tmp_path / f'metrics{mark}.json').write_text(json.dumps(mark))
-    given = {'': ['--testmc=8'], '-validation': ['--split=validation'], '-laplace': ['--testmc=8', '--laplace']}
+    given = {'': ['--testmc=8'], '-validation': ['--split', 'validation'], '-laplace': ['--testmc=8', '--laplace']}
     assert all(jobs.metrics(tmp_path, arguments) == mark for mark, arguments in given.items())
+
+
+def test_several_processes_on_a_gpu(monkeypatch):
+    """Each may take its part of the memory; with a GPU each, JAX's default stays."""
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1')
+    monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+    code = 'import os; print(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))'
+
+    def part(run):
+        lines = []
+        run([sys.executable, '-c', code], lines.append)
+        return lines
+
+    assert jobs.on_devices([part], 2) == [['None\n']] and jobs.on_devices([part], 4) == [['0.45\n']]
+
+
+def test_gpus_that_are_listed(monkeypatch):
+    """A line of an error, or of a part of a GPU, is none."""
+    said = 'GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 1g.10gb Device 0: (UUID: MIG-2)\nGPU 1: NVIDIA H100 (UUID: GPU-3)\n'
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr('shutil.which', lambda name: name)
+    for text, found in ((said, ['0', '1']), ("NVIDIA-SMI has failed because it couldn't communicate\n", [])):
+        monkeypatch.setattr('subprocess.run', lambda *args, text_=text, **kwargs: SimpleNamespace(stdout=text_))
+        assert jobs._gpus() == found
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
+    """Neither trained twice nor removed, although it has no checkpoint yet."""
+    run = tmp_path / 'sweep' / 'mnist_mlp' / 'sgd' / 'run_0'
+    run.mkdir(parents=True)
+    for folder in (run, tmp_path / 'sweep'):
+        with runs.locked(folder), pytest.raises(runs.RunError, match='is being trained by'):
+            jobs.trained_and_tested(pytest.fail, tmp_path / 'sweep', {'optim': 'sgd'}, [])
+    assert run.exists()

@@ -11,6 +11,7 @@ from jax import tree
 
 import optimizers
 import reference
+import settings as run_settings
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'optimizers.npz')
 SETTINGS = {
@@ -448,3 +449,10 @@ def test_lr_factor_against_optax():
     schedule = optax.join_schedules([optax.linear_schedule(0.2, 1, 4), optax.cosine_decay_schedule(1, 176)], [5])
     for epoch in (0, 3, 4, 5, 50, 180):
         np.testing.assert_allclose(optimizers.lr_factor(epoch, 180, 5), schedule(epoch), atol=1e-7)
+
+
+def test_which_optimizers_have_a_posterior():
+    """The list that the flags are checked by, before there is an optimizer."""
+    made = {name: make(quadratic_loss, **SETTINGS[name]) for name, make in optimizers.OPTIMIZERS.items()}
+    with_posterior = {name for name, optimizer in made.items() if optimizer.sample is not optimizers._mean}
+    assert with_posterior == set(run_settings.WITH_POSTERIOR)

@@ -20,6 +20,7 @@ import pytest
 import checkpoints
 import runs
 import settings
+import signals
 import test as evaluate
 import train
 from conftest import arrays, read_log, restore
@@ -233,7 +234,7 @@ def start(arguments, **options):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_a_process(number, flags_of, tmp_path):
-    """The first signal lets it save and exit; a second one exits at once."""
+    """A signal lets it save and exit, also if it comes twice."""
     run = tmp_path / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
     for sent in (1, 2):
         arguments = flags_of(epochs=100_000) if sent == 1 else [f'--resume={run}']
@@ -245,10 +246,22 @@ def test_signal_to_a_process(number, flags_of, tmp_path):
             _, error = process.communicate(timeout=60)
         late = -number  # a second signal that meets the interpreter at its end; shells show 128 + number for it too
         assert process.returncode in (128 + number, late if sent == 2 else None)
-        assert ('finishing the step' in error or sent == 2) and 'Traceback' not in error
+        assert 'finishing the step' in error and 'Traceback' not in error
         epochs = [record['epoch'] for record in read_log(run)]
         assert epochs == list(range(len(epochs)))
         assert restore(run)[0] > 0
+
+
+def test_second_signal(monkeypatch):
+    """Within a second it is the first one again, passed on by a parent that had it too; later it ends the process."""
+    now, statuses = [0.0], []
+    monkeypatch.setattr(signals.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(os, '_exit', statuses.append)
+    with signals.Stop() as stop:
+        stop.begin()
+        for now[0], ended in ((0.0, []), (0.9, []), (1.1, [128 + signal.SIGTERM])):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM and statuses == ended
 
 
 def test_signal_before_the_first_step_ends_without_a_traceback(flags_of):

@@ -44,6 +44,11 @@ def test_runs_of_a_sweep(toml):
     assert '--noaugment' in jobs.arguments(fixed) and '--validation=0.25' in jobs.arguments(fixed)
 
 
+def test_whole_numbers_are_drawn_whole(toml):
+    toml.write_text(toml.read_text() + 'batchsize = [10, 30]\n')
+    assert all(isinstance(run['batchsize'], int) and 10 <= run['batchsize'] <= 30 for run in sweep.read(toml)[1])
+
+
 def test_parts_and_going_on(toml, tmp_path, capsys):
     """Half of a sweep, then the rest; complete runs are left as they are."""
     output = tmp_path / 'sweep'
@@ -57,6 +62,18 @@ def test_parts_and_going_on(toml, tmp_path, capsys):
     assert header == ['run', 'optim', 'alpha', 'nll', 'accuracy', 'ece']
     assert sorted(row[0] for row in rows) == ['0000', '0001', '0002', '0003']
     assert [float(row[3]) for row in rows] == sorted(float(row[3]) for row in rows)
+
+
+def test_another_number_of_samples_evaluates_again(toml, tmp_path, capsys):
+    """Runs are ranked by the same number of samples each, and those of another number are not in the table."""
+    toml.write_text(toml.read_text().replace('draws = 2', 'draws = 1'))
+    output = tmp_path / 'sweep'
+    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/2'])
+    capsys.readouterr()
+    sweep.main([str(toml), f'--output={output}', '--testmc=2', '--part=1/2'])
+    assert '1 of 2 runs' in capsys.readouterr().out
+    sweep.main([str(toml), f'--output={output}', '--testmc=2'])
+    assert '2 of 2 runs' in capsys.readouterr().out
 
 
 def test_a_run_that_fails(toml, tmp_path, capsys):
@@ -82,6 +99,8 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
         ('[flags]', '[flags', 'cannot be read'),
         ("optim = ['sgd', 'adam']", 'rho = [0.1]', '--rho is no flag of sgd'),
         ('epochs = 0', 'epoch = 0', 'unrecognized arguments: --epoch=0'),
+        ('epochs = 0', "resume = 'run_0'", 'resume is not for sweeps'),
+        ('alpha = [', 'optim = [', 'optim is in [grid] and in [random]: leave one out'),
     ],
 )
 def test_what_is_refused(old, new, message, toml, tmp_path, capsys):
@@ -125,3 +144,15 @@ def test_changed_file_is_refused(toml, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1
     assert 'was begun with --optim sgd, not adam: take another folder' in error
+
+
+def test_flag_that_is_left_out_is_a_change(toml, tmp_path, capsys):
+    """But not one that train.py lets change when it goes on, such as where its data is."""
+    output = tmp_path / 'sweep'
+    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
+    toml.write_text(toml.read_text().replace('epochs = 0', 'epochs = 0\ncheckpointevery = 5'))
+    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
+    toml.write_text(toml.read_text().replace('noaugment = true\n', ''))
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
+    assert stop.value.code == 2 and 'was begun with --noaugment True, not False' in capsys.readouterr().err
