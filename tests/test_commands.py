@@ -309,3 +309,15 @@ def test_animation_that_cannot_be_written(output, tmp_path, capsys):
         demo2d.main([f'--output={tmp_path / output}'])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1 and output in error
+
+
+@pytest.mark.parametrize('command', [['train.py'], ['test.py', '--resultsfolder=run_0']])
+def test_jax_without_a_device(command, tmp_path):
+    """As with a JAX for GPUs on a machine without one."""
+    root = Path(__file__).parent.parent
+    environment = os.environ | {'JAX_PLATFORMS': 'nowhere'}
+    done = subprocess.run(
+        [sys.executable, root / command[0], *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert f'{command[0]}: error: JAX finds no device: ' in done.stderr

@@ -411,3 +411,13 @@ def test_official_addresses_are_whole():
     for layout in (data._MNIST, data._FASHION):
         assert all(len(sha256) == 64 for sha256, _ in layout.sha256.values())
         assert all(Path(name).suffix == '.gz' for name in layout.sha256)
+
+
+def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(Path, 'exists', refuse)
+    for name in ('cifar10', 'mnist', 'svhn'):
+        with pytest.raises(data.DataError, match='cannot be read: Permission denied'):
+            data.dataset(name, tmp_path).read('test')

@@ -1,17 +1,23 @@
 """Training and evaluation on several devices are those on one, to rounding; on eight virtual ones, in a process."""
 
+import collections
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import devices
+import experiments
 import settings
 import train
+import training
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,3 +130,25 @@ def test_devices_that_are_not_there(flags_of, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags_of(devices=64))
     assert stop.value.code == 2 and '--devices 64: there are' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('optim', ['sgd', 'sam', 'bsam'])
+def test_a_step_on_one_device_is_that_without_a_mesh(optim):
+    """The same operations are compiled, so sharing out costs nothing where there is nothing to share."""
+    of_run = vars(settings.parse_args([f'--optim={optim}', '--model=mlp', '--alpha=0.01', '--batchsize=16']))
+    dataset = {'num_train': 32, 'num_classes': 10, 'image_shape': [8, 8, 3], 'mean': [0.5], 'std': [0.2]}
+    experiment = experiments.create({'flags': of_run, 'dataset': dataset})
+
+    def operations():
+        key = jax.random.key(0)
+        step = training.step_function(experiment.optimizer, lambda key, batch: experiment.normalise(batch))
+        start = partial(training.start_epoch, num_images=32, batch_size=16)
+        images, labels = jax.ShapeDtypeStruct((32, 8, 8, 3), jnp.uint8), jax.ShapeDtypeStruct((32,), jnp.int32)
+        arguments = jax.eval_shape(experiment.init, key), jax.eval_shape(start, key, jnp.int32(0)), images, labels
+        compiled = step.lower(*arguments, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
+        lines = [re.sub(r', metadata=\{[^}]*\}', '', line) for line in compiled.splitlines() if ' = ' in line]
+        return collections.Counter(re.sub(r'[._]\d+', '', line) for line in lines)
+
+    without_a_mesh = operations()
+    with jax.set_mesh(devices.create_mesh(1)):
+        assert operations() == without_a_mesh

@@ -186,6 +186,20 @@ def test_several_runs(trained, tmp_path, capsys):
         assert 'predictions.npz is missing or damaged' in error_of([f'--resultsfolder={pattern}', '--reuse'], capsys)
 
 
+@pytest.mark.parametrize(
+    ('flags', 'line'),
+    [
+        (['--laplace'], '--laplace: bsam has a posterior of its own'),
+        (['--temperature'], 'kept no training images out: train with --validation 0.1'),
+    ],
+)
+def test_what_one_of_several_runs_cannot_do(flags, line, trained, monkeypatch, capsys):
+    """It is said before the first of them is evaluated."""
+    runs = [str(trained(optim=optim, validation=0)) for optim in ('sgd', 'bsam')]
+    monkeypatch.setattr(evaluate, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    assert line in error_of(['--resultsfolder', *runs, *flags], capsys)
+
+
 def test_an_earlier_checkpoint(trained, capsys):
     """Its results stand beside those of the end, and a warning says where it is."""
     run = trained()
