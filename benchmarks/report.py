@@ -1,4 +1,4 @@
-"""Makes results/README.md and its pictures from what is kept in results/.
+"""Makes results/README.md and its pictures, and the README's tables of speed, from what is kept in results/.
 
     python benchmarks/report.py
 
@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import run  # noqa: E402
 import study  # noqa: E402
 
 import evaluation  # noqa: E402
 import jobs  # noqa: E402
 import plots  # noqa: E402
+import settings  # noqa: E402
 import tables  # noqa: E402
 
 RESULTS = ROOT / 'results'
@@ -30,18 +32,18 @@ NAMES = {
     'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM', 'ivon': 'IVON', 'adam': 'Adam', 'adamw': 'AdamW', 'samadam': 'SAM-Adam',
     'asam': 'ASAM', 'swag': 'SWAG',
 }  # fmt: skip
-WITH_POSTERIOR = ('bsam', 'ivon', 'swag')
 PUBLISHED_RHO = {'bsam': 0.01, 'sam': 0.05}
 
 
 class Subject(NamedTuple):
-    """What is compared: a variant of a study, at the 'mean' of its posterior or the 'average' over samples."""
+    """What is compared: a variant of a study, at the 'mean' of its posterior, the 'average' over samples of it, or
+    over those of a 'laplace' approximation."""
 
     variant: str
     at: str
 
     def __str__(self):
-        return f'{NAMES[self.variant]}, {"mean" if self.at == "mean" else "samples"}'
+        return f'{NAMES[self.variant]}, {dict(mean="mean", average="samples", laplace="Laplace")[self.at]}'
 
 
 SGD, SAM = Subject('sgd', 'mean'), Subject('sam', 'mean')
@@ -80,6 +82,8 @@ CLAIMS = [
 def main():
     found = all_records()
     (RESULTS / 'README.md').write_text(page(**found))
+    readme = ROOT / 'README.md'
+    readme.write_text(with_performance(readme.read_text()))
     pictures = {
         'reliability': reliability(found['cifar10_few']),
         'few_samples': over_samples(found['cifar10_few']),
@@ -106,6 +110,7 @@ def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
         few_claims=claims_table(cifar10_few),
         few_commands=commands('cifar10_few', cifar10_few),
         fashion_table=methods_table(fashion),
+        fashion_ensembles=compared(RESULTS / 'studies' / 'fashion' / 'comparison.csv', only='ensemble'),
         fashion_claims=claims_table(fashion),
         fashion_commands=commands('fashion', fashion),
         rho_table=rho_table(rho),
@@ -136,7 +141,8 @@ def first_of(group):
 def values(group, metric, at):
     """A metric of each record, accuracy in per cent."""
     scale = 100 if metric == 'accuracy' else 1
-    return scale * np.array([record['evaluations']['test'][at][metric] for record in group.values()], float)
+    evaluation, part = ('laplace', 'average') if at == 'laplace' else ('test', at)
+    return scale * np.array([record['evaluations'][evaluation][part][metric] for record in group.values()], float)
 
 
 def differences(lower, higher, metric, at_lower='average', at_higher='average'):
@@ -204,9 +210,15 @@ def methods_table(found):
 
 
 def subjects(found):
-    """Of every variant the mean, and the average over samples where there is a posterior."""
-    ats = {variant: ['mean', 'average'][: 1 + (variant in WITH_POSTERIOR)] for variant in NAMES if variant in found}
-    return [Subject(variant, at) for variant, of_variant in ats.items() for at in of_variant]
+    """Of every variant the mean, and the average over samples where there is a posterior, Laplace's too."""
+    subjects = []
+    for variant in (name for name in NAMES if name in found):
+        subjects.append(Subject(variant, 'mean'))
+        if variant in settings.WITH_POSTERIOR:
+            subjects.append(Subject(variant, 'average'))
+        elif 'laplace' in first_of(found[variant])['evaluations']:
+            subjects.append(Subject(variant, 'laplace'))
+    return subjects
 
 
 # What only some evaluations have, {key in metrics.json: (column, function of metrics.json and 'mean' or 'average')}.
@@ -290,7 +302,7 @@ def published_table(found):
     rows = []
     for name, numbers in PUBLISHED.items():
         flags = study.STUDIES['published'].variants[name]
-        at = 'average' if flags['optim'] in WITH_POSTERIOR else 'mean'
+        at = 'average' if flags['optim'] in settings.WITH_POSTERIOR else 'mean'
         ours = [
             ', '.join(cells(found[run], at, ('accuracy', 'nll', 'ece'))) if run in found else ''
             for run in (name, f'{name}_bfloat16')
@@ -307,20 +319,51 @@ COMPARISONS = [
 
 
 def comparison(name, title):
-    """All methods on one data set, from the CSV that test.py wrote."""
-    shown = ('accuracy', 'nll', 'ece', 'auroc')
-    with open(RESULTS / f'{name}.csv', newline='') as file:
-        rows = [
-            [row['method'], row['runs'], *(from_csv(row, metric) for metric in shown)] for row in csv.DictReader(file)
-        ]
-    table = tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
+    """All methods on one data set."""
+    table = compared(RESULTS / f'{name}.csv')
     return f'{title} ([commands and settings]({name}.json), [paired tests]({name}.md)):\n\n{table}'
+
+
+def compared(path, only=''):
+    """The rows of a CSV that test.py wrote, those whose method has `only` in its name."""
+    shown = ('accuracy', 'nll', 'ece', 'auroc')
+    with open(path, newline='') as file:
+        rows = [
+            [row['method'], row['runs'], *(from_csv(row, metric) for metric in shown)]
+            for row in csv.DictReader(file)
+            if only in row['method']
+        ]
+    return tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
 
 
 def from_csv(row, metric):
     scale, digits = (100, 2) if metric == 'accuracy' else (1, 4)
     mean, deviation = (scale * float(row[f'{metric}_{part}']) for part in ('mean', 'sd'))
     return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
+
+
+# The columns of the README's tables of speed: what run.py wrote, and where.
+MACHINES = {
+    'benchmark': 'A, JAX 0.12.0.1', 'benchmark_jax0.10': 'A, JAX 0.10.2', 'benchmark_older_machine': 'B, JAX 0.10.2',
+}  # fmt: skip
+
+
+def with_performance(readme):
+    """The README with its tables of speed made again."""
+    begin, end = '<!-- made by benchmarks/report.py -->\n\n', '\n<!-- until here -->'
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return before + begin + '\n'.join(map(performance_table, ('resnet18', 'resnet20'))) + end + after
+
+
+def performance_table(model):
+    results = [json.loads((RESULTS / f'{name}.json').read_text()) for name in MACHINES]
+    columns = [run.rows(of_machine['machine'], has_baseline=True) for of_machine in results]
+    rows = [
+        [label, *(column[i][1](of_machine[model]) for column, of_machine in zip(columns, results, strict=True))]
+        for i, (label, _) in enumerate(columns[0])
+    ]
+    return tables.markdown([{'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}[model], *MACHINES.values()], rows)
 
 
 def speed_table():
@@ -343,7 +386,8 @@ def commands(name, found):
         first_of(found[variant])['command']
         for variant in [*(v for v in NAMES if v in found), *(v for v in found if v not in NAMES)]
     ]
-    tests = [measured['command'] for measured in first['evaluations'].values()]
+    evaluations = {name: test for group in found.values() for name, test in first_of(group)['evaluations'].items()}
+    tests = [measured['command'] for measured in evaluations.values()]
     where = f'{environment["device"]}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
     lines = '\n'.join(f'    {line}' for line in [*trainings, *tests])
     return f'`python benchmarks/study.py {name} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'

@@ -341,7 +341,10 @@ def print_table(results, precision):
 
 
 def rows(bounds, has_baseline):
-    """(label, function of a network's results that returns its cell), those of the published formulation at the end."""
+    """(label, function of a network's results that returns its cell), those of the published formulation at the end.
+
+    bounds: of the machine.
+    """
     rate = bounds['matrix_gflops']
     own = [
         ('SGD step, s', lambda r: f'{r["seconds"]["sgd"]:.2f}'),

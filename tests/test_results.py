@@ -23,6 +23,11 @@ def test_page_is_made_of_the_records(report):
     assert page == (ROOT / 'results' / 'README.md').read_text(), 'run make results'
 
 
+def test_tables_of_speed_are_made_of_the_records(report):
+    readme = (ROOT / 'README.md').read_text()
+    assert report.with_performance(readme) == readme, 'run make results'
+
+
 def record(nll):
     return {'evaluations': {'test': {'mean': {'nll': nll}}}}
 
