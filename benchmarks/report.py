@@ -32,6 +32,7 @@ NAMES = {
     'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM', 'ivon': 'IVON', 'adam': 'Adam', 'adamw': 'AdamW', 'samadam': 'SAM-Adam',
     'asam': 'ASAM', 'swag': 'SWAG',
 }  # fmt: skip
+_AT = {'mean': 'mean', 'average': 'samples', 'laplace': 'Laplace'}
 PUBLISHED_RHO = {'bsam': 0.01, 'sam': 0.05}
 
 
@@ -43,7 +44,7 @@ class Subject(NamedTuple):
     at: str
 
     def __str__(self):
-        return f'{NAMES[self.variant]}, {dict(mean="mean", average="samples", laplace="Laplace")[self.at]}'
+        return f'{NAMES[self.variant]}, {_AT[self.at]}'
 
 
 SGD, SAM = Subject('sgd', 'mean'), Subject('sam', 'mean')
