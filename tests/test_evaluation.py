@@ -193,9 +193,9 @@ def test_several_runs(trained, tmp_path, capsys):
         (['--temperature'], 'kept no training images out: train with --validation 0.1'),
     ],
 )
-def test_what_one_of_several_runs_cannot_do(flags, line, trained, monkeypatch, capsys):
+def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, capsys):
     """It is said before the first of them is evaluated."""
-    runs = [str(trained(optim=optim, validation=0)) for optim in ('sgd', 'bsam')]
+    runs = [str(train.main(flags_of(optim=optim))) for optim in ('sgd', 'bsam')]
     monkeypatch.setattr(evaluate, 'evaluate', lambda run, args: pytest.fail('evaluated'))
     assert line in error_of(['--resultsfolder', *runs, *flags], capsys)
 
