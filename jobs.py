@@ -198,8 +198,8 @@ def metrics(trained, given):
 def require_same_flags(folder, values):
     """Raises a RunError if the run below `folder` was begun with other flags, but for those that may change."""
     exempt = {*settings.OF_START, *settings.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
-    given = vars(settings.parse_args(arguments(values)))
     for path in folder.glob('*/*/run_*/config.json'):
+        given = vars(settings.parse_args(arguments(values)))
         held = vars(settings.flags_of(runs.read_config(path.parent), path.parent))
         for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
             if held[name] != given[name]:

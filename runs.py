@@ -23,7 +23,6 @@ import platform
 import socket
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 
@@ -189,6 +188,8 @@ def _digest(content):
 
 def environment():
     """Versions, git commit and device of this process, for the record."""
+    from importlib import metadata
+
     import jax  # takes most of a second
 
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')

@@ -41,7 +41,7 @@ def parse_args(argv):
     parser = flags.Parser(__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument('--json', type=flags.new_file, help='measure, and write the figures into this file')
-    help = 'what to measure; others in the file stay (default: all, some ten minutes on two cores)'
+    help = 'what to measure; others in the file stay (default: all)'
     parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
     action.add_argument('--plot', type=Path, nargs=2, metavar=('JSON', 'PNG'), help='plot figures measured before')
     return parser.parse_args(argv)

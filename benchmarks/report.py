@@ -128,10 +128,9 @@ def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
 def records(name):
     """{variant: {seed: record}} of what study.py kept, variants as it lists them and seeds rising."""
     found = {}
-    for variant in study.STUDIES[name].variants:
-        paths = [RESULTS / 'studies' / name / f'{variant}_{seed}.json' for seed in range(study.STUDIES[name].seeds)]
-        group = {seed: json.loads(path.read_text()) for seed, path in enumerate(paths) if path.exists()}
-        found |= {variant: group} if group else {}
+    for variant, seed, path in study.records(name):
+        if path.exists():
+            found.setdefault(variant, {})[seed] = json.loads(path.read_text())
     return found
 
 

@@ -179,7 +179,7 @@ def main(argv=None):
     complete = True
     for name in args.studies:
         study = STUDIES[name]
-        tasks = [partial(keep, args, name, variant, seed) for seed in range(study.seeds) for variant in study.variants]
+        tasks = [partial(keep, args, name, variant, seed, path) for variant, seed, path in records(name)]
         kept = all(jobs.on_devices(tasks, args.jobs))
         if kept and study.compared:
             (kept,) = jobs.on_devices([partial(compare, args, name)])
@@ -196,11 +196,24 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def keep(args, name, variant, seed, run):
-    """Trains and evaluates one run and keeps its record, unless there is one. Returns whether there is one now."""
-    path = KEPT / name / f'{variant}_{seed}.json'
+def records(name):
+    """(variant, seed, path of the record) of every run of a study, the first seed of all variants first."""
     study = STUDIES[name]
-    flags = study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed, 'keepgoing': True}
+    return [
+        (variant, seed, KEPT / name / f'{variant}_{seed}.json')
+        for seed in range(study.seeds)
+        for variant in study.variants
+    ]
+
+
+def flags_of(study, variant, seed):
+    return study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed, 'keepgoing': True}
+
+
+def keep(args, name, variant, seed, path, run):
+    """Trains and evaluates one run and keeps its record, unless there is one. Returns whether there is one now."""
+    study = STUDIES[name]
+    flags = flags_of(study, variant, seed)
     evaluations = evaluations_of(study, flags)
     if path.exists():
         require_record(path, flags, evaluations)
@@ -210,6 +223,7 @@ def keep(args, name, variant, seed, run):
     record = record_of(trained, flags, evaluations, measured)
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_json(path, record)
+    (path.parent / 'comparison.csv').unlink(missing_ok=True)  # of the runs before
     print(f'{name}/{variant}_{seed}: {sum(epoch["seconds"] for epoch in record["log"]):.0f} s of training', flush=True)
     return True
 

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,20 +13,6 @@ import jobs
 import runs
 
 WAITS = [sys.executable, '-c', 'import time; print("begun", flush=True); time.sleep(60)']
-SCRIPT = """
-[flags]
-dataset = 'mnist'
-model = 'mlp'
-datasetfolder = '{datasets}'
-validation = 0.25
-batchsize = 10
-epochs = 100000
-warmup = 0
-noaugment = true
-
-[grid]
-randomseed = [0, 1]
-"""
 
 
 def test_jobs_share_the_machine(monkeypatch):
@@ -67,24 +51,6 @@ def test_a_signal_ends_what_runs_and_begins_no_more(number, capsys):
     out, error = capsys.readouterr()
     assert stop.value.code == 128 + number and not out and f'{number.name}: waiting for what runs' in error
     assert signal.getsignal(number) == before
-
-
-def test_a_sweep_that_is_stopped_saves_and_goes_on(datasets, tmp_path):
-    """SIGTERM to sweep.py alone: the run is saved, the next one not begun."""
-    sweep, output = tmp_path / 'sweep.toml', tmp_path / 'sweep'
-    sweep.write_text(SCRIPT.format(datasets=datasets))
-    command = [sys.executable, jobs.SCRIPTS / 'sweep.py', sweep, f'--output={output}']
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        said = output / '0000' / 'output.txt'
-        until = time.monotonic() + 60
-        while not (said.exists() and 'epoch 2/' in said.read_text()) and time.monotonic() < until:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and 'Traceback' not in error
-    assert 'saved; go on with' in said.read_text() and not list(output.glob('0001/*/'))
-    (run,) = output.glob('0000/*/*/run_*')
-    assert jobs.begun_run(output / '0000') == run and len(runs.read_log(run)) >= 2
 
 
 def test_status_of_seeds_of_which_one_is_killed(monkeypatch):

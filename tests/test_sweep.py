@@ -1,10 +1,15 @@
 """Sweeps: which runs they make, that they go on where they were, and the table of validation metrics."""
 
 import csv
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 import jobs
+import runs
 import sweep
 
 SWEEP = """
@@ -74,6 +79,24 @@ def test_another_number_of_samples_evaluates_again(toml, tmp_path, capsys):
     assert '1 of 2 runs' in capsys.readouterr().out
     sweep.main([str(toml), f'--output={output}', '--testmc=2'])
     assert '2 of 2 runs' in capsys.readouterr().out
+
+
+def test_a_sweep_that_is_stopped_saves_and_goes_on(toml, tmp_path):
+    """SIGTERM to sweep.py alone: the run is saved, the next one not begun."""
+    toml.write_text(toml.read_text().replace('epochs = 0', 'epochs = 100_000'))
+    output = tmp_path / 'sweep'
+    command = [sys.executable, jobs.SCRIPTS / 'sweep.py', toml, f'--output={output}']
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        said = output / '0000' / 'output.txt'
+        until = time.monotonic() + 60
+        while not (said.exists() and 'epoch 2/' in said.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and 'Traceback' not in error
+    assert 'saved; go on with' in said.read_text() and not list(output.glob('0001/*/'))
+    (run,) = output.glob('0000/*/*/run_*')
+    assert jobs.begun_run(output / '0000') == run and len(runs.read_log(run)) >= 2
 
 
 def test_a_run_that_fails(toml, tmp_path, capsys):
