@@ -88,6 +88,7 @@ def main():
     pictures = {
         'reliability': reliability(found['cifar10_few']),
         'few_samples': over_samples(found['cifar10_few']),
+        'few_corruptions': over_severities(found['cifar10_few']),
         'cifar10_samples': over_samples(found['cifar10']),
         'fashion_samples': over_samples(found['fashion']),
         'cifar10_corruptions': over_severities(found['cifar10']),

@@ -123,7 +123,10 @@ STUDIES = {
         _CIFAR10 | {'trainimages': 1250, 'validation': 0.2, 'noaugment': True, 'epochs': 35},
         {name: flags | {'dafactor': 200 if name == 'bsam' else 50} for name, flags in _METHODS.items()},
         5,
-        {'test': (5, ['--testmc', '1', '2', '4', '8', '--testimages=2500', '--ood=cifar100', '--temperature'])},
+        {
+            'corrupted': (1, ['--testmc=8', '--testimages=500', '--corruptions']),
+            'test': (5, ['--testmc', '1', '2', '4', '8', '--testimages=2500', '--ood=cifar100', '--temperature']),
+        },
         tuned_by='cifar10_tuning',
     ),
     'fashion_tuning': Study(_FASHION | {'validation': 0.2}, _each_alpha(_TUNED, _TUNED_ALPHAS), 1, _VALIDATION),
