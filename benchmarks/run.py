@@ -46,7 +46,7 @@ def main(argv=None):
     results = runs.provenance('benchmarks/run.py', argv) | {'machine': machine()}
     for model in args.models:
         results[model] = step_times(model, args.precision, args.repeats)
-        results[model] |= evaluation_times(model, args.precision, args.testimages, args.testmc)
+        results[model] |= evaluation_times(model, args.precision, args.repeats, args.testimages, args.testmc)
         results[model]['memory'] = step_memory(model, args.precision)
         if args.baselinerepeats:
             results[model]['baseline'] = baseline_times(model, args.precision, args.baselinerepeats)
@@ -62,7 +62,7 @@ def parse_args(argv):
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
     add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
-    add('--repeats', type=int, default=5, help='turns in which steps are timed')
+    add('--repeats', type=int, default=5, help='turns in which steps and the evaluation are timed')
     add('--testimages', type=int, default=1000, help='images that are evaluated, twice')
     add('--testmc', type=int, default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation, minutes each for ResNet-18 on a CPU; 0 leaves it out'
@@ -262,7 +262,7 @@ def baseline_times(model, precision, repeats):
     }
 
 
-def evaluation_times(model, precision, num_images, num_samples):
+def evaluation_times(model, precision, repeats, num_images, num_samples):
     """An evaluation as test.py makes it, with all metrics and their intervals, over as many plain forward passes."""
     posterior, logits = posterior_of(model, 'bsam', precision, BATCH)
     images, labels = synthetic_images(num_images)
@@ -275,7 +275,7 @@ def evaluation_times(model, precision, num_images, num_samples):
     def plain():
         return [logits(images=images) for _ in range(num_samples + 1)]
 
-    times, _ = in_turns(2, {'evaluate': evaluate, 'plain': plain})
+    times, _ = in_turns(repeats, {'evaluate': evaluate, 'plain': plain})
     return {
         'testmc': num_samples,
         'forward_images_per_second': (num_samples + 1) * num_images / statistics.median(times['plain']),
