@@ -8,6 +8,7 @@ The devices may belong to several processes, on one host or many, that `join` ma
 same program; the first alone reads and writes the run folder.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -41,20 +42,30 @@ def create_mesh(number=None):
 
 
 def require():
-    """Raises a DeviceError if JAX finds no device."""
+    """Raises a DeviceError if JAX finds no device, or not as many in each process.
+
+    All processes meet here, before they read data: that may take one of them longer than the others would wait.
+    """
     try:
-        jax.devices()
+        found = jax.devices()
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f'JAX finds no device: {" ".join(str(error).split())[:300]}') from error
+    numbers = sorted(set(collections.Counter(device.process_index for device in found).values()))
+    if len(numbers) > 1:
+        raise DeviceError(f'some processes have {numbers[0]} devices and some {numbers[-1]}: give each as many')
+    from_first(lambda: None)
 
 
-def require_divisible(flag, number, mesh):
-    """Raises a DeviceError if a number of examples or sub-batches cannot be shared out equally."""
-    if number % mesh.size:
-        nearest = sorted({max(number // mesh.size, 1) * mesh.size, (number // mesh.size + 1) * mesh.size})
-        offer = ' or '.join(f'{flag} {n}' for n in nearest)
-        fewer = ', or --devices 1' if jax.process_count() == 1 else ''
-        raise DeviceError(f'{flag} {number} cannot be shared out over {mesh.size} devices: take {offer}{fewer}')
+def unequal_shares(what, number, possible, mesh):
+    """The DeviceError of a number of examples or sub-batches that cannot be shared out equally over a mesh.
+
+    what: the flag that says how many; possible: the values that it may have instead, of which the nearest are offered.
+    """
+    below, above = ([n for n in possible if (n > number) == is_above] for is_above in (False, True))
+    fewer = max(n for n in range(1, mesh.size) if number % n == 0)
+    offers = [f'{what} {n}' for n in below[-1:] + above[:1]]
+    offers.append(f'--devices {fewer}' if jax.process_count() == 1 else f'processes that have {fewer} devices together')
+    return DeviceError(f'{what} {number} cannot be shared out over {mesh.size} devices: take {", or ".join(offers)}')
 
 
 def replicate(arrays, mesh):
@@ -172,7 +183,7 @@ def require_same(held):
     """Raises a DeviceError if a process holds other values than the first, {name: what JSON can hold}."""
     held = json.loads(json.dumps(held))
     for name, value in from_first(lambda: held).items():
-        if held[name] != value:
+        if held.get(name) != value:
             where = f'process {jax.process_index()}'
             raise DeviceError(f'{where} has other {name} than process 0: start all with the same flags and data')
 
@@ -226,14 +237,15 @@ def _is_key(x):
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def reached_stop(stop, step):
+def reached_stop(stop, call):
     """Whether training is to end after a step, which is asked once a step: all processes end after the same one.
 
-    stop: a signals.Stop. Of several processes, JAX's service for preemption tells all of the SIGTERM of any.
+    stop: a signals.Stop. Of several processes, JAX's service for preemption tells all of the SIGTERM of any; it wants
+    the number of the call, from 1 on: of a signal before the first it tells at number 1.
     """
     if not jax.distributed.is_initialized():
         return stop.signal is not None
-    if multihost_utils.reached_preemption_sync_point(step):
+    if multihost_utils.reached_preemption_sync_point(call):
         stop.signal = signal.SIGTERM
     return stop.signal is not None
 

@@ -57,4 +57,4 @@ def create(images, labels, mesh, stream):
     """Streamed where it is asked for, or where images uint8 [N, H, W, C] would fill a device; else Resident."""
     limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
     too_large = devices.from_first(lambda: limit is not None and images.nbytes > SHARE * limit)
-    return (Streamed if stream or too_large else Resident)(images, labels, mesh)
+    return Streamed(images, labels, mesh) if stream or too_large else Resident(images, labels, mesh)

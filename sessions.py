@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import itertools
 import math
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def begin(args, held):
 
     Raises DataError, DeviceError, ModelError and RunError.
     """
-    mesh = _share(args)
+    mesh = share(args)
     config, augmented, images = _read(args)
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)
@@ -80,7 +81,7 @@ def resume(run, args, before, held, step=None):
     """
     if devices.is_first():
         held.enter_context(runs.locked(run))
-    mesh = _share(args)
+    mesh = share(args, flags_hold=True)
     config, augmented, images = _read(args)
     if config['dataset'] != before.get('dataset'):
         raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
@@ -94,15 +95,21 @@ def resume(run, args, before, held, step=None):
     return Session(run, args, mesh, experiment, images, augmented, state, progress)
 
 
-def _share(args):
-    """The mesh of devices, if each of them can have an equal share of a batch. Raises DeviceError."""
+def share(args, flags_hold=False):
+    """The mesh of devices, if each of them can have an equal share of a batch. Raises DeviceError.
+
+    flags_hold: the run is resumed, so that no other flags are offered than those of devices.
+    """
     mesh = devices.create_mesh(args.devices)
     if isinstance(args.checkpointevery, str) and jax.process_count() > 1:
         raise devices.DeviceError(f'--checkpointevery {args.checkpointevery}: of several processes, give steps')
+    multiples = range(mesh.size, args.batchsize + mesh.size + 1, mesh.size)
     if args.batchsplit is None:
-        devices.require_divisible('--batchsize', args.batchsize, mesh)
-    elif args.batchsplit * (args.trainmc or 1) % mesh.size:
-        devices.require_divisible('--batchsplit', args.batchsplit, mesh)
+        what, number, possible = '--batchsize', args.batchsize, multiples
+    else:
+        what, number, possible = '--batchsplit', args.batchsplit, [n for n in multiples if args.batchsize % n == 0]
+    if number * (args.trainmc or 1) % mesh.size:
+        raise devices.unequal_shares(what, number, [] if flags_hold else possible, mesh)
     return mesh
 
 
@@ -134,6 +141,7 @@ class Trainer:
         self.steps = len(images.train) // self.args.batchsize
         self.step = training.step_function(self.experiment.optimizer, self._prepare, self.feed.choose)
         self.stopped = self.log_failed = False
+        self.calls = itertools.count(1)
 
     def run(self):
         """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
@@ -180,7 +188,7 @@ class Trainer:
             if len(in_flight) > 2:
                 self._check_loss(progress, *in_flight.popleft())
             self.report.step(done, epoch.loss)
-            self.stopped = devices.reached_stop(self.stop, progress.epoch * self.steps + done)
+            self.stopped = devices.reached_stop(self.stop, next(self.calls))
             if done == self.steps or self.stopped or due(done):
                 while in_flight:
                     self._check_loss(progress, *in_flight.popleft())

@@ -68,7 +68,7 @@ def parse_args(argv=None):
 
 def _require_own_seeds(parser, args, argv):
     given = parser.given(argv) if args.seeds else {}
-    for name in ('resume', 'randomseed', 'coordinator'):
+    for name in ('resume', 'randomseed', 'coordinator', 'devices'):
         if name in given:
             parser.error(f'--seeds does not go with --{name}')
     if len(set(args.seeds)) < len(args.seeds):
@@ -79,7 +79,8 @@ def _require_consistency(args):
     """Raises a ValueError for flags that do not go together."""
     batch, split = args.batchsize, args.batchsplit
     if split and batch % split:
-        raise ValueError(f'--batchsize {batch} does not divide into --batchsplit {split} sub-batches')
+        nearest = ' or '.join(f'{n}' for n in (batch // split * split, batch // split * split + split) if n)
+        raise ValueError(f'--batchsize {batch} does not divide into --batchsplit {split} sub-batches: take {nearest}')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
         raise ValueError('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
     if args.optim == 'swag' and args.epochs + 1 - math.floor(args.swagstart * (args.epochs + 1)) < 2:

@@ -106,6 +106,13 @@ def test_digits_are_learned(flags_of):
     assert read_log(run)[-1]['test_accuracy'] > 0.9
 
 
+@pytest.mark.parametrize(('warmup', 'warns'), [(2, True), (1, False)])
+def test_a_warmup_that_takes_all_epochs(warmup, warns, flags_of, capsys):
+    train.main(flags_of(epochs=1, warmup=warmup))
+    warning = 'warning: --warmup 2 leaves none of the 2 epochs for the learning rate to fall in: try --warmup 1'
+    assert (warning in capsys.readouterr().err) == warns
+
+
 @pytest.mark.parametrize('optim', settings.OPTIMIZERS)
 def test_no_hidden_transfers(optim, flags_of):
     """A whole run sends nothing to the device but what it means to: no scalar a step, no batch."""
@@ -158,7 +165,7 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'dataset': 'tfds/'}, "unknown: 'tfds/'"),
         ({'model': 'resnet-18'}, "--model: unknown: 'resnet-18'; did you mean resnet18?"),
         ({'optim': 'bsm'}, "--optim: unknown: 'bsm'; did you mean bsam? choose from sgd, sam, bsam"),
-        ({'batchsplit': 3}, '--batchsize 20 does not divide into --batchsplit 3 sub-batches'),
+        ({'batchsplit': 3}, '--batchsize 20 does not divide into --batchsplit 3 sub-batches: take 18 or 21'),
         ({'batchsize': 60}, '--batchsize 60 exceeds the 40 training images'),
         ({'batchsize': 0}, "--batchsize: '0' is not a whole number of 1 or more"),
         ({'alpha': -1}, "--alpha: '-1' is not a number > 0"),

@@ -15,6 +15,7 @@ import pytest
 
 import devices
 import experiments
+import sessions
 import settings
 import train
 import training
@@ -102,7 +103,7 @@ COMMANDS = """if True:
         np.testing.assert_allclose(four, one, rtol=1e-4)
     train.main([f'--resume={run}', '--epochs=1', '--devices=1'])
     try:
-        train.main([*flags, '--batchsize=18', '--batchsplit=2', f'--datasetfolder={data}'])
+        train.main([*flags, '--batchsplit=2', f'--datasetfolder={data}'])
     except SystemExit as stop:
         assert stop.code == 2
 """
@@ -111,19 +112,32 @@ COMMANDS = """if True:
 def test_commands_on_four_devices(datasets, tmp_path):
     done = run_on_devices(4, COMMANDS, tmp_path, datasets)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.strip().endswith('take --batchsplit 4, or --devices 1')
+    assert done.stderr.strip().endswith('over 4 devices: take --batchsplit 4, or --devices 2')
 
 
 @pytest.mark.parametrize(
-    ('number', 'offer'), [(12, '--batchsize 8 or --batchsize 16'), (3, '--batchsize 8, or --devices 1')]
+    ('flags', 'number', 'offers'),
+    [
+        (['--optim=sgd', '--batchsize=12'], 8, '--batchsize 8, or --batchsize 16, or --devices 6'),
+        (['--optim=sgd', '--batchsize=3'], 8, '--batchsize 8, or --devices 3'),
+        (
+            ['--optim=bsam', '--batchsize=200', '--batchsplit=8'],
+            5,
+            '--batchsplit 5, or --batchsplit 10, or --devices 4',
+        ),
+        (['--optim=bsam', '--batchsize=200', '--batchsplit=8'], 16, '--devices 8'),
+    ],
 )
-def test_shares_that_are_not_equal(number, offer):
-    mesh = jax.sharding.AbstractMesh((8,), (devices.AXIS,))
-    with pytest.raises(
-        devices.DeviceError, match=f'--batchsize {number} cannot be shared out over 8 devices: take {offer}'
-    ):
-        devices.require_divisible('--batchsize', number, mesh)
-    devices.require_divisible('--batchsize', 24, mesh)
+def test_shares_that_are_not_equal(flags, number, offers, monkeypatch):
+    """What is offered is taken; to a run that is resumed, whose flags hold, devices are."""
+    monkeypatch.setattr(devices, 'create_mesh', lambda n: jax.sharding.AbstractMesh((n or number,), (devices.AXIS,)))
+    args = settings.parse_args(flags)
+    with pytest.raises(devices.DeviceError, match=f'cannot be shared out over {number} devices: take {offers}$'):
+        sessions.share(args)
+    for offer in offers.split(', or '):
+        sessions.share(settings.parse_args([*flags, *offer.split()]))
+    with pytest.raises(devices.DeviceError, match=f'devices: take {offers.split(", or ")[-1]}$'):
+        sessions.share(args, flags_hold=True)
 
 
 def test_devices_that_are_not_there(flags_of, capsys):

@@ -39,17 +39,19 @@ def free_address():
         return f'127.0.0.1:{free.getsockname()[1]}'
 
 
-def start(number, *arguments, last=(), script='train'):
+def start(number, *arguments, last=(), script='train', devices_of_last=1):
     """Processes of one run, the last with more arguments; with number 1, a run that knows nothing of others."""
     address = free_address()
     others = [[f'--coordinator={address}', f'--processes={number}', f'--processid={i}'] for i in range(number)]
     others[-1] += last
+    of_last = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices_of_last}'
+    environments = [os.environ | SMALL] * (number - 1) + [os.environ | SMALL | {'XLA_FLAGS': of_last}]
     return [
         subprocess.Popen(
             [sys.executable, '-c', SCRIPT, script, *arguments, *(own if number > 1 else [])],
-            cwd=ROOT, env=os.environ | SMALL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for own in others
+        for own, environment in zip(others, environments, strict=True)
     ]  # fmt: skip
 
 
@@ -73,12 +75,14 @@ def weights(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('number', 'optim', 'model'), [(2, 'bsam', 'lenet'), (4, 'sam', 'resnet20'), (2, 'sgd', 'resnet18')]
+    ('number', 'optim', 'model', 'more'),
+    [(2, 'bsam', 'lenet', ['--stream']), (4, 'sam', 'resnet20', []), (2, 'sgd', 'resnet18', ['--stream'])],
 )
-def test_processes_train_as_one(number, optim, model, tmp_path, weights):
+def test_processes_train_as_one(number, optim, model, more, tmp_path, weights):
+    """Those that stream read their part of each batch only, the one alone has all images on its device."""
     flags = [*FLAGS, f'--optim={optim}', f'--model={model}', '--trainimages=480']
     alone, together = tmp_path / 'alone', tmp_path / 'together'
-    begun = start(1, *flags, f'--resultsfolder={alone}'), start(number, *flags, f'--resultsfolder={together}')
+    begun = start(1, *flags, f'--resultsfolder={alone}'), start(number, *flags, *more, f'--resultsfolder={together}')
     for status, _, errors in ended(begun[0] + begun[1]):
         assert status == 0, errors
     run = f'digits_{model}/{optim}/run_0'
@@ -118,6 +122,19 @@ def test_signal_and_resume_on_more(tmp_path, weights):
     (expected, last), (found, step) = weights(alone / run.relative_to(together)), weights(run)
     assert step == last == 25
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
+
+
+def test_signal_before_the_first_step_that_is_resumed(tmp_path, weights):
+    """It comes while the step is compiled, and ends both processes after it."""
+    ((status, _, errors),) = ended(start(1, *FLAGS, '--optim=bsam', '--model=resnet20', f'--resultsfolder={tmp_path}'))
+    assert status == 0, errors
+    run = until_step(tmp_path, 1)
+    begun = weights(run)[1]
+    processes = start(2, f'--resume={run}', '--epochs=100000')
+    assert any(line.startswith(str(run)) for line in processes[0].stdout)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [status for status, _, _ in ended(processes)] == [143, 143]
+    assert begun < weights(run)[1] < begun + 10
 
 
 @pytest.mark.parametrize('killed', [0, 1])
@@ -189,6 +206,13 @@ def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
     for at in ('mean', 'average'):
         one, two = (np.array(list(found[number][at].values()), float) for number in (1, 2))
         np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_processes_that_differ_in_devices(tmp_path):
+    flags = [*FLAGS, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}']
+    found = ended(start(2, *flags, devices_of_last=2))
+    assert all(status != 0 and 'Traceback' not in errors for status, _, errors in found)
+    assert any('some processes have 1 devices and some 2: give each as many' in errors for _, _, errors in found)
 
 
 def test_one_process_that_joined_is_stopped_as_ever(tmp_path):
