@@ -30,6 +30,7 @@ import jobs
 import runs
 import settings
 import tables
+import test as evaluate
 
 SHOWN = ('nll', 'accuracy', 'ece')
 
@@ -86,9 +87,9 @@ def read(path):
     draws = ranges.pop('draws', 1)
     if unknown:
         raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
-    reserved = {*settings.OF_START, 'resultsfolder'} & {*fixed, *grid, *ranges}
+    reserved = {*settings.OF_START, 'resultsfolder', 'devices'} & {*fixed, *grid, *ranges}
     if reserved:
-        raise SweepError(f'{path}: {min(reserved)} is not for sweeps, which make run folders of their own')
+        raise SweepError(f'{path}: {min(reserved)} is not for sweeps, whose runs have folders and devices of their own')
     if grid.keys() & ranges.keys():
         raise SweepError(f'{path}: {min(grid.keys() & ranges.keys())} is in [grid] and in [random]: leave one out')
     if not fixed.get('validation'):
@@ -151,8 +152,10 @@ def _measured(args, number, values):
             return None
         except (OSError, ValueError) as error:
             raise runs.RunError(f'{trained}: its metrics cannot be read: {error}') from error
+        asked = evaluate.asked(evaluate.parse_args([f'--resultsfolder={trained}', *_evaluation(args)]))
         epochs = settings.parse_args(jobs.arguments(values)).epochs
-        if (found['testmc'], found['trained']['epoch']) == (args.testmc, epochs):
+        end = evaluate.end_of_training(runs.read_config(trained), epochs)
+        if all(found.get(name) == value for name, value in (asked | {'trained': end}).items()):
             return found['average']
     return None
 

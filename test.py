@@ -19,6 +19,19 @@ OF_PROCESS = ('resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compil
 
 
 def parse_args(argv=None):
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    flags.require_whole_address(parser, args)
+    args.testmc = sorted(set(args.testmc))
+    args.resultsfolder = _expanded(args.resultsfolder)
+    try:
+        _require_consistency(args, parser.given(argv))
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def create_parser():
     parser = flags.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     help = 'run folders run_K that train.py printed; several are also compared with each other'
@@ -53,26 +66,28 @@ def parse_args(argv=None):
     add('--devices', type=flags.integer(1), help=help)
     flags.add_coordinator(parser)
     flags.add_compilecache(parser)
-    args = parser.parse_args(argv)
-    flags.require_whole_address(parser, args)
-    args.testmc = sorted(set(args.testmc))
-    args.resultsfolder = _expanded(args.resultsfolder)
+    return parser
+
+
+def _require_consistency(args, given):
+    """Raises a ValueError for flags that do not go together; given: those of the command line."""
     several = len(args.resultsfolder) > 1
     if args.split == 'validation' and args.temperature:
-        parser.error('--temperature is fitted on the images of --split validation: evaluate it on others')
+        raise ValueError('--temperature is fitted on the images of --split validation: evaluate it on others')
     if args.split == 'validation' and args.corruptions:
-        parser.error('--split validation goes without a folder of corrupted images, which are those of the test set')
+        raise ValueError(
+            '--split validation goes without a folder of corrupted images, which are those of the test set'
+        )
     if args.testimages and args.corruptions:
-        parser.error('--testimages goes without a folder of corrupted images, which are those of all test images')
+        raise ValueError('--testimages goes without a folder of corrupted images, which are those of all test images')
     for flag in ('ensemble', 'reuse', 'output'):
         if getattr(args, flag) and not several:
-            parser.error(f'--{flag} goes with several run folders')
+            raise ValueError(f'--{flag} goes with several run folders')
     if args.checkpoint is not None and several:
-        parser.error('--checkpoint goes with one run folder')
+        raise ValueError('--checkpoint goes with one run folder')
     effective = {'resultsfolder', 'reuse', 'ensemble', 'output', 'split', 'bins', 'compilecache', 'devices'}
-    if args.reuse and parser.given(argv).keys() - effective:
-        parser.error(f'--reuse evaluates nothing, so --{min(parser.given(argv).keys() - effective)} goes without it')
-    return args
+    if args.reuse and given.keys() - effective:
+        raise ValueError(f'--reuse evaluates nothing, so --{min(given.keys() - effective)} goes without it')
 
 
 def _expanded(patterns):
@@ -197,13 +212,9 @@ def measure(subject, args):
     print_reference_lines(measured, num_samples)
     print_metrics(measured, num_samples)
     results = {
-        'trained': {'epoch': subject.progress.epoch, 'steps_of_epoch': subject.progress.step},
-        'split': args.split,
+        'trained': _trained(subject.progress),
         'num_images': len(subject.labels),
-        'testmc': num_samples,
-        'bins': args.bins,
-        'bnrefresh': args.bnrefresh,
-        'laplace': args.laplace,
+        **asked(args),
         **measured,
     }
     if len(args.testmc) > 1:
@@ -221,6 +232,18 @@ def measure(subject, args):
     return prediction, results
 
 
+def asked(args):
+    """What an evaluation with these arguments says of itself in metrics.json."""
+    return {
+        'split': args.split,
+        'testimages': args.testimages,
+        'testmc': args.testmc[-1],
+        'bins': args.bins,
+        'bnrefresh': args.bnrefresh,
+        'laplace': args.laplace,
+    }
+
+
 def metrics_file(run, args):
     """Where an evaluation with these arguments puts what it measures."""
     return run / f'metrics{_mark(args.split, args.laplace, args.checkpoint)}.json'
@@ -232,9 +255,17 @@ def _mark(split, laplace, checkpoint=None):
     return ''.join(f'-{mark}' for mark in marks)
 
 
+def _trained(progress):
+    return {'epoch': progress.epoch, 'steps_of_epoch': progress.step}
+
+
+def end_of_training(config, epochs):
+    """What metrics.json has as 'trained' of a run with this configuration after so many epochs and one."""
+    return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
+
+
 def warn_if_incomplete(subject, config):
-    steps = config['dataset']['num_train'] // subject.flags['batchsize']
-    if subject.progress[:2] != (subject.flags['epochs'], steps):
+    if _trained(subject.progress) != end_of_training(config, subject.flags['epochs']):
         where = f'epoch {subject.progress.epoch + 1} of {subject.flags["epochs"] + 1}'
         print(f'test.py: warning: {subject.run} is evaluated in {where}', file=sys.stderr)
 

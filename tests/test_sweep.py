@@ -11,6 +11,7 @@ import pytest
 import jobs
 import runs
 import sweep
+import test as evaluate
 
 SWEEP = """
 [flags]
@@ -81,6 +82,22 @@ def test_another_number_of_samples_evaluates_again(toml, tmp_path, capsys):
     assert '2 of 2 runs' in capsys.readouterr().out
 
 
+def test_an_evaluation_by_hand_is_not_the_sweep_s(toml, tmp_path, capsys):
+    """Runs are ranked by evaluations that are alike: one with other flags is made again."""
+    toml.write_text(toml.read_text().replace('draws = 2', 'draws = 1').replace(", 'adam'", ''))
+    output = tmp_path / 'sweep'
+    arguments = [str(toml), f'--output={output}', '--testmc=1']
+    sweep.main(arguments)
+    (run,) = output.glob('0000/*/*/run_*')
+    for flag in ('--bins=7', '--testimages=3'):
+        evaluate.main([f'--resultsfolder={run}', '--split=validation', '--testmc=1', flag])
+        capsys.readouterr()
+        sweep.main([*arguments, '--summary'])
+        assert '0 of 1 runs' in capsys.readouterr().out
+        sweep.main(arguments)
+        assert '1 of 1 runs' in capsys.readouterr().out
+
+
 def test_a_sweep_that_is_stopped_saves_and_goes_on(toml, tmp_path):
     """SIGTERM to sweep.py alone: the run is saved, the next one not begun."""
     toml.write_text(toml.read_text().replace('epochs = 0', 'epochs = 100_000'))
@@ -123,6 +140,7 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
         ("optim = ['sgd', 'adam']", 'rho = [0.1]', '--rho is no flag of sgd'),
         ('epochs = 0', 'epoch = 0', 'unrecognized arguments: --epoch=0'),
         ('epochs = 0', "resume = 'run_0'", 'resume is not for sweeps'),
+        ('epochs = 0', 'devices = 2', 'devices is not for sweeps'),
         ('alpha = [', 'optim = [', 'optim is in [grid] and in [random]: leave one out'),
     ],
 )
