@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import socket
 import sys
 import tarfile
 import threading
@@ -716,12 +717,15 @@ def download(official, path):
 
 
 def _partial_path(path):
-    """Where this process writes what is to become `path`; what killed ones left there an hour ago is removed."""
+    """Where this process of this host writes what is to become `path`.
+
+    What killed ones left there an hour ago is removed.
+    """
     for left in path.parent.glob(f'{path.name}.*.partial'):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
-    return path.with_name(f'{path.name}.{os.getpid()}.partial')
+    return path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
 
 
 def _fetch(official, path):

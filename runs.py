@@ -110,7 +110,7 @@ def _write_text(path, text):
 
 def write_bytes(path, content):
     """Writes a file so that a reader sees the old one or the new one, never a part. Raises RunError."""
-    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    partial = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
     try:
         partial.write_bytes(content)
         flush(partial)
