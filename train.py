@@ -46,6 +46,8 @@ def main(argv=None):
             else:
                 session = sessions.begin(args, held)
         print_sizes(session, with_devices=bool(of_start['coordinator']))
+        if devices.is_first():
+            warn_of_long_warmup(session.args)
         with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
@@ -74,6 +76,13 @@ def print_sizes(session, with_devices):
     if with_devices:
         sizes += f', {session.mesh.size} devices'
     print(f'{session.run}: {sizes}', flush=True)
+
+
+def warn_of_long_warmup(args):
+    """The default is for long runs; of a short one it takes all."""
+    if args.warmup > args.epochs:
+        what = f'--warmup {args.warmup} leaves none of the {args.epochs + 1} epochs for the learning rate to fall in'
+        print(f'train.py: warning: {what}: try --warmup 1', file=sys.stderr)
 
 
 def exit_unless_complete(session, stop, all_saved):
