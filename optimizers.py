@@ -1,6 +1,6 @@
 """Optimizers of networks and of posteriors over their weights, each a triple of pure functions over an immutable state.
 
-    loss(params, batch_stats, batch) -> (scalar, new batch_stats)     the caller's
+    loss(params, batch_stats, batch) -> (value, new batch_stats)      the caller's, the mean negative log-likelihood
     optimizer = bsam(loss, alpha=0.5, ...)
     state = optimizer.init(params, batch_stats, key)
     state, value = optimizer.step(state, batch, lr_factor)            jittable; the state may be donated

@@ -84,3 +84,13 @@ def test_growth(benchmark, tmp_path, monkeypatch):
     assert set(json.loads(figures.read_text())) == set(growth.PANELS)
     growth.main(['--plot', str(figures), str(picture)])
     assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_loading(benchmark, tmp_path):
+    """One training image of each class, and an epoch of one batch, streamed and not."""
+    path = tmp_path / 'loading.json'
+    flags = ['--perclass=1', '--trained=1', '--epochs=1', '--turns=1']
+    benchmark('loading').main([*flags, f'--json={path}'])
+    figures = json.loads(path.read_text())
+    assert len(figures['epoch_seconds']) == len(figures['streamed_epoch_seconds']) == 1
+    assert figures['decoded_per_second'] > 0 and figures['setup_seconds'] > 0

@@ -1,0 +1,163 @@
+"""How fast images come: TinyImageNet decoded, read again, and trained on from the device or streamed to it.
+
+    python benchmarks/loading.py --json results/loading.json
+
+The data set is made for it: as many JPEGs as TinyImageNet has, and as large, cut out of two photographs.
+"""
+
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import flags  # noqa: E402
+import runs  # noqa: E402
+import tables  # noqa: E402
+
+CLASSES, SIZE = 200, 64
+TRAINING = ['--dataset', 'tinyimagenet', '--model', 'lenet', '--optim', 'sgd', '--alpha', '0.01', '--warmup', '1']
+
+
+def main(argv=None):
+    parser = flags.Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--perclass', type=flags.integer(1), default=500, help='training images of each of the 200 classes')
+    add('--trained', type=flags.integer(1), default=20, help='and of those that are trained on')
+    add('--epochs', type=flags.integer(1), default=3, help='see train.py; the first of them is not timed')
+    add('--turns', type=flags.integer(1), default=3, help='trainings of each kind')
+    add('--json', type=flags.new_file, help='write all figures here')
+    args = parser.parse_args(argv)
+    with made_set(args.perclass) as (folder, setup_seconds):
+        figures = {'setup_seconds': setup_seconds} | reading(folder)
+    with made_set(args.trained) as (folder, _):
+        figures |= streaming(folder, args)
+    print(tables.markdown(['', 'measured'], rows(figures)))
+    if args.json:
+        runs.write_json(args.json, runs.provenance('benchmarks/loading.py', argv) | figures)
+
+
+def rows(figures):
+    """(label, cell) of each figure."""
+    return [
+        ('`setup_tinyimagenet.py`: unpacking and decoding, s', f'{figures["setup_seconds"]:.1f}'),
+        ('decoding, images/s', f'{figures["decoded_per_second"]:.0f}'),
+        ('decoding, share of a plain loop on every core', f'{figures["decoding_share"]:.0%}'),
+        ('reading both splits at a later start, s', f'{figures["reading_seconds"]:.2f}'),
+        ('epoch of training, images on the device, s', f'{statistics.median(figures["epoch_seconds"]):.2f}'),
+        ('epoch of training, `--stream`, s', f'{statistics.median(figures["streamed_epoch_seconds"]):.2f}'),
+        ('streamed / on the device', f'{figures["streamed_over_resident"]:.3f}'),
+    ]
+
+
+@contextlib.contextmanager
+def made_set(per_class):
+    """A folder with a set that is ready, for as long as it is entered, and the seconds that making it ready took."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_archive(folder / 'tiny-imagenet-200.zip', per_class)
+        yield folder, seconds_of(['setup_tinyimagenet.py', '--datasetfolder', folder])
+
+
+def write_archive(path, per_class):
+    """The layout of the official zip, with a tenth as many validation images."""
+    rng = np.random.default_rng(0)
+    photographs = load_sample_images().images
+    classes = [f'n{i:08d}' for i in range(CLASSES)]
+    annotations = []
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('tiny-imagenet-200/wnids.txt', '\n'.join(classes))
+        for name in classes:
+            for i in range(per_class):
+                archive.writestr(f'tiny-imagenet-200/train/{name}/images/{name}_{i}.JPEG', cutting(rng, photographs))
+            for _ in range(max(1, per_class // 10)):
+                file = f'val_{len(annotations)}.JPEG'
+                archive.writestr(f'tiny-imagenet-200/val/images/{file}', cutting(rng, photographs))
+                annotations.append(f'{file}\t{name}\t0\t0\t62\t62')
+        archive.writestr('tiny-imagenet-200/val/val_annotations.txt', '\n'.join(annotations))
+
+
+def cutting(rng, photographs):
+    """A JPEG of 64×64 pixels of a photograph, somewhere in it."""
+    photograph = photographs[rng.integers(len(photographs))]
+    top, left = (rng.integers(size - SIZE) for size in photograph.shape[:2])
+    payload = io.BytesIO()
+    Image.fromarray(photograph[top : top + SIZE, left : left + SIZE]).save(payload, 'JPEG')
+    return payload.getvalue()
+
+
+def seconds_of(script):
+    began = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / script[0], *script[1:]], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def reading(folder):
+    """Both splits read as a later start does, and the training images decoded anew, beside a loop over them."""
+    dataset = data.dataset('tinyimagenet', folder)
+    began = time.perf_counter()
+    for split in ('train', 'test'):
+        images, _ = dataset.read(split)
+        np.array(images)
+    read = time.perf_counter() - began
+    (cache,) = (folder / 'tiny-imagenet-200').glob('train-*.npy')
+    cache.unlink()
+    began = time.perf_counter()
+    images, _ = dataset.read('train')
+    rate = len(images) / (time.perf_counter() - began)
+    return {
+        'reading_seconds': read,
+        'decoded_per_second': rate,
+        'decoding_share': rate / os.cpu_count() / plain_rate(folder),
+    }
+
+
+def plain_rate(folder):
+    """Images per second of a loop that decodes the first 5,000 in one process."""
+    paths = sorted((folder / 'tiny-imagenet-200' / 'train').rglob('*.JPEG'))[:5000]
+    began = time.perf_counter()
+    for path in paths:
+        with Image.open(path) as image:
+            np.asarray(image.convert('RGB'))
+    return len(paths) / (time.perf_counter() - began)
+
+
+def streaming(folder, args):
+    """Seconds of epochs with the images on the device and streamed to it, of trainings in turns."""
+    resident, streamed = [], []
+    for turn in range(args.turns):
+        resident.append(epoch_seconds(folder, args, turn, []))
+        streamed.append(epoch_seconds(folder, args, turn, ['--stream']))
+    medians = ([statistics.median(epochs) for epochs in kind] for kind in (streamed, resident))
+    return {
+        'epoch_seconds': [seconds for epochs in resident for seconds in epochs],
+        'streamed_epoch_seconds': [seconds for epochs in streamed for seconds in epochs],
+        'streamed_over_resident': statistics.median(a / b for a, b in zip(*medians, strict=True)),
+    }
+
+
+def epoch_seconds(folder, args, turn, more):
+    """Of every epoch of a training but the first, which compiles."""
+    results = folder / f'results_{turn}{"".join(more)}'
+    epochs = f'--epochs={args.epochs}'
+    seconds_of(['train.py', *TRAINING, epochs, *more, f'--datasetfolder={folder}', f'--resultsfolder={results}'])
+    (log,) = results.rglob('log.jsonl')
+    return [json.loads(line)['seconds'] for line in log.read_text().splitlines()][1:]
+
+
+if __name__ == '__main__':
+    main()
