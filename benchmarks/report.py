@@ -1,4 +1,4 @@
-"""Makes results/README.md and its pictures, and the README's tables of speed, from what is kept in results/.
+"""Makes results/README.md and its pictures, and the README's tables, from what is kept in results/.
 
     python benchmarks/report.py
 
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import loading  # noqa: E402
 import run  # noqa: E402
 import study  # noqa: E402
 
@@ -84,7 +85,7 @@ def main():
     found = all_records()
     (RESULTS / 'README.md').write_text(page(**found))
     readme = ROOT / 'README.md'
-    readme.write_text(with_performance(readme.read_text()))
+    readme.write_text(with_tables(readme.read_text()))
     pictures = {
         'reliability': reliability(found['cifar10_few']),
         'few_samples': over_samples(found['cifar10_few']),
@@ -349,16 +350,71 @@ MACHINES = {
 }  # fmt: skip
 
 
-def with_performance(readme):
-    """The README with its tables of speed made again."""
-    begin, end = '<!-- made by benchmarks/report.py -->\n\n', '\n<!-- until here -->'
-    before, rest = readme.split(begin)
-    _, after = rest.split(end)
-    return before + begin + '\n'.join(map(performance_table, ('resnet18', 'resnet20'))) + end + after
+def with_tables(readme):
+    """The README with every table that stands between its marks made again."""
+    made = {
+        'few': few_table(records('cifar10_few')),
+        'processes': measured_scaling_table(),
+        'devices': predicted_scaling_table(),
+        'speed': '\n'.join(map(performance_table, ('resnet18', 'resnet20'))),
+        'convolutions': convolutions_table(),
+        'loading': tables.markdown(['', 'A, JAX 0.12.0.1'], loading.rows(kept('loading'))),
+    }
+    for name, table in made.items():
+        begin, end = f'<!-- {name}: made by benchmarks/report.py -->\n\n', '\n<!-- until here -->'
+        before, rest = readme.split(begin)
+        readme = before + begin + table + rest[rest.index(end) :]
+    return readme
+
+
+def few_table(found):
+    """Each method as it is meant to be used: averaged over samples where it has a posterior, else at the mean."""
+    used = [Subject(name, 'average' if name in settings.WITH_POSTERIOR else 'mean') for name in NAMES if name in found]
+    rows = [
+        [NAMES[name], str(len(found[name])), *cells(found[name], at, ('accuracy', 'nll', 'ece', 'auroc'))]
+        for name, at in used
+    ]
+    return tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
+
+
+def kept(name):
+    return json.loads((RESULTS / f'{name}.json').read_text())
+
+
+def measured_scaling_table():
+    rows = [
+        [row['scaling'], f'{row["processes"]}', f'{row["batch"]}', f'{row["images/s"]:.0f}', row['efficiency']]
+        for row in kept('scaling_measured')['rows']
+    ]
+    return tables.markdown(['', 'processes', 'batch', 'images/s', 'efficiency'], rows)
+
+
+def predicted_scaling_table():
+    shown = {
+        'devices': 'devices', 'batch': 'batch, one sub-batch each', 'GFLOP a device': 'GFLOP a device',
+        'MB reduced': 'MB reduced', 'computing, ms': 'computing, ms', 'ring, ms': 'reducing, ms',
+        'efficiency': 'efficiency', 'with 8 sub-batches each': 'with 8 sub-batches each',
+    }  # fmt: skip
+    rows = [[f'{row[name]}' for name in shown] for row in kept('scaling_predicted')['rows']]
+    return tables.markdown(list(shown.values()), rows)
+
+
+def convolutions_table():
+    """GFLOP/s of each kind of convolution in each stage."""
+    profile = kept('convolutions')
+    kinds = ('forward', 'gradient by the input', 'gradient by the kernel')
+    rates = {
+        name: gflop / milliseconds * 1e3 for name, (milliseconds, gflop) in profile['milliseconds_and_gflop'].items()
+    }
+    rows = [
+        [stage, *(f'{rates[name]:.0f}' if (name := f'{kind}, {stage}') in rates else '' for kind in kinds)]
+        for stage in ('stem', 'stage1', 'stage2', 'stage3', 'stage4')
+    ]
+    return tables.markdown(['GFLOP/s', *kinds], rows)
 
 
 def performance_table(model):
-    results = [json.loads((RESULTS / f'{name}.json').read_text()) for name in MACHINES]
+    results = [kept(name) for name in MACHINES]
     columns = [run.rows(of_machine['machine'], has_baseline=True) for of_machine in results]
     rows = [
         [label, *(column[i][1](of_machine[model]) for column, of_machine in zip(columns, results, strict=True))]
@@ -398,9 +454,9 @@ def commands(name, found):
 
 
 def reliability(found):
-    """Reliability of SGD and bSAM side by side, of the first seed."""
+    """Reliability of SGD, SAM and bSAM side by side, of the first seed."""
     diagrams = {}
-    for subject in (SGD, BSAM):
+    for subject in (SGD, SAM, BSAM):
         test = first_of(found[subject.variant])['evaluations']['test']
         metrics = test[subject.at]
         title = f'{NAMES[subject.variant]}: accuracy {100 * metrics["accuracy"]:.1f} %, NLL {metrics["nll"]:.2f}'

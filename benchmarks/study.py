@@ -182,6 +182,8 @@ def main(argv=None):
     complete = True
     for name in args.studies:
         study = STUDIES[name]
+        there = sum(path.exists() for _, _, path in records(name))
+        print(f'{name}: {there} of {len(records(name))} records are there, in {KEPT / name}; a run is not done again')
         tasks = [partial(keep, args, name, variant, seed, path) for variant, seed, path in records(name)]
         kept = all(jobs.on_devices(tasks, args.jobs))
         if kept and study.compared:

@@ -33,9 +33,9 @@ def test_page_is_made_of_the_records(report):
     assert page == (ROOT / 'results' / 'README.md').read_text(), 'run make results'
 
 
-def test_tables_of_speed_are_made_of_the_records(report):
+def test_tables_of_the_readme_are_made_of_the_records(report):
     readme = (ROOT / 'README.md').read_text()
-    assert report.with_performance(readme) == readme, 'run make results'
+    assert report.with_tables(readme) == readme, 'run make results'
 
 
 def record(nll):
