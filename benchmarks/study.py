@@ -183,7 +183,7 @@ def main(argv=None):
     for name in args.studies:
         study = STUDIES[name]
         there = sum(path.exists() for _, _, path in records(name))
-        print(f'{name}: {there} of {len(records(name))} records are there, in {KEPT / name}; a run is not done again')
+        print(f'{name}: {there} of {len(records(name))} records are there; remove one to run it again: {KEPT / name}')
         tasks = [partial(keep, args, name, variant, seed, path) for variant, seed, path in records(name)]
         kept = all(jobs.on_devices(tasks, args.jobs))
         if kept and study.compared:
