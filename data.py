@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import pickle
 import queue
-import socket
 import sys
 import tarfile
 import threading
@@ -37,6 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import flags
+import runs
 
 
 class DataError(Exception):
@@ -717,15 +717,12 @@ def download(official, path):
 
 
 def _partial_path(path):
-    """Where this process of this host writes what is to become `path`.
-
-    What killed ones left there an hour ago is removed.
-    """
+    """That of runs.py; what killed processes left for `path` an hour ago is removed."""
     for left in path.parent.glob(f'{path.name}.*.partial'):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
-    return path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
+    return runs.partial_path(path)
 
 
 def _fetch(official, path):

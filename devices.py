@@ -61,9 +61,9 @@ def unequal_shares(what, number, possible, mesh):
 
     what: the flag that says how many; possible: the values that it may have instead, of which the nearest are offered.
     """
-    below, above = ([n for n in possible if (n > number) == is_above] for is_above in (False, True))
+    nearest = [n for n in possible if n < number][-1:] + [n for n in possible if n > number][:1]
     fewer = max(n for n in range(1, mesh.size) if number % n == 0)
-    offers = [f'{what} {n}' for n in below[-1:] + above[:1]]
+    offers = [f'{what} {n}' for n in nearest]
     offers.append(f'--devices {fewer}' if jax.process_count() == 1 else f'processes that have {fewer} devices together')
     return DeviceError(f'{what} {number} cannot be shared out over {mesh.size} devices: take {", or ".join(offers)}')
 

@@ -108,9 +108,14 @@ def _write_text(path, text):
     write_bytes(path, text.encode())
 
 
+def partial_path(path):
+    """Where this process of this host writes what is to become `path`."""
+    return path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
+
+
 def write_bytes(path, content):
     """Writes a file so that a reader sees the old one or the new one, never a part. Raises RunError."""
-    partial = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
+    partial = partial_path(path)
     try:
         partial.write_bytes(content)
         flush(partial)

@@ -80,8 +80,8 @@ def print_sizes(session, with_devices):
 
 def warn_of_long_warmup(args):
     """The default is for long runs; of a short one it takes all."""
-    if args.warmup > args.epochs:
-        what = f'--warmup {args.warmup} leaves none of the {args.epochs + 1} epochs for the learning rate to fall in'
+    if args.warmup > max(args.epochs, 1):
+        what = f'with --warmup {args.warmup} and --epochs {args.epochs} the learning rate only rises'
         print(f'train.py: warning: {what}: try --warmup 1', file=sys.stderr)
 
 

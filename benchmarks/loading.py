@@ -56,7 +56,7 @@ def rows(figures):
     return [
         ('`setup_tinyimagenet.py`: unpacked, decoded and kept, s', f'{figures["setup_seconds"]:.1f}'),
         ('first reading of the training images: decoded and kept, images/s', f'{figures["decoded_per_second"]:.0f}'),
-        ('… share of what a loop over decoded files reaches, times the cores', f'{figures["decoding_share"]:.0%}'),
+        ('… over the rate of a plain decoding loop on each core', f'{figures["decoding_share"]:.0%}'),
         ('reading both splits at a later start, s', f'{figures["reading_seconds"]:.2f}'),
         ('epoch of training, images on the device, s', f'{statistics.median(figures["epoch_seconds"]):.2f}'),
         ('epoch of training, `--stream`, s', f'{statistics.median(figures["streamed_epoch_seconds"]):.2f}'),
@@ -138,25 +138,25 @@ def plain_rate(folder):
 
 def streaming(folder, args):
     """Seconds of epochs with the images on the device and streamed to it, of trainings in turns."""
-    resident, streamed = [], []
-    for turn in range(args.turns):
-        resident.append(epoch_seconds(folder, args, turn, []))
-        streamed.append(epoch_seconds(folder, args, turn, ['--stream']))
-    medians = ([statistics.median(epochs) for epochs in kind] for kind in (streamed, resident))
+    turns = [
+        (epoch_seconds(folder, args.epochs), epoch_seconds(folder, args.epochs, '--stream')) for _ in range(args.turns)
+    ]
     return {
-        'epoch_seconds': [seconds for epochs in resident for seconds in epochs],
-        'streamed_epoch_seconds': [seconds for epochs in streamed for seconds in epochs],
-        'streamed_over_resident': statistics.median(a / b for a, b in zip(*medians, strict=True)),
+        'epoch_seconds': [seconds for resident, _ in turns for seconds in resident],
+        'streamed_epoch_seconds': [seconds for _, streamed in turns for seconds in streamed],
+        'streamed_over_resident': statistics.median(
+            statistics.median(streamed) / statistics.median(resident) for resident, streamed in turns
+        ),
     }
 
 
-def epoch_seconds(folder, args, turn, more):
+def epoch_seconds(folder, epochs, *more):
     """Of every epoch of a training but the first, which compiles."""
-    results = folder / f'results_{turn}{"".join(more)}'
-    epochs = f'--epochs={args.epochs}'
-    seconds_of(['train.py', *TRAINING, epochs, *more, f'--datasetfolder={folder}', f'--resultsfolder={results}'])
-    (log,) = results.rglob('log.jsonl')
-    return [json.loads(line)['seconds'] for line in log.read_text().splitlines()][1:]
+    with tempfile.TemporaryDirectory() as results:
+        paths = [f'--datasetfolder={folder}', f'--resultsfolder={results}']
+        seconds_of(['train.py', *TRAINING, f'--epochs={epochs}', *more, *paths])
+        (log,) = Path(results).rglob('log.jsonl')
+        return [json.loads(line)['seconds'] for line in log.read_text().splitlines()][1:]
 
 
 if __name__ == '__main__':

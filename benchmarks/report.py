@@ -358,7 +358,7 @@ def with_tables(readme):
         'devices': predicted_scaling_table(),
         'speed': '\n'.join(map(performance_table, ('resnet18', 'resnet20'))),
         'convolutions': convolutions_table(),
-        'loading': tables.markdown(['', 'A, JAX 0.12.0.1'], loading.rows(kept('loading'))),
+        'loading': tables.markdown(['', MACHINES['benchmark']], loading.rows(kept('loading'))),
     }
     for name, table in made.items():
         begin, end = f'<!-- {name}: made by benchmarks/report.py -->\n\n', '\n<!-- until here -->'

@@ -106,10 +106,10 @@ def test_digits_are_learned(flags_of):
     assert read_log(run)[-1]['test_accuracy'] > 0.9
 
 
-@pytest.mark.parametrize(('warmup', 'warns'), [(2, True), (1, False)])
-def test_a_warmup_that_takes_all_epochs(warmup, warns, flags_of, capsys):
-    train.main(flags_of(epochs=1, warmup=warmup))
-    warning = 'warning: --warmup 2 leaves none of the 2 epochs for the learning rate to fall in: try --warmup 1'
+@pytest.mark.parametrize(('epochs', 'warmup', 'warns'), [(1, 2, True), (1, 1, False), (0, 1, False)])
+def test_a_warmup_that_takes_all_epochs(epochs, warmup, warns, flags_of, capsys):
+    train.main(flags_of(epochs=epochs, warmup=warmup))
+    warning = 'warning: with --warmup 2 and --epochs 1 the learning rate only rises: try --warmup 1'
     assert (warning in capsys.readouterr().err) == warns
 
 
