@@ -139,6 +139,7 @@ def test_signal_before_the_first_step_that_is_resumed(tmp_path, weights):
 
 @pytest.mark.parametrize('killed', [0, 1])
 def test_killed_process_ends_the_others(killed, tmp_path):
+    """Within a minute and with a line on it; one process alone goes on with the run."""
     processes = start(2, *LONG, '--epochs=100000', f'--resultsfolder={tmp_path}')
     run = until_step(tmp_path, 2)
     processes[killed].kill()
@@ -146,7 +147,13 @@ def test_killed_process_ends_the_others(killed, tmp_path):
     status, _, errors = ended(processes)[1 - killed]
     assert status != 0 and time.monotonic() - began < 60
     assert 'another process ended' in errors or 'another task died' in errors
-    assert checkpoints.find_damage(run / 'checkpoints' / str(checkpoints.all_steps(run / 'checkpoints')[-1])) is None
+    last = checkpoints.all_steps(run / 'checkpoints')[-1]
+    assert checkpoints.find_damage(run / 'checkpoints' / str(last)) is None
+    (process,) = start(1, f'--resume={run}')
+    until_step(tmp_path, last + 1)
+    process.send_signal(signal.SIGTERM)
+    ((status, _, errors),) = ended([process])
+    assert status == 143, errors
 
 
 @pytest.mark.parametrize(
