@@ -15,7 +15,7 @@ import tables
 # Flags that do not make a method another one.
 _NOT_OF_THE_METHOD = (
     'randomseed', 'datasetfolder', 'resultsfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing',
-    'testbatchsize', 'devices', 'stream',
+    'testbatchsize', 'devices', 'stream', 'atonce',
 )  # fmt: skip
 
 SHOWN = ('accuracy', 'nll', 'ece', 'auroc')

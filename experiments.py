@@ -79,12 +79,19 @@ def _optimizer(flags, loss, num_data, num_train):
     values = flags | {
         'weight_decay': flags['priorprec'] / num_data,
         'num_data': num_data,
+        'atonce': at_once(flags),
         'clip': math.inf if flags['clip'] is None else flags['clip'],
         'swagstart': steps * (_first_constant_epoch(flags) + 1),
         'swagevery': steps,
     }
     names = [name for name in inspect.signature(create).parameters if name != 'loss']
     return create(loss, **{name: values[name] for name in names})
+
+
+def at_once(flags):
+    """How many sub-batches are computed together: by default all, but one on CPUs, whose caches hold no more."""
+    sub_batches = (flags['batchsplit'] or 1) * (flags['trainmc'] or 1)
+    return flags['atonce'] or (1 if jax.default_backend() == 'cpu' else sub_batches)
 
 
 def lr_factor(flags, epoch):

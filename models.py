@@ -11,7 +11,7 @@ reference code of Möllenhoff & Khan (ICLR 2023).
 """
 
 import math
-from functools import partial, reduce
+from functools import cache, partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -304,42 +304,145 @@ def _flax_convolution(x, kernel, strides, padding, **defaults):
     return convolution(x, kernel, strides, padding)
 
 
-def _nhwc_convolution(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None):
+def _nhwc_convolution(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None, groups=1):
     dimension_numbers = ('NHWC', 'HWIO', 'NHWC')
-    return lax.conv_general_dilated(x, kernel, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers)
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count=groups
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolution(x, kernel, strides, padding):
-    """A 2-D convolution whose gradient also consists of NHWC convolutions.
+    """A 2-D convolution that is fast inside of loops on CPUs, and with several kernels at once on GPUs.
 
-    JAX's own gradient permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for
-    those inside of loops, where it is some twenty times slower (jax-ml/jax issue 12868).
+    JAX's own gradient permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for those inside
+    of loops, where it is some twenty times slower (jax-ml/jax issue 12868). `vmap` over kernels would turn the
+    gradient by them into convolutions with windows as large as the image, see `_of_several`.
 
     x: [B, H, W, C]; kernel: [h, w, C, D]; strides: two ints; padding: 'SAME' or 'VALID'. Returns [B, H', W', D].
     """
-    return _nhwc_convolution(x, kernel, strides, padding)
+    return _forward(tuple(strides), padding)(x, kernel)
 
 
 def _convolution_forward(x, kernel, strides, padding):
-    return _nhwc_convolution(x, kernel, strides, padding), (x, kernel)
+    return convolution(x, kernel, strides, padding), (x, kernel)
 
 
 def _convolution_backward(strides, padding, residuals, grads):
-    """Both gradients are convolutions with strides turned into dilations; each pads to the size it must have."""
-    x, kernel = residuals
-    low = [before for before, _ in lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)]
-    reach = [stride * (n - 1) + 1 for stride, n in zip(strides, grads.shape[1:3], strict=True)]
-    sides = list(zip(x.shape[1:3], kernel.shape[:2], low, reach, strict=True))
-
-    x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in sides]
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    x_grads = _nhwc_convolution(grads, flipped, (1, 1), x_padding, lhs_dilation=strides)
-
-    kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in sides]
-    batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
-    kernel_grads = _nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
-    return x_grads, kernel_grads.transpose(1, 2, 0, 3)
+    return _backward(tuple(strides), padding)(*residuals, grads)
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+@cache
+def _forward(strides, padding):
+    """A function of x and kernel with a rule for `vmap`."""
+
+    @jax.custom_batching.custom_vmap
+    def forward(x, kernel):
+        return _nhwc_convolution(x, kernel, strides, padding)
+
+    @forward.def_vmap
+    def of_several(number, batched, x, kernel):
+        if not batched[1]:
+            return _in_one_batch(partial(forward, kernel=kernel), x), True
+        return _of_several(*_stacked(number, batched, x, kernel), strides, padding), True
+
+    return forward
+
+
+@cache
+def _backward(strides, padding):
+    """A function of x, kernel and the outputs' gradient, that returns those of both, with a rule for `vmap`."""
+
+    @jax.custom_batching.custom_vmap
+    def backward(x, kernel, grads):
+        x_grads = _input_gradient(x, grads, kernel, strides, padding)
+        return x_grads, _kernel_gradient(x, grads, kernel, strides, padding)
+
+    @backward.def_vmap
+    def of_several(number, batched, x, kernel, grads):
+        shared = kernel
+        x, kernel, grads = _stacked(number, batched, x, kernel, grads)
+        outputs = partial(_of_several, strides=strides, padding=padding)
+        _, by_kernel = jax.vjp(partial(outputs, x, most_channels=1024), kernel)
+        if batched[1]:
+            _, by_input = jax.vjp(lambda x: outputs(x, kernel), x)
+            (x_grads,) = by_input(grads)
+        else:
+            x_grads = _in_one_batch(partial(_input_gradient, kernel=shared, strides=strides, padding=padding), x, grads)
+        return (x_grads, *by_kernel(grads)), (True, True)
+
+    return backward
+
+
+def _input_gradient(x, grads, kernel, strides, padding):
+    """The gradient by x: a convolution with strides turned into dilations, padded to the size that it must have."""
+    x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return _nhwc_convolution(grads, flipped, (1, 1), x_padding, lhs_dilation=strides)
+
+
+def _kernel_gradient(x, grads, kernel, strides, padding):
+    """The gradient by the kernel, as for the input; the batch is what is summed over."""
+    kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
+    batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
+    kernel_grads = _nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
+    return kernel_grads.transpose(1, 2, 0, 3)
+
+
+def _sides(x, grads, kernel, strides, padding):
+    """Of height and width: the pixels, those of the kernel, the padding before and the reach of the strides."""
+    low = [before for before, _ in lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)]
+    reach = [stride * (n - 1) + 1 for stride, n in zip(strides, grads.shape[1:3], strict=True)]
+    return list(zip(x.shape[1:3], kernel.shape[:2], low, reach, strict=True))
+
+
+def _stacked(number, batched, *arrays):
+    return [
+        x if is_batched else jnp.broadcast_to(x, (number, *x.shape))
+        for is_batched, x in zip(batched, arrays, strict=True)
+    ]
+
+
+def _in_one_batch(function, *arrays):
+    """A function of arrays [B, ...] on all M·B rows of arrays [M, B, ...] at once."""
+    rows = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+    return rows.reshape(len(arrays[0]), -1, *rows.shape[1:])
+
+
+def _of_several(x, kernel, strides, padding, most_channels=2048):
+    """Convolutions of x [M, B, H, W, C], each with its own kernel [M, h, w, C, D]: [M, B, H', W', D].
+
+    As the groups of one where a single kernel of cuDNN computes those (as seen with 9.28 on an H100); where it takes
+    one kernel a group, and copies, products of matrices are two to ten times faster.
+    """
+    groups, channels = len(x), kernel.shape[-2:]
+    if strides == (1, 1) and min(channels) >= 16 and groups * max(channels) <= most_channels:
+        y = _nhwc_convolution(_groups_last(x), _groups_last(kernel), strides, padding, groups=groups)
+        return jnp.moveaxis(y.reshape(*y.shape[:-1], groups, -1), -2, 0)
+    return jax.vmap(partial(_by_product, strides=strides, padding=padding))(x, kernel)
+
+
+def _groups_last(x):
+    """[M, ..., C] as [..., M·C]."""
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def _by_product(x, kernel, strides, padding):
+    """A convolution as the product of two matrices: the window of every output, and the kernel.
+
+    Without the barrier XLA may fuse the windows into the product, and fails at that (JAX 0.11.2 on an H100).
+    """
+    height, width, _, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding), (0, 0)))
+    down, right = (range(0, n - k + 1, s) for n, k, s in zip(x.shape[1:3], (height, width), strides, strict=True))
+
+    def shifted(i, j):
+        return x[:, i : i + down[-1] + 1 : strides[0], j : j + right[-1] + 1 : strides[1]]
+
+    windows = jnp.concatenate([shifted(i, j) for i in range(height) for j in range(width)], axis=-1)
+    rows = lax.optimization_barrier(windows.reshape(-1, windows.shape[-1]))
+    return (rows @ kernel.reshape(-1, features)).reshape(*windows.shape[:3], features)

@@ -9,7 +9,8 @@
 `state.params` is the mean of the posterior. `params` and `batch_stats` are any pytrees of arrays (`{}` for a network
 without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin cut a batch into `batchsplit`
 consecutive sub-batches, perturb the weights for each of them on its own (m-sharpness) and go through them one after
-another. `bnupdate` is 'both', 'first' or 'second': at which of their two gradients batch statistics move.
+another, or up to `atonce` together, which fills a GPU and takes memory for each. `bnupdate` is 'both', 'first' or
+'second': at which of their two gradients batch statistics move.
 
 Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 2023, arXiv 2210.01620):
     w  params         weights, the mean of the posterior
@@ -27,6 +28,7 @@ Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 202
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -132,14 +134,14 @@ def sgd(loss, *, alpha, beta1, weight_decay):
     return Optimizer(_init_momentum, step, _mean)
 
 
-def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit, bnupdate='both'):
+def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit, bnupdate='both', atonce=1):
     """Sharpness-aware minimisation (Foret et al., 2021) with m-sharpness over `batchsplit` sub-batches.
 
     For each sub-batch g = ∇ℓ(w), g' = ∇ℓ(w + ρ g/‖g‖) with the norm over all parameters; then SGD's
     update with the average g'. `step` returns the loss at the perturbed weights. Batch statistics are
     updated at `bnupdate` of the two points, and those of the first sub-batch are kept.
     """
-    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate)
+    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate, atonce)
 
     def step(state, batch, lr_factor=1.0):
         state, grads, value = gradient(state, batch)
@@ -149,8 +151,9 @@ def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit, bnupdate='both'):
 
 
 def bsam(
-    loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, custominit=1.0, damping=0.1, bnupdate='both'
-):
+    loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, custominit=1.0, damping=0.1, bnupdate='both',
+    atonce=1,
+):  # fmt: skip
     """Bayesian SAM (Möllenhoff & Khan, 2023, Algorithm 1) with a diagonal Gaussian posterior N(w, 1/(N s)).
 
     For each sub-batch, with noise ε ~ N(0, I) of its own: g = ∇ℓ(w + ε/√(N s)), g' = ∇ℓ(w + ρ g/s).
@@ -179,7 +182,9 @@ def bsam(
             return (grads, magnitude), value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = over_sub_batches(sharpness_aware_gradient, state, batch, batchsplit, step_key)
+        averages, value, batch_stats = over_sub_batches(
+            sharpness_aware_gradient, state, batch, batchsplit, step_key, atonce=atonce
+        )
         state = update(state, *averages, alpha * lr_factor)
         return state._replace(batch_stats=batch_stats, key=key), value
 
@@ -226,9 +231,9 @@ def adamw(loss, *, alpha, beta1, beta2, weight_decay):
     return Optimizer(_init_adam, step, _mean)
 
 
-def samadam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, bnupdate='both'):
+def samadam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, bnupdate='both', atonce=1):
     """SAM's gradient in Adam's update, with coupled weight decay (SAM-Adam in Möllenhoff & Khan, 2023)."""
-    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate)
+    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate, atonce)
 
     def step(state, batch, lr_factor=1.0):
         state, grads, value = gradient(state, batch)
@@ -237,7 +242,7 @@ def samadam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, bnupdat
     return Optimizer(_init_adam, step, _mean)
 
 
-def asam(loss, *, alpha, beta1, weight_decay, rho, eta, batchsplit, bnupdate='both'):
+def asam(loss, *, alpha, beta1, weight_decay, rho, eta, batchsplit, bnupdate='both', atonce=1):
     """Adaptive SAM (Kwon et al., 2021): SAM in weights that are measured by their own size, T = |w| + η.
 
     For each sub-batch g' = ∇ℓ(w + ρ T²g/‖Tg‖) with the norm over all parameters. As published, T is 1 for biases; a
@@ -250,7 +255,7 @@ def asam(loss, *, alpha, beta1, weight_decay, rho, eta, batchsplit, bnupdate='bo
         scale = _over(rho, optax.tree.norm(scaled))
         return tree.map(lambda w, t, g: w + scale * t * g, params, sizes, scaled)
 
-    gradient = _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate)
+    gradient = _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate, atonce)
 
     def step(state, batch, lr_factor=1.0):
         state, grads, value = gradient(state, batch)
@@ -307,7 +312,9 @@ def swag(loss, *, alpha, beta1, weight_decay, swagstart, swagevery, swagrank=20)
     return Optimizer(init, step, sample)
 
 
-def ivon(loss, *, alpha, beta1, beta2, weight_decay, num_data, hessinit, clip=math.inf, batchsplit=1, trainmc=1):
+def ivon(
+    loss, *, alpha, beta1, beta2, weight_decay, num_data, hessinit, clip=math.inf, batchsplit=1, trainmc=1, atonce=1
+):
     """IVON (Shen et al., 2024, Algorithm 1), variational inference with a posterior N(w, 1/(N (h + δ))).
 
     For each sub-batch and each of `trainmc` samples, with ε ~ N(0, I): θ = w + ε/√(N (h + δ)), ĝ = ∇ℓ(θ),
@@ -336,7 +343,7 @@ def ivon(loss, *, alpha, beta1, beta2, weight_decay, num_data, hessinit, clip=ma
             return (grads, tree.map(jnp.multiply, moved, grads)), value, batch_stats
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = over_sub_batches(gradient, state, batch, batchsplit, step_key, trainmc)
+        averages, value, batch_stats = over_sub_batches(gradient, state, batch, batchsplit, step_key, trainmc, atonce)
         return update(state, *averages, alpha * lr_factor)._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, products, rate):
@@ -432,7 +439,7 @@ def _is_bias(path):
     return jax.tree_util.keystr(path[-1:], simple=True).startswith(('bias', 'threshold'))
 
 
-def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate):
+def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate, atonce):
     """gradient(state, batch) -> (state, grads, value): averages over sub-batches of ∇ℓ at perturb(w, ∇ℓ(w)).
 
     The state that is returned has new batch statistics and a new key.
@@ -447,7 +454,7 @@ def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate):
             return grads, value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        grads, value, batch_stats = over_sub_batches(of_sub_batch, state, batch, batchsplit, step_key)
+        grads, value, batch_stats = over_sub_batches(of_sub_batch, state, batch, batchsplit, step_key, atonce=atonce)
         return state._replace(batch_stats=batch_stats, key=key), grads, value
 
     return gradient
@@ -477,22 +484,22 @@ def _deviation(noise, num_data, precision):
     return jnp.copysign(jnp.sqrt(jnp.square(noise) / precision * (1 / num_data)), noise)
 
 
-def over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1):
+def over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1, atonce=1):
     """Calls gradient(state, sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches.
 
     Each is taken `repeats` times, with another key. Returns the averages of grads and value, and the batch statistics
-    of the first sub-batch. They are taken one after another: `vmap` would give every one its own weights and turn
-    convolutions into slow grouped ones. Under a mesh of several devices each takes its share of them.
+    of the first sub-batch. They are taken one after another, or up to `atonce` of them together, to the same averages.
+    Under a mesh of several devices each takes its share of them.
     """
     sub_batches = tree.map(lambda x: jnp.repeat(_split(x, batchsplit), repeats, axis=0), batch)
     keys = jax.random.split(key, batchsplit * repeats)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        totals = _totals(gradient, state, sub_batches, keys)
+        totals = _totals(gradient, atonce, state, sub_batches, keys)
     else:
         axis = mesh.axis_names[0]
         share = jax.shard_map(
-            lambda *shares: _over_devices(_totals(gradient, *shares), axis),
+            lambda *shares: _over_devices(_totals(gradient, atonce, *shares), axis),
             in_specs=(P(), P(axis), P(axis)),
             out_specs=P(),
             check_vma=False,
@@ -502,17 +509,27 @@ def over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1):
     return *tree.map(lambda x: x / len(keys), (grads, value)), batch_stats
 
 
-def _totals(gradient, state, sub_batches, keys):
+def _totals(gradient, atonce, state, sub_batches, keys):
     """The sums of grads and value over sub-batches, and the batch statistics of the first."""
-    first = tree.map(lambda x: x[0], (sub_batches, keys))
-    grads, _, _ = jax.eval_shape(gradient, state, *first)
+
+    def of_several(sub_batches, keys):
+        grads, values, batch_stats = jax.vmap(partial(gradient, state))(sub_batches, keys)
+        return tree.map(lambda g: g.sum(axis=0), grads), values.sum(), tree.map(lambda x: x[0], batch_stats)
+
+    together = max(n for n in range(1, atonce + 1) if len(keys) % n == 0)
+    inputs = sub_batches, keys
+    if together == 1:
+        function = partial(gradient, state)
+    else:
+        function, inputs = of_several, tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), inputs)
+    grads, _, _ = jax.eval_shape(function, *tree.map(lambda x: x[0], inputs))
 
     def accumulate(total, inputs):
-        grads, value, batch_stats = gradient(state, *inputs)
+        grads, value, batch_stats = function(*inputs)
         return tree.map(jnp.add, total, grads), (value, batch_stats)
 
     zeros = tree.map(lambda g: jnp.zeros(g.shape, g.dtype), grads)
-    grads, (values, batch_stats) = jax.lax.scan(accumulate, zeros, (sub_batches, keys))
+    grads, (values, batch_stats) = jax.lax.scan(accumulate, zeros, inputs)
     return grads, values.sum(), tree.map(lambda x: x[0], batch_stats)
 
 

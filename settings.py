@@ -17,7 +17,7 @@ MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
 # The flags of each optimizer, with its defaults; those of sgd, sam and bsam are the reference's.
 _SGD = {'alpha': 1.0, 'beta1': 0.9, 'priorprec': 25.0}
 _ADAM = {'alpha': 0.001, 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0}
-_SHARP = {'rho': 0.1, 'batchsplit': 8, 'bnupdate': 'both'}
+_SHARP = {'rho': 0.1, 'batchsplit': 8, 'bnupdate': 'both', 'atonce': None}
 OPTIMIZERS = {
     'sgd': _SGD,
     'sam': _SGD | _SHARP,
@@ -29,7 +29,7 @@ OPTIMIZERS = {
     'swag': _SGD | {'swagstart': 0.5, 'swagrate': 0.2, 'swagrank': 20},
     'ivon': {
         'alpha': 0.2, 'beta1': 0.9, 'beta2': 0.99999, 'priorprec': 10.0, 'hessinit': 0.5, 'clip': None, 'batchsplit': 1,
-        'trainmc': 1,
+        'trainmc': 1, 'atonce': None,
     },
 }  # fmt: skip
 WITH_POSTERIOR = ('bsam', 'swag', 'ivon')  # whose samples are others than the mean
@@ -42,7 +42,7 @@ OF_START = ('resume', 'checkpoint', 'coordinator', 'processes', 'processid', 'se
 # Flags that may be given with --resume and another value than the run has.
 MAY_CHANGE = (
     'epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize', 'devices',
-    'stream',
+    'stream', 'atonce',
 )  # fmt: skip
 
 
@@ -166,6 +166,8 @@ def create_parser():
     parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
     help = 'sub-batches M of a batch, each with a perturbation or noise of its own'
     _add_own(parser, 'batchsplit', flags.integer(1), help)
+    help = 'sub-batches that are computed together, at most: they fill a GPU, and each takes memory; all but on CPUs'
+    _add_own(parser, 'atonce', flags.integer(1), help)
     help = 'which of the two gradients moves batch statistics'
     parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))
     help = 'train on so many of the training images, a random part that is the same for all seeds; all by default'

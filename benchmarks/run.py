@@ -75,23 +75,26 @@ def report(message):
     print(f'{time.strftime("%H:%M:%S")} {message}', file=sys.stderr, flush=True)
 
 
-def seconds(function, *args):
+def seconds(function, *args, calls=1):
+    """Of a call; several are sent one after another, before the last is waited for."""
     start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    return time.perf_counter() - start
+    for _ in range(calls):
+        result = function(*args)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
 
 
-def in_turns(repeats, functions):
+def in_turns(repeats, functions, calls=1):
     """Seconds of functions of no arguments, {name: [one a turn]}, and those of a first call, which compiles.
 
-    Each is called twice in a turn, and the second call is timed: what comes before it frees memory meanwhile.
+    Each is called once more in a turn before its calls are timed: what comes before frees memory meanwhile.
     """
     first = {name: seconds(function) for name, function in functions.items()}
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             seconds(function)
-            times[name].append(seconds(function))
+            times[name].append(seconds(function, calls=calls))
     return times, first
 
 
@@ -101,19 +104,27 @@ def ratio(numerators, denominators):
 
 def machine():
     """The bounds of the machine: a large matrix product and a large copy, both at their best of five."""
-    x = jnp.ones((3000, 3000))
+    return {'matrix_gflops': matrix_rate(3000, 'float32') / 1e9, 'copy_gbytes_per_second': copy_rate() / 1e9}
+
+
+def matrix_rate(size, precision):
+    """Operations a second in the product of two square matrices of normal numbers, at its best of five."""
+    x = jax.random.normal(jax.random.key(0), (size, size), precision)
     product = jax.jit(lambda x: x @ x)
+    seconds(product, x)
+    return 2 * size**3 / min(seconds(product, x) for _ in range(5))
+
+
+def copy_rate():
+    """Bytes a second that are read and written, at its best of five."""
     large = jnp.ones(100_000_000)
     copy = jax.jit(lambda x: x + 1)
-    seconds(product, x), seconds(copy, large)
-    return {
-        'matrix_gflops': 2 * 3000**3 / min(seconds(product, x) for _ in range(5)) / 1e9,
-        'copy_gbytes_per_second': 2 * large.nbytes / min(seconds(copy, large) for _ in range(5)) / 1e9,
-    }
+    seconds(copy, large)
+    return 2 * large.nbytes / min(seconds(copy, large) for _ in range(5))
 
 
-def configuration(model, optim, precision, batchsplit=SPLIT):
-    values = vars(settings.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}']))
+def configuration(model, optim, precision, batchsplit=SPLIT, **given):
+    values = vars(settings.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}'])) | given
     values |= {'alpha': 0.01, 'rho': values['rho'] and 0.01, 'batchsplit': values['batchsplit'] and batchsplit}
     row = data.DATASETS['cifar10']
     dataset = {'num_train': 50_000, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': row.mean, 'std': row.std}
@@ -131,9 +142,9 @@ def batch_at_hand(experiment, batch_size=BATCH):
     return experiment.normalise(jnp.asarray(images)), jnp.asarray(labels)
 
 
-def step_of(model, optim, precision, batchsplit=SPLIT):
+def step_of(model, optim, precision, batchsplit=SPLIT, **given):
     """An Experiment and train.py's jitted step of it."""
-    experiment = experiments.create(configuration(model, optim, precision, batchsplit))
+    experiment = experiments.create(configuration(model, optim, precision, batchsplit, **given))
     return experiment, training.step_function(
         experiment.optimizer, lambda key, batch: experiment.normalise(data.augment(key, batch))
     )
@@ -152,8 +163,8 @@ def posterior_of(model, optim, precision, batch_size):
 class Trainer:
     """train.py's step of one optimizer on synthetic images; a call does the next step and returns its state."""
 
-    def __init__(self, model, optim, precision, batch_size=BATCH, batchsplit=SPLIT):
-        experiment, self.step = step_of(model, optim, precision, batchsplit)
+    def __init__(self, model, optim, precision, batch_size=BATCH, batchsplit=SPLIT, **given):
+        experiment, self.step = step_of(model, optim, precision, batchsplit, **given)
         self.images, self.labels = jax.device_put(synthetic_images(5 * batch_size))
         self.state = jax.jit(experiment.init)(jax.random.key(0))
         self.epoch = training.start_epoch(jax.random.key(1), jnp.int32(0), 5 * batch_size, batch_size)
@@ -183,7 +194,8 @@ class TrainerOfOneBatch:
 
 def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPLIT):
     """A jitted function of (state, batch): one gradient over the sub-batches of a batch; with its arguments."""
-    experiment = experiments.create(configuration(model, 'bsam', precision))
+    config = configuration(model, 'bsam', precision, batchsplit)
+    experiment = experiments.create(config)
     loss = training.loss_function(models.create(model, 10), jnp.dtype(precision))
     state = jax.jit(experiment.init)(jax.random.key(0))
 
@@ -194,7 +206,9 @@ def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPL
             (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.batch_stats, sub_batch)
             return grads, value, stats
 
-        return optimizers.over_sub_batches(of_sub_batch, state, batch, batchsplit, jax.random.key(0))
+        return optimizers.over_sub_batches(
+            of_sub_batch, state, batch, batchsplit, jax.random.key(0), atonce=experiments.at_once(config['flags'])
+        )
 
     return gradient, (state, batch_at_hand(experiment, batch_size))
 

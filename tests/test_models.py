@@ -152,6 +152,39 @@ def test_convolution_gradient(pixels, size, stride, padding, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('axes', [(0, None), (None, 0), (0, 0)])
+@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
+@pytest.mark.parametrize(
+    ('size', 'stride', 'channels'), [(3, 1, (16, 20)), (3, 1, (3, 4)), (3, 2, (16, 16)), (1, 2, (4, 5)), (2, 3, (3, 2))]
+)
+def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, x64):
+    """`vmap` over kernels, images or both: values and gradients are those of JAX's own convolution."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (5, 2, 8, 9, channels[0]))
+    kernel = jax.random.normal(keys[1], (5, size, size, *channels))
+    x, kernel = (a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True))
+
+    def jax_convolution(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+
+    def results(convolution):
+        def of_one(x, kernel):
+            value, gradient = jax.vjp(convolution, x, kernel)
+            return value, gradient(jnp.sin(value))
+
+        return jax.vmap(of_one, axes)(x, kernel)
+
+    expected = results(jax_convolution)
+    for ours, jaxs in zip(
+        jax.tree.leaves(results(lambda x, k: models.convolution(x, k, (stride, stride), padding))),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(('pixels', 'size', 'stride'), [(9, 3, 2), (8, 3, 2), (7, 2, 2), (6, 3, 1)])
 def test_max_pool(pixels, size, stride, x64):
     """Value and gradient are those of Flax's window reduction, as long as no two values are equal."""

@@ -86,12 +86,21 @@ def golden_noise(monkeypatch, key, steps, batchsplit):
     monkeypatch.setattr(optimizers, '_normal_like', lookup)
 
 
-@pytest.mark.parametrize(('name', 'label'), [('sgd', 'sgd_m1'), ('sam', 'sam_m4'), ('bsam', 'bsam_m4')])
-def test_golden_values(name, label, x64, monkeypatch):
-    """Twelve steps with the reference's own update functions: weights, momentum, precision, statistics, losses."""
+@pytest.mark.parametrize(
+    ('name', 'label', 'settings'),
+    [
+        ('sgd', 'sgd_m1', {}),
+        *((name, f'{name}_m4', {'atonce': number}) for name in ('sam', 'bsam') for number in (1, 3, 4)),
+    ],
+)
+def test_golden_values(name, label, settings, x64, monkeypatch):
+    """Twelve steps with the reference's own update functions: weights, momentum, precision, statistics, losses.
+
+    The same, however many sub-batches are computed together.
+    """
     steps, key = len(GOLDEN['lr']), jax.random.key(0)
     golden_noise(monkeypatch, key, steps, batchsplit=4)
-    optimizer = optimizers.OPTIMIZERS[name](toy_loss, **SETTINGS[name])
+    optimizer = optimizers.OPTIMIZERS[name](toy_loss, **SETTINGS[name] | settings)
     params = {name: jnp.asarray(GOLDEN[f'w0_{name}']) for name in ('W1', 'b1', 'W2', 'b2')}
     state = optimizer.init(params, {'mean': jnp.zeros(5)}, key)
     step = jax.jit(optimizer.step)

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import conftest
 import experiments
 import models
 import optimizers
@@ -46,6 +48,31 @@ def test_memory_of_a_step(optim, most):
     of_gradient = peak_bytes(jax.jit(jax.grad(loss, has_aux=True)), state.params, state.batch_stats, sub_batch)
     one_copy = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     assert (peak_bytes(step, *arguments) - of_gradient) / one_copy < most + 0.2
+
+
+@pytest.mark.parametrize('model', ['resnet18', 'resnet20'])
+@pytest.mark.parametrize('optim', [name for name, own in settings.OPTIMIZERS.items() if 'atonce' in own])
+def test_sub_batches_at_once(optim, model, monkeypatch):
+    """Five steps with all sub-batches together are those with one after another, with both kinds of normalisation."""
+    monkeypatch.setitem(models.MODELS, 'resnet18', conftest.SmallResNet)
+    monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
+    dataset = {'num_train': 80, 'num_classes': 10, 'image_shape': [16, 16, 3], 'mean': [0.5], 'std': [0.2]}
+    images = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), np.uint8)
+    arguments = [f'--optim={optim}', f'--model={model}', '--alpha=0.01', '--batchsize=16', '--batchsplit=4']
+
+    def run(number):
+        experiment = experiments.create(
+            {'flags': vars(settings.parse_args([*arguments, f'--atonce={number}'])), 'dataset': dataset}
+        )
+        state, losses = jax.jit(experiment.init)(jax.random.key(0)), []
+        step = jax.jit(experiment.optimizer.step)
+        for batch in experiment.normalise(images).reshape(5, 16, 16, 16, 3):
+            state, loss = step(state, (batch, jnp.arange(16) % 10))
+            losses.append(loss)
+        return jax.tree.leaves((state.params, state.batch_stats, losses))
+
+    for one, other in zip(run(1), run(4), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('optim', optimizers.OPTIMIZERS)
