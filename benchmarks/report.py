@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import loading  # noqa: E402
 import run  # noqa: E402
 import study  # noqa: E402
+import throughput  # noqa: E402
 
 import evaluation  # noqa: E402
 import jobs  # noqa: E402
@@ -122,6 +123,7 @@ def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
         ablations=ablations_table('as above', rho['bsam_0.01'], ablations),
         bnupdate=bnupdate_table(bnupdate),
         published=published_table(published),
+        published_intervals=published_intervals(published),
         comparisons='\n'.join(comparison(*row) for row in COMPARISONS),
         speed_table=speed_table(),
     )
@@ -314,6 +316,25 @@ def published_table(found):
     return tables.markdown(['ResNet-18: `python train.py` …', 'published', 'here', 'here, bfloat16'], rows)
 
 
+def published_intervals(found):
+    """Of each published run that was run: its metrics with intervals, below the published ones."""
+    metrics = {'accuracy': (100, 2), 'nll': (1, 4), 'ece': (1, 4), 'auroc_grid': (1, 4)}
+    rows = [['bSAM as published, over 32 samples', *PUBLISHED['cifar10_bsam'], '0.9536']]
+    for name, of_seeds in found.items():
+        test = first_of(of_seeds)['evaluations']['test']
+        for at, label in {'average': 'over 32 samples', 'mean': 'at the mean'}.items():
+            shown = [
+                f'{scale * test[at][metric]:.{digits}f}' + _bounds(test['intervals'][at].get(metric), scale, digits)
+                for metric, (scale, digits) in metrics.items()
+            ]
+            rows.append([f'{name.replace("_", " ")}, {label}', *shown])
+    return tables.markdown(['CIFAR-10, ResNet-18', 'accuracy %', 'NLL', 'ECE', 'AUROC, grid'], rows)
+
+
+def _bounds(interval, scale, digits):
+    return '' if interval is None else ' ({:.{d}f} to {:.{d}f})'.format(*(scale * end for end in interval), d=digits)
+
+
 COMPARISONS = [
     ('digits_lenet', "scikit-learn's digits, LeNet-5, 20 epochs, 5 seeds"),
     ('fashion_lenet', 'Fashion-MNIST, LeNet-5, 15 epochs, one seed'),
@@ -350,12 +371,20 @@ MACHINES = {
 }  # fmt: skip
 
 
+# The rows of its table of a GPU.
+THROUGHPUT = ('sgd', 'sam', 'bsam', 'bsam_on_a_mesh_of_one_device')
+
+
 def with_tables(readme):
     """The README with every table that stands between its marks made again."""
     made = {
+        'headline': published_intervals(records('published')),
         'few': few_table(records('cifar10_few')),
         'processes': measured_scaling_table(),
         'devices': predicted_scaling_table(),
+        'gpu': throughput.table(
+            [kept('throughput_bfloat16'), kept('throughput_float32')], settings.PRECISIONS, THROUGHPUT
+        ),
         'speed': '\n'.join(map(performance_table, ('resnet18', 'resnet20'))),
         'convolutions': convolutions_table(),
         'loading': tables.markdown(['', MACHINES['benchmark']], loading.rows(kept('loading'))),

@@ -24,14 +24,14 @@ import runs  # noqa: E402
 import settings  # noqa: E402
 import tables  # noqa: E402
 
-# A step's name, its optimizer, flags that differ from the defaults, whether it has a mesh, and its gradients.
-STEPS = (
-    ('sgd', 'sgd', {}, False, 1),
-    ('sam', 'sam', {}, False, 2),
-    ('bsam', 'bsam', {}, False, 2),
-    ('bsam, mesh of one device', 'bsam', {}, True, 2),
-    ('bsam, --atonce 1', 'bsam', {'atonce': 1}, False, 2),
-)
+# Of each way to take a step: the optimizer, flags that differ from the defaults, whether it has a mesh.
+WAYS = {
+    'sgd': ('sgd', {}, False),
+    'sam': ('sam', {}, False),
+    'bsam': ('bsam', {}, False),
+    'bsam_on_a_mesh_of_one_device': ('bsam', {}, True),
+    'bsam_one_by_one': ('bsam', {'atonce': 1}, False),
+}
 
 
 class Trainer(run.Trainer):
@@ -65,21 +65,21 @@ def main(argv=None):
     trainers = {}
     for precision in args.precisions:
         results['machine'][f'{precision}_matrix_tflops'] = run.matrix_rate(args.matrix, precision) / 1e12
-        for name, optim, given, has_mesh, gradients in STEPS:
-            trainer = Trainer(has_mesh, args.model, optim, precision, args.batchsize, **given)
-            trainers[precision, name] = trainer, gradients
+        for way in args.ways:
+            optim, given, has_mesh = WAYS[way]
+            trainers[precision, way] = Trainer(has_mesh, args.model, optim, precision, args.batchsize, **given)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda pair: pair[0].compile(), trainers.values()))
-    times, _ = run.in_turns(args.repeats, {key: trainer for key, (trainer, _) in trainers.items()}, args.steps)
-    for (precision, name), turns in times.items():
-        trainer, gradients = trainers[precision, name]
+        list(pool.map(Trainer.compile, trainers.values()))
+    times, _ = run.in_turns(args.repeats, trainers, args.steps)
+    for (precision, way), turns in times.items():
         rate = args.batchsize / statistics.median(turns)
-        flops = 6 * run.MULTIPLY_ADDS[args.model] * gradients * rate
-        results.setdefault(precision, {})[name] = {
+        gradients = 1 if way == 'sgd' else 2
+        tflops = 6 * run.MULTIPLY_ADDS[args.model] * gradients * rate / 1e12
+        results.setdefault(precision, {})[way] = {
             'seconds': turns,
             'images_per_second': rate,
-            'share_of_matrix_rate': flops / 1e12 / results['machine'][f'{precision}_matrix_tflops'],
-            'temporary_gbytes': trainer.temporary_bytes / 1e9,
+            'share_of_matrix_rate': tflops / results['machine'][f'{precision}_matrix_tflops'],
+            'temporary_gbytes': trainers[precision, way].temporary_bytes / 1e9,
         }
     print_table(results, args)
     if args.json:
@@ -92,6 +92,7 @@ def parse_args(argv):
     add('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
     help = 'what networks compute in, see train.py'
     add('--precisions', nargs='+', choices=settings.PRECISIONS, default=list(settings.PRECISIONS), help=help)
+    add('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='steps that are timed')
     add('--batchsize', type=flags.integer(8), default=run.BATCH, help='images of a step')
     add('--steps', type=flags.integer(1), default=20, help='steps of a turn')
     add('--repeats', type=flags.integer(1), default=5, help='turns')
@@ -105,17 +106,19 @@ def print_table(results, args):
     """Markdown."""
     environment = results['environment']
     print(f'`{results["command"]}`: {environment["device"]}, JAX {environment["versions"]["jax"]}; {args.model}\n')
-    rows = []
-    for name, *_ in STEPS:
-        row = [name]
-        for precision in args.precisions:
-            step = results[precision][name]
-            row += [f'{step["images_per_second"]:.0f}', f'{step["share_of_matrix_rate"]:.0%}']
-        rows.append(row)
-    header = ['images/s']
-    for precision in args.precisions:
-        header += [precision, f'of {results["machine"][f"{precision}_matrix_tflops"]:.3g} TFLOP/s']
-    print(tables.markdown(header, rows))
+    print(table([results], args.precisions, args.ways))
+
+
+def table(results, precisions, ways):
+    """Images a second and shares of the matrix product's rate; results: of calls for one precision or several."""
+    header, rows = ['images/s'], [[way.replace('_', ' ')] for way in ways]
+    for precision in precisions:
+        (measured,) = [found for found in results if precision in found]
+        header += [precision, f'of {measured["machine"][f"{precision}_matrix_tflops"]:.3g} TFLOP/s']
+        for way, row in zip(ways, rows, strict=True):
+            step = measured[precision].get(way)
+            row += [f'{step["images_per_second"]:.0f}', f'{step["share_of_matrix_rate"]:.0%}'] if step else ['', '']
+    return tables.markdown(header, rows)
 
 
 if __name__ == '__main__':

@@ -94,3 +94,13 @@ def test_loading(benchmark, tmp_path):
     figures = json.loads(path.read_text())
     assert len(figures['epoch_seconds']) == len(figures['streamed_epoch_seconds']) == 1
     assert figures['decoded_per_second'] > 0 and figures['setup_seconds'] > 0
+
+
+def test_throughput(benchmark, tmp_path, capsys):
+    path = tmp_path / 'throughput.json'
+    flags = ['--model=resnet20', '--precisions=float32', '--batchsize=8', '--steps=1', '--repeats=1', '--matrix=32']
+    throughput = benchmark('throughput')
+    throughput.main([*flags, '--compilecache=off', f'--json={path}'])
+    measured = json.loads(path.read_text())['float32']
+    assert set(measured) == set(throughput.WAYS) and min(numbers(measured)) > 0
+    assert '| bsam one by one ' in capsys.readouterr().out
