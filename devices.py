@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 import zlib
 
@@ -56,16 +57,15 @@ def require():
     from_first(lambda: None)
 
 
-def unequal_shares(what, number, possible, mesh):
+def unequal_shares(what, number, offers, mesh):
     """The DeviceError of a number of examples or sub-batches that cannot be shared out equally over a mesh.
 
-    what: the flag that says how many; possible: the values that it may have instead, of which the nearest are offered.
+    what: the flag that says how many; offers: flags that may be given instead, to which fewer devices are added.
     """
-    nearest = [n for n in possible if n < number][-1:] + [n for n in possible if n > number][:1]
     fewer = max(n for n in range(1, mesh.size) if number % n == 0)
-    offers = [f'{what} {n}' for n in nearest]
-    offers.append(f'--devices {fewer}' if jax.process_count() == 1 else f'processes that have {fewer} devices together')
-    return DeviceError(f'{what} {number} cannot be shared out over {mesh.size} devices: take {", or ".join(offers)}')
+    with_fewer = f'--devices {fewer}' if jax.process_count() == 1 else f'processes that have {fewer} devices together'
+    offered = ', or '.join([*offers, with_fewer])
+    return DeviceError(f'{what} {number} cannot be shared out over {mesh.size} devices: take {offered}')
 
 
 def replicate(arrays, mesh):
@@ -142,23 +142,27 @@ def on_each(function, arrays):
     return jax.shard_map(on_one, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)(function, arrays)
 
 
-def join(coordinator, processes=None, process_id=None, stops_by_step=False):
+def join(script, coordinator, processes, process_id, timeout, stops_by_step=False):
     """Makes the processes that call it one run: jax.devices() are those of all of them. Raises DeviceError.
 
-    coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. A process that is
-    not heard of for half a minute ends the others. With stops_by_step, SIGTERM and SIGINT are for reached_stop to tell;
-    else they end the process.
+    coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. Where not all have
+    joined after `timeout` seconds, each ends with a line from `script` and status 2; a process that is not heard of for
+    half a minute later on ends the others. With stops_by_step, SIGTERM and SIGINT are for reached_stop to tell; else
+    they end the process.
     """
     jax.config.update('jax_enable_preemption_service', stops_by_step)
     address = {'coordinator_address': coordinator, 'cluster_detection_method': 'deactivate'}
     given = {} if coordinator == 'auto' else address
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+    waiting = threading.Timer(timeout, _give_up, [script, coordinator, timeout])
+    waiting.start()
     try:
         jax.distributed.initialize(
             **given,
             num_processes=processes,
             process_id=process_id,
+            initialization_timeout=timeout + 30,
             heartbeat_timeout_seconds=30,
             shutdown_timeout_seconds=60,
         )
@@ -168,8 +172,17 @@ def join(coordinator, processes=None, process_id=None, stops_by_step=False):
             where = 'neither Slurm, Open MPI nor Kubernetes says which processes there are'
             reason = f'{where}; give HOST:PORT, --processes and --processid'
         raise DeviceError(f'--coordinator {coordinator}: {reason}') from error
+    finally:
+        waiting.cancel()
     if stops_by_step:
         signal.signal(signal.SIGINT, _terminate)
+
+
+def _give_up(script, coordinator, timeout):
+    """Ends the process, which JAX would do with an abort and without saying why."""
+    what = f'--coordinator {coordinator}: not all processes joined within {timeout} s'
+    print(f'{script}: error: {what}; see what those say that ended, or give a longer --jointimeout', file=sys.stderr)
+    _leave(2)
 
 
 def _terminate(number, frame):

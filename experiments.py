@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import data
+import feeds
 import metrics
 import models
 import optimizers
@@ -35,10 +37,13 @@ class Experiment(NamedTuple):
     apply: Callable
     update: Callable
 
-    def probs(self, params, batch_stats, images, batch_size):
-        """Class probabilities, float64 [N, K] on the host, of images uint8 [N, H, W, C]."""
-        logits = posteriors.logits(self.apply, params, batch_stats, images, batch_size)
-        return metrics.softmax(jax.device_get(logits))
+    def probs(self, params, batch_stats, parts, batch_size):
+        """Class probabilities, float64 [N, K] on the host, of images in parts as from feeds.parts."""
+        logits = [
+            jax.device_get(posteriors.logits(self.apply, params, batch_stats, part, batch_size))
+            for part in feeds.sent(parts)
+        ]
+        return metrics.softmax(np.concatenate(logits))
 
 
 @partial(jax.jit, static_argnames='seed')

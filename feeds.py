@@ -7,11 +7,13 @@ Both give a step of training the same images in the same order. A feed has
 
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 
 import devices
 
 SHARE = 0.4  # of a device's memory that images may take
+PART = 1 << 28  # bytes of images that are sent at once for an evaluation of more
 
 
 class Resident:
@@ -55,6 +57,28 @@ class Streamed:
 
 def create(images, labels, mesh, stream):
     """Streamed where it is asked for, or where images uint8 [N, H, W, C] would fill a device; else Resident."""
-    limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
-    too_large = devices.from_first(lambda: limit is not None and images.nbytes > SHARE * limit)
-    return Streamed(images, labels, mesh) if stream or too_large else Resident(images, labels, mesh)
+    return (Streamed if stream or _too_large(images) else Resident)(images, labels, mesh)
+
+
+def parts(images, batch_size, stream=False):
+    """Images uint8 [N, H, W, C] that are evaluated, some of them several times, as a list for `sent`.
+
+    All of them, sent to the devices of the mesh that is set; or parts of whole batches on the host where it is asked
+    for, or where they would fill a device.
+    """
+    if not (stream or _too_large(images)):
+        return [devices.send(images)]
+    batch_size = devices.shareable(batch_size)
+    rows = max(PART // images[:1].nbytes // batch_size, 1) * batch_size
+    return [images[i : i + rows] for i in range(0, len(images), rows)]
+
+
+def sent(parts):
+    """Yields each part on the devices of the mesh that is set, sent when it is due."""
+    for part in parts:
+        yield part if isinstance(part, jax.Array) else devices.send(part)
+
+
+def _too_large(images):
+    limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+    return devices.from_first(lambda: limit is not None and images.nbytes > SHARE * limit)

@@ -107,12 +107,14 @@ def use_compilecache(folder):
 
 
 def add_coordinator(parser):
-    """--coordinator, --processes and --processid, which join processes on several hosts."""
+    """--coordinator, --processes, --processid and --jointimeout, which join processes on several hosts."""
     add = parser.add_argument
     help = 'run on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
     add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
     add('--processes', type=integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
     add('--processid', type=integer(0), metavar='I', help='with HOST:PORT: which of them this is')
+    help = 'how long processes wait for each other at the start; more where hosts become ready one by one'
+    add('--jointimeout', type=integer(1), default=60, metavar='SECONDS', help=help)
 
 
 def add_jobs(parser):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 import devices
+import feeds
 import metrics
 
 
@@ -107,9 +108,9 @@ class Posterior:
     def predict(self, images, numbers):
         """Yields the Prediction for images uint8 [N, H, W, C] after each of `numbers` samples, which rise."""
         devices.require_same_arrays('images', images)
-        images = devices.send(images)
-        logits_at_mean = self._logits(self._mean, images, devices.on_all)
-        samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(images, numbers[-1])
+        parts = feeds.parts(images, self._batch_size)
+        logits_at_mean = self._logits(self._mean, parts, devices.on_all)
+        samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(parts, numbers[-1])
         total, entropy, votes = 0, 0, np.zeros(logits_at_mean.shape, np.int32)
         for i, sampled in enumerate(itertools.islice(samples, numbers[-1]), start=1):
             probs = metrics.softmax(sampled)
@@ -124,18 +125,23 @@ class Posterior:
         params = _samples_at(np.int32(0), self._draw, self._key, devices.on_all)
         return bool(jax.device_get(_equal(params, self._mean[0])))
 
-    def _samples(self, images, number):
+    def _samples(self, parts, number):
         """Yields the logits of so many samples: those that make whole groups on a device each, the others on all."""
         size = devices.number()
         left = number if size == 1 else number % size
         for first in range(0, number - left, size):
             weights = self._weights(np.arange(first, first + size, dtype=np.int32), devices.on_each)
-            yield from self._logits(weights, images, devices.on_each)
+            yield from self._logits(weights, parts, devices.on_each)
         for i in range(number - left, number):
-            yield self._logits(self._weights(np.int32(i), devices.on_all), images, devices.on_all)
+            yield self._logits(self._weights(np.int32(i), devices.on_all), parts, devices.on_all)
 
-    def _logits(self, weights, images, where):
-        return jax.device_get(_logits_of(weights, images, where, self._apply, self._batch_size))
+    def _logits(self, weights, parts, where):
+        """float32 [N, K] of all parts' images, or [D, N, K] of weights on each device."""
+        logits = [
+            jax.device_get(_logits_of(weights, part, where, self._apply, self._batch_size))
+            for part in feeds.sent(parts)
+        ]
+        return np.concatenate(logits, axis=-2)
 
     def _weights(self, index, where):
         """The sample at an index, or those at int [D] on each device, with their batch statistics."""

@@ -103,14 +103,31 @@ def share(args, flags_hold=False):
     mesh = devices.create_mesh(args.devices)
     if isinstance(args.checkpointevery, str) and jax.process_count() > 1:
         raise devices.DeviceError(f'--checkpointevery {args.checkpointevery}: of several processes, give steps')
-    multiples = range(mesh.size, args.batchsize + mesh.size + 1, mesh.size)
-    if args.batchsplit is None:
-        what, number, possible = '--batchsize', args.batchsize, multiples
-    else:
-        what, number, possible = '--batchsplit', args.batchsplit, [n for n in multiples if args.batchsize % n == 0]
+    what, number = ('--batchsize', args.batchsize) if args.batchsplit is None else ('--batchsplit', args.batchsplit)
     if number * (args.trainmc or 1) % mesh.size:
-        raise devices.unequal_shares(what, number, [] if flags_hold else possible, mesh)
+        offers = [] if flags_hold else _shareable(args.batchsize, args.batchsplit, mesh.size)
+        raise devices.unequal_shares(what, number, offers, mesh)
     return mesh
+
+
+def _shareable(batch_size, batchsplit, number):
+    """Flags with the nearest batches that so many devices can share, or sub-batches of optimizers that have them."""
+    multiples = range(number, batch_size + number + 1, number)
+    if batchsplit is None:
+        return [f'--batchsize {size}' for size in _nearest(batch_size, multiples)]
+    splits = [n for n in multiples if batch_size % n == 0]
+    if splits:
+        return [f'--batchsplit {split}' for split in _nearest(batchsplit, splits)]
+    offers = []
+    for size in _nearest(batch_size, multiples):
+        split = min((n for n in multiples if size % n == 0), key=lambda n: abs(n - batchsplit))
+        offers.append(f'--batchsize {size} --batchsplit {split}')
+    return offers
+
+
+def _nearest(number, possible):
+    """The nearest of the possible numbers, which rise, below and above a number that is none of them."""
+    return [n for n in possible if n < number][-1:] + [n for n in possible if n > number][:1]
 
 
 def _read(args):
@@ -137,7 +154,9 @@ class Trainer:
         _, data_key, _ = experiments.keys(self.args.randomseed)
         images = session.images
         self.feed = feeds.create(images.train, images.train_labels, session.mesh, self.args.stream)
-        self.held_out, self.data_key = devices.replicate((images.held_out, data_key), session.mesh)
+        self.data_key = devices.replicate(data_key, session.mesh)
+        with jax.set_mesh(session.mesh):
+            self.held_out = feeds.parts(images.held_out, self.args.testbatchsize, self.args.stream)
         self.steps = len(images.train) // self.args.batchsize
         self.step = training.step_function(self.experiment.optimizer, self._prepare, self.feed.choose)
         self.stopped = self.log_failed = False

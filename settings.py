@@ -37,7 +37,7 @@ PRECISIONS = ('float32', 'bfloat16')
 BNUPDATES = ('both', 'first', 'second')
 
 # Flags of a start, which are not kept with the run.
-OF_START = ('resume', 'checkpoint', 'coordinator', 'processes', 'processid', 'seeds')
+OF_START = ('resume', 'checkpoint', 'coordinator', 'processes', 'processid', 'jointimeout', 'seeds')
 
 # Flags that may be given with --resume and another value than the run has.
 MAY_CHANGE = (

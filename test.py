@@ -15,7 +15,10 @@ import flags
 from settings import DATASETS, flags_of
 
 # Flags that may differ between the processes of one evaluation.
-OF_PROCESS = ('resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid')
+OF_PROCESS = (
+    'resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid',
+    'jointimeout',
+)  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -114,7 +117,7 @@ def main(argv=None):
         held.enter_context(devices.ended_together('test.py', 'start them again'))
         held.enter_context(flags.one_line_errors('test.py', *errors))
         if args.coordinator:
-            devices.join(args.coordinator, args.processes, args.processid)
+            devices.join('test.py', args.coordinator, args.processes, args.processid, args.jointimeout)
         devices.require()
         if not devices.is_first():
             held.enter_context(contextlib.redirect_stdout(None))

@@ -34,8 +34,8 @@ def main(argv=None):
         with flags.one_line_errors('train.py', *errors):
             of_start = {name: vars(args).pop(name) for name in OF_START}
             if of_start['coordinator']:
-                address = of_start['coordinator'], of_start['processes'], of_start['processid']
-                devices.join(*address, stops_by_step=True)
+                address = (of_start[name] for name in ('coordinator', 'processes', 'processid', 'jointimeout'))
+                devices.join('train.py', *address, stops_by_step=True)
             devices.require()
             if not devices.is_first():
                 held.enter_context(contextlib.redirect_stdout(None))

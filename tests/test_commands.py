@@ -247,7 +247,7 @@ def test_defaults_are_those_of_the_reference():
         'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1, 'precision': 'float32',
         'compilecache': os.path.join(os.environ['XDG_CACHE_HOME'], 'bayesian-sam'), 'resume': None, 'checkpoint': None,
         'checkpointevery': None, 'keepbest': False, 'keepgoing': False,
-        'bnupdate': 'both', 'validation': 0.0, 'stream': False, 'seeds': [], 'atonce': None,
+        'bnupdate': 'both', 'validation': 0.0, 'stream': False, 'seeds': [], 'atonce': None, 'jointimeout': 60,
     }  # fmt: skip
 
 

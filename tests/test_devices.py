@@ -49,7 +49,7 @@ SCRIPT = """if True:
                 assert step.lower(state, epoch, *held).as_text().count('stablehlo.all_reduce') == is_shared
                 for _ in range(10):
                     state, epoch, _ = step(state, epoch, *held)
-            probs = experiment.probs(state.params, state.batch_stats, held[0], 40)
+            probs = experiment.probs(state.params, state.batch_stats, held[:1], 40)
         return [np.concatenate([np.ravel(x) for x in jax.tree.leaves(part)] or [[1.0]])
                 for part in (state.params, state.batch_stats, probs)]
 
@@ -125,7 +125,16 @@ def test_commands_on_four_devices(datasets, tmp_path):
             5,
             '--batchsplit 5, or --batchsplit 10, or --devices 4',
         ),
-        (['--optim=bsam', '--batchsize=200', '--batchsplit=8'], 16, '--devices 8'),
+        (
+            ['--optim=bsam', '--batchsize=200', '--batchsplit=8'],
+            16,
+            '--batchsize 192 --batchsplit 16, or --batchsize 208 --batchsplit 16, or --devices 8',
+        ),
+        (
+            ['--optim=sam', '--batchsize=20', '--batchsplit=5'],
+            8,
+            '--batchsize 16 --batchsplit 8, or --batchsize 24 --batchsplit 8, or --devices 5',
+        ),
     ],
 )
 def test_shares_that_are_not_equal(flags, number, offers, monkeypatch):

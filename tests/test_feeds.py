@@ -1,13 +1,17 @@
 """Batches that are read from the host are those that lie on the device; runs of several seeds are those alone."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import conftest
 import devices
 import feeds
 import runs
+import test
 import train
 import training
 from conftest import restore
@@ -39,10 +43,35 @@ def test_streamed_batches_are_the_resident_ones(done, tmp_path):
 
 
 def test_streamed_run_is_the_resident_one(flags_of, monkeypatch):
-    one = train.main(flags_of())
+    """In training, where the images of epochs are evaluated, and in test.py, which streams what would fill a device."""
+    one = train.main(flags_of(testbatchsize=6))
+    measured = evaluated(one)
     monkeypatch.delattr(feeds, 'Resident')  # a run that is not streamed would want it
-    other = train.main([*flags_of(), '--stream'])
+    sizes = []
+    monkeypatch.setattr(devices, 'send', partial(note_size, devices.send, sizes))
+    monkeypatch.setattr(feeds, 'PART', 13 * 28 * 28)
+    other = train.main([*flags_of(testbatchsize=6), '--stream'])
     np.testing.assert_array_equal(weights(one), weights(other))
+    assert [record['test_accuracy'] for record in conftest.read_log(one)] == [
+        record['test_accuracy'] for record in conftest.read_log(other)
+    ]
+    assert sizes == [12, 8] * 2  # the 20 test images of two epochs, two batches of 6 at once
+    monkeypatch.setattr(feeds, '_too_large', lambda images: True)
+    assert evaluated(other) == measured
+    assert sizes == [12, 8] * (2 + 1 + 3)  # at the mean, and three samples
+
+
+def note_size(send, sizes, arrays):
+    """`send`, but the number of images is noted, if it is images that are sent."""
+    if getattr(arrays, 'ndim', 0) == 4:
+        sizes.append(len(arrays))
+    return send(arrays)
+
+
+def evaluated(run):
+    test.main(['--resultsfolder', str(run), '--testmc', '3', '--testbatchsize', '6'])
+    metrics = runs.read_json(run / 'metrics.json')
+    return metrics['mean'], metrics['average']
 
 
 @pytest.mark.parametrize(('limit', 'kind'), [(None, feeds.Resident), (250, feeds.Resident), (249, feeds.Streamed)])
@@ -53,12 +82,11 @@ def test_images_too_large_for_a_device_are_streamed(limit, kind, monkeypatch):
         def memory_stats(self):
             return None if limit is None else {'bytes_limit': limit}
 
-    class Mesh:
-        local_devices = (Device(),)
-
+    monkeypatch.setattr(jax, 'local_devices', lambda: [Device()])
     monkeypatch.setattr(devices, 'replicate', lambda arrays, mesh: arrays)
     images = np.zeros((1, 10, 10, 1), np.uint8)
-    assert type(feeds.create(images, np.zeros(1, np.int32), Mesh(), stream=False)) is kind
+    assert type(feeds.create(images, np.zeros(1, np.int32), None, stream=False)) is kind
+    assert isinstance(feeds.parts(images, 5)[0], jax.Array) == (kind is feeds.Resident)
 
 
 def test_seeds_are_runs_of_their_own(flags_of, capfd):
