@@ -264,6 +264,17 @@ def reached_stop(stop, call):
 
 
 @contextlib.contextmanager
+def enough_memory(advice):
+    """Raises a DeviceError where the memory of a device is exhausted. advice: which flags take less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise DeviceError(f'a device has not enough memory: try {advice}') from error
+
+
+@contextlib.contextmanager
 def ended_together(script, advice):
     """Ends this process at once if an error or another process's end does, as each would wait for the other.
 

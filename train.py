@@ -48,7 +48,13 @@ def main(argv=None):
         print_sizes(session, with_devices=bool(of_start['coordinator']))
         if devices.is_first():
             warn_of_long_warmup(session.args)
-        with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
+        smaller = '--precision bfloat16 or a smaller --batchsize'
+        with (
+            Report(session) as report,
+            flags.one_line_errors('train.py', devices.DeviceError),
+            flags.one_line_errors('train.py', sessions.DivergenceError, status=1),
+            devices.enough_memory(f'--atonce 1, {smaller}' if session.args.batchsplit else smaller),
+        ):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
             all_saved = trainer.run()

@@ -18,6 +18,7 @@ import data
 import demo2d
 import models
 import optimizers
+import posteriors
 import settings
 import test as evaluate
 import train
@@ -328,3 +329,23 @@ def test_jax_without_a_device(command, tmp_path):
     )
     assert done.returncode == 2 and done.stderr.count('\n') == 1
     assert f'{command[0]}: error: JAX finds no device: ' in done.stderr
+
+
+@pytest.mark.parametrize(('optim', 'advice'), [('bsam', '--atonce 1, --precision'), ('sgd', '--precision')])
+def test_device_without_enough_memory(optim, advice, flags_of, monkeypatch, capsys):
+    """In training and in an evaluation; what JAX says of other errors is left as it is."""
+    run = train.main(flags_of(optim=optim))
+
+    def exhausted(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.')
+
+    monkeypatch.setattr(posteriors, 'logits', exhausted)
+    monkeypatch.setattr(posteriors, '_logits_of', exhausted)
+    for main, flags, tried in (
+        (train.main, flags_of(optim=optim), advice),
+        (evaluate.main, [f'--resultsfolder={run}'], 'a smaller --testbatchsize'),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f'error: a device has not enough memory: try {tried}' in error

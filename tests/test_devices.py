@@ -34,8 +34,9 @@ SCRIPT = """if True:
     images, labels = rng.integers(0, 256, (160, 16, 16, 3), np.uint8), rng.integers(0, 10, 160)
     dataset = {'num_train': 160, 'num_classes': 10, 'image_shape': [16, 16, 3], 'mean': [0.5], 'std': [0.2]}
 
-    def run(optim, model, number):
-        split = [] if optim in ('sgd', 'adam', 'adamw', 'swag') else ['--batchsplit=8']
+    def run(optim, model, number, sub_batches=8):
+        split = [f'--batchsplit={sub_batches}', f'--atonce={2 if number == 8 else 1}']
+        split = [] if optim in ('sgd', 'adam', 'adamw', 'swag') else split
         arguments = [f'--optim={optim}', f'--model={model}', '--alpha=0.01', '--batchsize=16', '--epochs=3', *split]
         experiment = experiments.create({'flags': vars(settings.parse_args(arguments)), 'dataset': dataset})
         mesh = devices.create_mesh(number)
@@ -58,9 +59,10 @@ SCRIPT = """if True:
 
     assert len(jax.devices()) == 8
     cases = [(optim, model) for model in ('resnet20', 'resnet18') for optim in settings.OPTIMIZERS]
+    cases.append(('bsam', 'resnet18', 16))  # two on each of eight devices, which computes them together
     print(json.dumps({
-        f'{optim} {model}': [difference(*pair) for pair in zip(*(run(optim, model, n) for n in (1, 8)))]
-        for optim, model in cases
+        ' '.join(map(str, case)): [difference(*pair) for pair in zip(*(run(*case[:2], n, *case[2:]) for n in (1, 8)))]
+        for case in cases
     }))
 """
 
@@ -78,7 +80,7 @@ def test_eight_devices_train_as_one():
     done = run_on_devices(8, SCRIPT)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
-    assert len(differences) == 2 * len(settings.OPTIMIZERS)
+    assert len(differences) == 2 * len(settings.OPTIMIZERS) + 1
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
     assert differences['ivon resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one
