@@ -18,8 +18,13 @@ import runs
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 os.environ |= jobs.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
-# LLVM's further optimizations take longer than they save in short tests.
-os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=1 ' + os.environ.get('XLA_FLAGS', '')
+# LLVM's further optimizations take longer than they save in short tests; GPUs are to sum in one order.
+os.environ['XLA_FLAGS'] = (
+    f'--xla_backend_optimization_level=1 --xla_gpu_deterministic_ops=true {os.environ.get("XLA_FLAGS", "")}'
+)
+# What is compared to the last digits is not for TensorFloat-32, which GPUs would multiply in.
+os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'float32'
+jax.config.update('jax_default_matmul_precision', 'float32')
 
 
 @pytest.fixture(scope='session', autouse=True)
