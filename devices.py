@@ -142,19 +142,20 @@ def on_each(function, arrays):
     return jax.shard_map(on_one, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)(function, arrays)
 
 
-def join(script, coordinator, processes, process_id, timeout, stops_by_step=False):
+def join(script, coordinator, processes, process_id, timeout=None, stops_by_step=False):
     """Makes the processes that call it one run: jax.devices() are those of all of them. Raises DeviceError.
 
     coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. Where not all have
-    joined after `timeout` seconds, each ends with a line from `script` and status 2; a process that is not heard of for
-    half a minute later on ends the others. With stops_by_step, SIGTERM and SIGINT are for reached_stop to tell; else
-    they end the process.
+    joined after `timeout` seconds, 60 if it is None, each ends with a line from `script` and status 2; a process that
+    is not heard of for half a minute later on ends the others. With stops_by_step, SIGTERM and SIGINT are for
+    reached_stop to tell; else they end the process.
     """
     jax.config.update('jax_enable_preemption_service', stops_by_step)
     address = {'coordinator_address': coordinator, 'cluster_detection_method': 'deactivate'}
     given = {} if coordinator == 'auto' else address
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+    timeout = timeout or 60
     waiting = threading.Timer(timeout, _give_up, [script, coordinator, timeout])
     waiting.start()
     try:
@@ -265,13 +266,13 @@ def reached_stop(stop, call):
 
 @contextlib.contextmanager
 def enough_memory(advice):
-    """Raises a DeviceError where the memory of a device is exhausted. advice: which flags take less."""
+    """Raises a DeviceError where the memory of a device is exhausted. advice: what takes less."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        raise DeviceError(f'a device has not enough memory: try {advice}') from error
+        raise DeviceError(f'a device has not enough memory: {advice}') from error
 
 
 @contextlib.contextmanager

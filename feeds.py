@@ -73,9 +73,9 @@ def parts(images, batch_size, stream=False):
     return [images[i : i + rows] for i in range(0, len(images), rows)]
 
 
-def sent(parts):
-    """Yields each part on the devices of the mesh that is set, sent when it is due."""
-    for part in parts:
+def sent(held):
+    """Yields each of some `parts` on the devices of the mesh that is set, sent when it is due."""
+    for part in held:
         yield part if isinstance(part, jax.Array) else devices.send(part)
 
 

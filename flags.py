@@ -113,8 +113,8 @@ def add_coordinator(parser):
     add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
     add('--processes', type=integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
     add('--processid', type=integer(0), metavar='I', help='with HOST:PORT: which of them this is')
-    help = 'how long processes wait for each other at the start; more where hosts become ready one by one'
-    add('--jointimeout', type=integer(1), default=60, metavar='SECONDS', help=help)
+    help = 'how long processes wait for each other at the start (60); more where hosts become ready one by one'
+    add('--jointimeout', type=integer(1), metavar='SECONDS', help=help)
 
 
 def add_jobs(parser):
@@ -133,6 +133,8 @@ def _address(text):
 def require_whole_address(parser, args):
     """Ends the script if the flags of add_coordinator do not go together."""
     numbers = (args.processes, args.processid)
+    if args.jointimeout and not args.coordinator:
+        parser.error('--jointimeout goes with --coordinator')
     if args.coordinator in (None, 'auto'):
         if numbers != (None, None):
             parser.error('--processes and --processid go with --coordinator HOST:PORT')

@@ -317,11 +317,17 @@ def convolution(x, kernel, strides, padding):
 
     JAX's own gradient permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for those inside
     of loops, where it is some twenty times slower (jax-ml/jax issue 12868). `vmap` over kernels would turn the
-    gradient by them into convolutions with windows as large as the image, see `_of_several`.
+    gradient by them into convolutions with windows as large as the image, see `_with_own_kernels`.
 
     x: [B, H, W, C]; kernel: [h, w, C, D]; strides: two ints; padding: 'SAME' or 'VALID'. Returns [B, H', W', D].
     """
     return _forward(tuple(strides), padding)(x, kernel)
+
+
+# Of grouped convolutions with stride 1, as seen with cuDNN on an H100: up to so many channels of all groups together,
+# fewer in the gradient by the kernel, one GPU kernel computes all groups. Else each has its own, with copies around it,
+# and products of matrices were up to ten times faster, as they are with images of few channels.
+_MOST_CHANNELS, _MOST_CHANNELS_OF_KERNELS, _FEWEST_CHANNELS = 2048, 1024, 16
 
 
 def _convolution_forward(x, kernel, strides, padding):
@@ -347,7 +353,7 @@ def _forward(strides, padding):
     def of_several(number, batched, x, kernel):
         if not batched[1]:
             return _in_one_batch(partial(forward, kernel=kernel), x), True
-        return _of_several(*_stacked(number, batched, x, kernel), strides, padding), True
+        return _with_own_kernels(*_stacked(number, batched, x, kernel), strides, padding), True
 
     return forward
 
@@ -365,8 +371,8 @@ def _backward(strides, padding):
     def of_several(number, batched, x, kernel, grads):
         shared = kernel
         x, kernel, grads = _stacked(number, batched, x, kernel, grads)
-        outputs = partial(_of_several, strides=strides, padding=padding)
-        _, by_kernel = jax.vjp(partial(outputs, x, most_channels=1024), kernel)
+        outputs = partial(_with_own_kernels, strides=strides, padding=padding)
+        _, by_kernel = jax.vjp(partial(outputs, x, most_channels=_MOST_CHANNELS_OF_KERNELS), kernel)
         if batched[1]:
             _, by_input = jax.vjp(lambda x: outputs(x, kernel), x)
             (x_grads,) = by_input(grads)
@@ -412,14 +418,13 @@ def _in_one_batch(function, *arrays):
     return rows.reshape(len(arrays[0]), -1, *rows.shape[1:])
 
 
-def _of_several(x, kernel, strides, padding, most_channels=2048):
+def _with_own_kernels(x, kernel, strides, padding, most_channels=_MOST_CHANNELS):
     """Convolutions of x [M, B, H, W, C], each with its own kernel [M, h, w, C, D]: [M, B, H', W', D].
 
-    As the groups of one where a single kernel of cuDNN computes those (as seen with 9.28 on an H100); where it takes
-    one kernel a group, and copies, products of matrices are two to ten times faster.
+    As the groups of one where cuDNN has a fast way to compute those, else as products of matrices.
     """
     groups, channels = len(x), kernel.shape[-2:]
-    if strides == (1, 1) and min(channels) >= 16 and groups * max(channels) <= most_channels:
+    if strides == (1, 1) and min(channels) >= _FEWEST_CHANNELS and groups * max(channels) <= most_channels:
         y = _nhwc_convolution(_groups_last(x), _groups_last(kernel), strides, padding, groups=groups)
         return jnp.moveaxis(y.reshape(*y.shape[:-1], groups, -1), -2, 0)
     return jax.vmap(partial(_by_product, strides=strides, padding=padding))(x, kernel)
@@ -438,11 +443,8 @@ def _by_product(x, kernel, strides, padding):
     """
     height, width, _, features = kernel.shape
     x = jnp.pad(x, ((0, 0), *lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding), (0, 0)))
-    down, right = (range(0, n - k + 1, s) for n, k, s in zip(x.shape[1:3], (height, width), strides, strict=True))
-
-    def shifted(i, j):
-        return x[:, i : i + down[-1] + 1 : strides[0], j : j + right[-1] + 1 : strides[1]]
-
-    windows = jnp.concatenate([shifted(i, j) for i in range(height) for j in range(width)], axis=-1)
+    down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
+    shifted = [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(height) for j in range(width)]
+    windows = jnp.concatenate(shifted, axis=-1)
     rows = lax.optimization_barrier(windows.reshape(-1, windows.shape[-1]))
     return (rows @ kernel.reshape(-1, features)).reshape(*windows.shape[:3], features)

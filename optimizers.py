@@ -9,8 +9,8 @@
 `state.params` is the mean of the posterior. `params` and `batch_stats` are any pytrees of arrays (`{}` for a network
 without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin cut a batch into `batchsplit`
 consecutive sub-batches, perturb the weights for each of them on its own (m-sharpness) and go through them one after
-another, or up to `atonce` together, which fills a GPU and takes memory for each. `bnupdate` is 'both', 'first' or
-'second': at which of their two gradients batch statistics move.
+another, or together in groups of equal size, `atonce` at most, which fill a GPU and take memory for each. `bnupdate` is
+'both', 'first' or 'second': at which of their two gradients batch statistics move.
 
 Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 2023, arXiv 2210.01620):
     w  params         weights, the mean of the posterior
@@ -488,8 +488,8 @@ def over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1, atonce=
     """Calls gradient(state, sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches.
 
     Each is taken `repeats` times, with another key. Returns the averages of grads and value, and the batch statistics
-    of the first sub-batch. They are taken one after another, or up to `atonce` of them together, to the same averages.
-    Under a mesh of several devices each takes its share of them.
+    of the first sub-batch. They are taken one after another, or together in groups of equal size, at most `atonce`, to
+    the same averages. Under a mesh of several devices each takes its share of them.
     """
     sub_batches = tree.map(lambda x: jnp.repeat(_split(x, batchsplit), repeats, axis=0), batch)
     keys = jax.random.split(key, batchsplit * repeats)
@@ -516,7 +516,7 @@ def _totals(gradient, atonce, state, sub_batches, keys):
         grads, values, batch_stats = jax.vmap(partial(gradient, state))(sub_batches, keys)
         return tree.map(lambda g: g.sum(axis=0), grads), values.sum(), tree.map(lambda x: x[0], batch_stats)
 
-    together = max(n for n in range(1, atonce + 1) if len(keys) % n == 0)
+    together = max(n for n in range(1, min(atonce, len(keys)) + 1) if len(keys) % n == 0)
     inputs = sub_batches, keys
     if together == 1:
         function = partial(gradient, state)

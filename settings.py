@@ -125,6 +125,8 @@ def continued(args, given, run):
         given['datasetfolder'] = os.path.abspath(given['datasetfolder'])
     for name, value in given.items():
         held = getattr(args, name)
+        if name in _OWN_FLAGS - OPTIMIZERS[args.optim].keys():
+            raise runs.RunError(f'--{name} is no flag of {args.optim}, with which {run} was begun: leave it out')
         if value != held and name not in MAY_CHANGE:
             raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
         if name == 'epochs' and value != held and args.optim == 'swag':
@@ -166,7 +168,7 @@ def create_parser():
     parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
     help = 'sub-batches M of a batch, each with a perturbation or noise of its own'
     _add_own(parser, 'batchsplit', flags.integer(1), help)
-    help = 'sub-batches that are computed together, at most: they fill a GPU, and each takes memory; all but on CPUs'
+    help = 'sub-batches that are computed together, at most: they fill a GPU, and each takes memory (all; on CPUs 1)'
     _add_own(parser, 'atonce', flags.integer(1), help)
     help = 'which of the two gradients moves batch statistics'
     parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))

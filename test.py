@@ -116,7 +116,7 @@ def main(argv=None):
     with contextlib.ExitStack() as held:
         held.enter_context(devices.ended_together('test.py', 'start them again'))
         held.enter_context(flags.one_line_errors('test.py', *errors))
-        held.enter_context(devices.enough_memory('a smaller --testbatchsize'))
+        held.enter_context(devices.enough_memory('a smaller --testbatchsize takes less'))
         if args.coordinator:
             devices.join('test.py', args.coordinator, args.processes, args.processid, args.jointimeout)
         devices.require()

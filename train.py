@@ -14,6 +14,8 @@ import jobs
 import signals
 from settings import OF_START, continued, create_parser, flags_of, parse_args
 
+LESS_MEMORY = '--atonce 1 of SAM and its kin, a smaller --batchsize or --precision bfloat16 takes less'
+
 
 def main(argv=None):
     args = parse_args(argv)
@@ -31,7 +33,7 @@ def main(argv=None):
         flags.use_compilecache(args.compilecache)
         errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError
         held.enter_context(devices.ended_together('train.py', 'go on with --resume when all are back'))
-        with flags.one_line_errors('train.py', *errors):
+        with flags.one_line_errors('train.py', *errors), devices.enough_memory(LESS_MEMORY):
             of_start = {name: vars(args).pop(name) for name in OF_START}
             if of_start['coordinator']:
                 address = (of_start[name] for name in ('coordinator', 'processes', 'processid', 'jointimeout'))
@@ -48,12 +50,11 @@ def main(argv=None):
         print_sizes(session, with_devices=bool(of_start['coordinator']))
         if devices.is_first():
             warn_of_long_warmup(session.args)
-        smaller = '--precision bfloat16 or a smaller --batchsize'
         with (
             Report(session) as report,
             flags.one_line_errors('train.py', devices.DeviceError),
             flags.one_line_errors('train.py', sessions.DivergenceError, status=1),
-            devices.enough_memory(f'--atonce 1, {smaller}' if session.args.batchsplit else smaller),
+            devices.enough_memory(LESS_MEMORY),
         ):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()

@@ -4,10 +4,14 @@ bSAM with `vmap` over sub-batches and a draw of noise for every leaf; the loss f
 augmentation on the host and a transfer for every batch; evaluation without `jit`; AUROC by a loop over thresholds.
 """
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import tree
+from jax import lax, tree
+
+import models
 
 
 def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, damping):
@@ -42,6 +46,20 @@ def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_d
         return params, momentum, precision, stats, key, value
 
     return step
+
+
+def with_jax_convolutions(loss):
+    """The same loss, of a network whose convolutions and their gradients are JAX's own, under `vmap` too."""
+
+    def wrapped(*args):
+        with mock.patch.object(models, 'convolution', _jax_convolution):
+            return loss(*args)
+
+    return wrapped
+
+
+def _jax_convolution(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 def host_batch(rng, images, labels, batch_size, mean, std):

@@ -108,7 +108,7 @@ def started(worker, number):
 def joined(number, process, address):
     """The mesh over the processes that there are."""
     if number > 1:
-        devices.join(address, number, process)
+        devices.join('scaling.py', address, number, process)
     return devices.create_mesh()
 
 

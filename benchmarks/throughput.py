@@ -60,7 +60,7 @@ class Trainer(run.Trainer):
 def main(argv=None):
     args = parse_args(argv)
     flags.use_compilecache(args.compilecache)
-    results = runs.provenance('benchmarks/throughput.py', argv) | {'batch_size': args.batchsize}
+    results = runs.provenance('benchmarks/throughput.py', argv) | {'model': args.model, 'batch_size': args.batchsize}
     results['machine'] = {'copy_gbytes_per_second': run.copy_rate() / 1e9}
     trainers = {}
     for precision in args.precisions:
@@ -73,7 +73,7 @@ def main(argv=None):
     times, _ = run.in_turns(args.repeats, trainers, args.steps)
     for (precision, way), turns in times.items():
         rate = args.batchsize / statistics.median(turns)
-        gradients = 1 if way == 'sgd' else 2
+        gradients = 1 if WAYS[way][0] == 'sgd' else 2
         tflops = 6 * run.MULTIPLY_ADDS[args.model] * gradients * rate / 1e12
         results.setdefault(precision, {})[way] = {
             'seconds': turns,
@@ -99,7 +99,10 @@ def parse_args(argv):
     add('--matrix', type=flags.integer(1), default=8192, help='rows of the square matrices that are multiplied')
     flags.add_compilecache(parser)
     add('--json', type=flags.new_file, help='write all figures here')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.batchsize % run.SPLIT:
+        parser.error(f'--batchsize {args.batchsize} does not divide into {run.SPLIT} sub-batches')
+    return args
 
 
 def print_table(results, args):

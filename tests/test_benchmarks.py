@@ -104,3 +104,10 @@ def test_throughput(benchmark, tmp_path, capsys):
     measured = json.loads(path.read_text())['float32']
     assert set(measured) == set(throughput.WAYS) and min(numbers(measured)) > 0
     assert '| bsam one by one ' in capsys.readouterr().out
+
+
+def test_scaling_over_processes(benchmark):
+    """Evaluation in two processes, the shortest part of it."""
+    worker = {'function': 'evaluation', 'batch_size': 8, 'samples': 1, 'model': 'resnet20', 'number': 2}
+    rates = [result['rate'] for result in benchmark('scaling').started(worker, 2)]
+    assert len(rates) == 2 and min(rates) > 0

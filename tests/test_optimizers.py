@@ -465,3 +465,18 @@ def test_which_optimizers_have_a_posterior():
     made = {name: make(quadratic_loss, **SETTINGS[name]) for name, make in optimizers.OPTIMIZERS.items()}
     with_posterior = {name for name, optimizer in made.items() if optimizer.sample is not optimizers._mean}
     assert with_posterior == set(run_settings.WITH_POSTERIOR)
+
+
+@pytest.mark.parametrize(('atonce', 'rounds'), [(1, 4), (2, 2), (3, 2), (4, 1), (10**9, 1)])
+def test_sub_batches_are_taken_in_rounds(atonce, rounds):
+    """Groups are of equal size: three at once are two of four sub-batches."""
+    optimizer = optimizers.sam(toy_loss, **SETTINGS['sam'], atonce=atonce)
+    params = {name: jnp.asarray(GOLDEN[f'w0_{name}'], jnp.float32) for name in ('W1', 'b1', 'W2', 'b2')}
+    state = optimizer.init(params, {'mean': jnp.zeros(5)}, jax.random.key(0))
+    batch = jnp.zeros((24, 4)), jnp.zeros(24, jnp.int32)
+    lengths = [
+        equation.params['length']
+        for equation in jax.make_jaxpr(optimizer.step)(state, batch).eqns
+        if equation.primitive.name == 'scan'
+    ]
+    assert lengths == [rounds]

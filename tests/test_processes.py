@@ -162,6 +162,7 @@ def test_killed_process_ends_the_others(killed, tmp_path):
         (['--coordinator=host'], "argument --coordinator: 'host' is neither HOST:PORT nor auto"),
         (['--coordinator=host:1'], '--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1'),
         (['--coordinator=host:1', '--processes=2', '--processid=2'], 'needs --processes N, and a --processid'),
+        (['--jointimeout=9'], '--jointimeout goes with --coordinator'),
         (['--processes=2'], '--processes and --processid go with --coordinator HOST:PORT'),
     ],
 )

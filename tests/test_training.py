@@ -50,6 +50,20 @@ def test_memory_of_a_step(optim, most):
     assert (peak_bytes(step, *arguments) - of_gradient) / one_copy < most + 0.2
 
 
+@pytest.mark.parametrize(
+    ('backend', 'flags', 'number'),
+    [
+        ('cpu', ['--optim=bsam'], 1),
+        ('gpu', ['--optim=bsam'], 8),
+        ('gpu', ['--optim=ivon', '--batchsplit=4', '--trainmc=3'], 12),
+        ('gpu', ['--optim=sam', '--atonce=2'], 2),
+    ],
+)
+def test_default_of_sub_batches_at_once(backend, flags, number, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    assert experiments.at_once(vars(settings.parse_args(flags))) == number
+
+
 @pytest.mark.parametrize('model', ['resnet18', 'resnet20'])
 @pytest.mark.parametrize('optim', [name for name, own in settings.OPTIMIZERS.items() if 'atonce' in own])
 def test_sub_batches_at_once(optim, model, monkeypatch):
