@@ -21,7 +21,6 @@ import tarfile
 import threading
 import time
 import urllib.request
-import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -36,6 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import flags
+import jpegs
 import runs
 
 
@@ -508,7 +508,10 @@ def _read_tinyimagenet(folder, split):
         images = np.load(cache, mmap_mode='r')
         if images.shape == (len(paths), 64, 64, 3) and images.dtype == np.uint8:
             return images, labels
-    return _cached(cache, _decode(paths, (64, 64, 3))), labels
+    try:
+        return _decoded(paths, (64, 64, 3), cache), labels
+    except jpegs.DamagedError as error:
+        raise DataError(damaged(*error.args)) from error
 
 
 _DECODED_AT_ONCE = 500
@@ -531,16 +534,51 @@ def _list_image_folders(folder, classes):
     return paths, np.array(labels, np.int32), fingerprint.hexdigest()[:16]
 
 
-def _decode(paths, shape):
-    """Image files as one array uint8 [N, *shape], grey ones as RGB, on all cores."""
+def _decoded(paths, shape, cache):
+    """Image files as one array uint8 [N, *shape], mapped from `cache`, which is written; in memory where it cannot be.
+
+    Raises jpegs.DamagedError.
+    """
+    try:
+        _write_decoded(paths, shape, cache)
+        return np.load(cache, mmap_mode='r')
+    except OSError as error:
+        print(f'{cache} could not be written ({error.strerror}): images are decoded at every start', file=sys.stderr)
     images = np.empty((len(paths), *shape), np.uint8)
     starts = range(0, len(paths), _DECODED_AT_ONCE)
-    blocks = [paths[start : start + _DECODED_AT_ONCE] for start in starts]
-    with _decoders(len(blocks)) as pool, tqdm(None, 'decoding', len(paths), unit=' images', disable=None) as progress:
-        for start, block in zip(starts, pool.map(partial(_decode_block, shape), blocks), strict=True):
-            images[start : start + len(block)] = block
-            progress.update(len(block))
+    for start, block in zip(starts, _in_blocks(partial(jpegs.decode, shape), paths), strict=True):
+        images[start : start + len(block)] = block
     return images
+
+
+def _write_decoded(paths, shape, cache):
+    """What np.save writes of the decoded images: the processes that decode write, each its blocks where they belong."""
+    partial_path = _partial_path(cache)
+    try:
+        with open(partial_path, 'wb') as file:
+            header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(paths), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            offsets = [file.tell() + i * math.prod(shape) for i in range(0, len(paths), _DECODED_AT_ONCE)]
+            for _ in _in_blocks(partial(jpegs.decode_into, partial_path, shape), paths, offsets):
+                os.fsync(file.fileno())  # else a power failure could leave black images; the others go on decoding
+        os.replace(partial_path, cache)
+    finally:
+        with contextlib.suppress(OSError):
+            partial_path.unlink(missing_ok=True)
+    for stale in cache.parent.glob(f'{cache.name.split("-")[0]}-*.npy'):
+        if stale != cache:
+            with contextlib.suppress(OSError):
+                stale.unlink()
+
+
+def _in_blocks(decode, paths, *more):
+    """decode(block, ...) for blocks of _DECODED_AT_ONCE paths, in order, on all cores; `more` has a value for each."""
+    blocks = [paths[start : start + _DECODED_AT_ONCE] for start in range(0, len(paths), _DECODED_AT_ONCE)]
+    with _decoders(len(blocks)) as pool, tqdm(None, 'decoding', len(paths), unit=' images', disable=None) as progress:
+        for block, decoded in zip(blocks, pool.map(decode, blocks, *more), strict=True):
+            yield decoded
+            progress.update(len(block))
 
 
 def _decoders(num_blocks):
@@ -548,37 +586,6 @@ def _decoders(num_blocks):
     if num_blocks <= 2:
         return ThreadPoolExecutor(num_blocks)
     return ProcessPoolExecutor(min(num_blocks, os.cpu_count()), multiprocessing.get_context('spawn'))
-
-
-def _decode_block(shape, paths):
-    images = np.empty((len(paths), *shape), np.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        for i, path in enumerate(paths):
-            try:
-                with Image.open(path, formats=('JPEG',)) as image:
-                    if image.size != (shape[1], shape[0]):
-                        raise ValueError(f'{image.size[0]}×{image.size[1]} pixels instead of {shape[1]}×{shape[0]}')
-                    images[i] = np.asarray(image.convert('RGB'))
-            except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-                raise DataError(damaged(path, error)) from error
-    return images
-
-
-def _cached(path, images):
-    """Keeps decoded images for the next start where the folder can be written; returns them."""
-    partial_path = _partial_path(path)
-    try:
-        with open(partial_path, 'wb') as file:
-            np.save(file, images)
-        os.replace(partial_path, path)
-        for stale in path.parent.glob(f'{path.name.split("-")[0]}-*.npy'):
-            if stale != path:
-                stale.unlink(missing_ok=True)
-    except OSError as error:
-        partial_path.unlink(missing_ok=True)
-        print(f'{path} could not be written ({error.strerror}): images are decoded at every start', file=sys.stderr)
-    return images
 
 
 # TensorFlow Datasets: any image classification set that is prepared in the folder.

@@ -19,12 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
 import flags  # noqa: E402
 import runs  # noqa: E402
 import tables  # noqa: E402
@@ -75,6 +73,8 @@ def made_set(per_class):
 
 def write_archive(path, per_class):
     """The layout of the official zip, with a tenth as many validation images."""
+    from sklearn.datasets import load_sample_images
+
     rng = np.random.default_rng(0)
     photographs = load_sample_images().images
     classes = [f'n{i:08d}' for i in range(CLASSES)]
@@ -108,6 +108,8 @@ def seconds_of(script):
 
 def reading(folder):
     """Both splits read as a later start does, and the training images decoded anew, beside a loop over them."""
+    import data  # not above: the processes that decode import this file first, and train.py is light too
+
     dataset = data.dataset('tinyimagenet', folder)
     began = time.perf_counter()
     for split in ('train', 'test'):

@@ -1,7 +1,12 @@
 """setup_tinyimagenet.py from the zip to sorted folders and the cache, interrupted anywhere, and its errors."""
 
+import io
 import os
+import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,10 +150,76 @@ def test_training_before_the_setup(folder):
         data.dataset('tinyimagenet', folder).read('train')
 
 
-def test_decoding_in_processes(folder, monkeypatch, capsys):
+@pytest.fixture
+def in_processes(folder, monkeypatch):
+    """The sorted folder tiny-imagenet-200 without its caches, to be decoded in seven blocks."""
     monkeypatch.setattr(data, '_DECODED_AT_ONCE', 30)
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
-    check(folder)
-    image = folder / 'tiny-imagenet-200' / 'train' / 'n00000199' / 'images' / 'n00000199_0.JPEG'
+    root = folder / 'tiny-imagenet-200'
+    for cache in root.glob('*.npy'):
+        cache.unlink()
+    return root
+
+
+def plainly_decoded(root):
+    return np.stack([np.asarray(Image.open(path).convert('RGB')) for path in sorted((root / 'train').rglob('*.JPEG'))])
+
+
+def files_beside_images(root):
+    return [path.name for path in root.iterdir() if path.suffix in ('.npy', '.partial')]
+
+
+def test_decoding_in_processes(in_processes):
+    """What comes back is mapped from a file, which is the one that np.save writes."""
+    images, _ = data.dataset('tinyimagenet', in_processes.parent).read('train')
+    assert isinstance(images, np.memmap)
+    np.testing.assert_array_equal(images, plainly_decoded(in_processes))
+    (name,) = files_beside_images(in_processes)
+    saved = io.BytesIO()
+    np.save(saved, images)
+    assert (in_processes / name).read_bytes() == saved.getvalue()
+    check(in_processes.parent)
+
+
+def test_damage_found_by_a_process(in_processes, capsys):
+    image = in_processes / 'train' / 'n00000199' / 'images' / 'n00000199_0.JPEG'
     image.write_bytes(image.read_bytes()[:200])
-    assert f'{image} is damaged' in error_of(['--datasetfolder', str(folder)], capsys)
+    error = error_of(['--datasetfolder', str(in_processes.parent)], capsys)
+    assert f'{image} is damaged (Truncated File Read)' in error
+    assert not files_beside_images(in_processes)
+
+
+@pytest.mark.parametrize('room', [100, 1_000_000])
+def test_no_room_for_the_cache(room, in_processes, capsys):
+    """Not even for its header, and for three of its seven blocks: the images come in memory, after one line."""
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        images, _ = data.dataset('tinyimagenet', in_processes.parent).read('train')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    np.testing.assert_array_equal(images, plainly_decoded(in_processes))
+    error = capsys.readouterr().err
+    assert (
+        error.count('\n') == 1 and 'could not be written (File too large): images are decoded at every start' in error
+    )
+    assert not files_beside_images(in_processes)
+
+
+def test_interrupted_while_decoding(in_processes, monkeypatch):
+    def interrupted(descriptor):
+        raise Interrupt
+
+    monkeypatch.setattr(os, 'fsync', interrupted)
+    with pytest.raises(Interrupt):
+        data.dataset('tinyimagenet', in_processes.parent).read('train')
+    assert not files_beside_images(in_processes)
+
+
+def test_processes_start_without_jax():
+    """They import jpegs.py, and the script that is run."""
+    scripts = 'benchmarks.loading, setup_tinyimagenet, sweep, test, train'
+    code = f"import sys, jpegs, {scripts}; print([name for name in ('jax', 'data') if name in sys.modules])"
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, '-c', code], cwd=root, check=True, capture_output=True).stdout == b'[]\n'

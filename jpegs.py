@@ -1,0 +1,34 @@
+"""JPEGs to arrays: a file of its own for the processes that decode, which would import JAX with data.py for seconds."""
+
+import warnings
+
+import numpy as np
+from PIL import Image
+
+
+class DamagedError(Exception):
+    """A file that is no JPEG of the size that is wanted; its arguments are the path and the reason, of one line."""
+
+
+def decode(shape, paths):
+    """Image files as one array uint8 [N, *shape], grey ones as RGB. Raises DamagedError."""
+    images = np.empty((len(paths), *shape), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        for i, path in enumerate(paths):
+            try:
+                with Image.open(path, formats=('JPEG',)) as image:
+                    if image.size != (shape[1], shape[0]):
+                        raise ValueError(f'{image.size[0]}×{image.size[1]} pixels instead of {shape[1]}×{shape[0]}')
+                    images[i] = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+            except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                raise DamagedError(path, str(error)) from error
+    return images
+
+
+def decode_into(path, shape, paths, offset):
+    """Decodes image files into a file that exists, from byte `offset` on. Raises OSError where it cannot grow."""
+    images = decode(shape, paths)
+    with open(path, 'r+b') as file:
+        file.seek(offset)
+        file.write(images)
