@@ -585,7 +585,8 @@ def _decoders(num_blocks):
     """Processes, as Pillow leaves its threads little to do at once; a few images are not worth starting them."""
     if num_blocks <= 2:
         return ThreadPoolExecutor(num_blocks)
-    return ProcessPoolExecutor(min(num_blocks, os.cpu_count()), multiprocessing.get_context('spawn'))
+    context = multiprocessing.get_context('spawn')
+    return ProcessPoolExecutor(min(num_blocks, os.cpu_count()), context, jpegs.end_with_parent)
 
 
 # TensorFlow Datasets: any image classification set that is prepared in the folder.

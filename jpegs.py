@@ -1,5 +1,9 @@
 """JPEGs to arrays: a file of its own for the processes that decode, which would import JAX with data.py for seconds."""
 
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
 
 import numpy as np
@@ -32,3 +36,14 @@ def decode_into(path, shape, paths, offset):
     with open(path, 'r+b') as file:
         file.seek(offset)
         file.write(images)
+
+
+def end_with_parent():
+    """In a process that decodes: Ctrl-C is the main one's business, and its end, even by SIGKILL, is this one's too."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,18 @@ def test_processes_start_without_jax():
     code = f"import sys, jpegs, {scripts}; print([name for name in ('jax', 'data') if name in sys.modules])"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, '-c', code], cwd=root, check=True, capture_output=True).stdout == b'[]\n'
+
+
+def test_processes_end_with_the_one_that_started_them():
+    code = """if True:
+        import os, data
+        print(data._decoders(3).submit(os.getpid).result(), flush=True)
+        os._exit(1)
+    """
+    process = subprocess.run(
+        [sys.executable, '-c', code], cwd=Path(__file__).parent.parent, capture_output=True, timeout=60
+    )
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(process.stdout), 0)
+            time.sleep(0.1)
