@@ -188,8 +188,8 @@ def test_checkpoint_of_another_network(run, flags_of, capsys):
 
 
 def test_500_random_damages_of_a_run_folder(run, finished):
-    """Every one is noticed, or leaves all as it was."""
-    expected = arrays(restore(finished)[1])
+    """Every one is noticed, or leaves all as it was, as a configuration without its last newline."""
+    expected, config = arrays(restore(finished)[1]), runs.read_config(finished)
     files = [path.relative_to(run) for path in run.rglob('*') if path.is_file() and path.name != 'lock']
     files = [path for path in files if path.parts[:2] != ('checkpoints', '4')]
     draws, noticed = random.Random(0), 0
@@ -204,7 +204,7 @@ def test_500_random_damages_of_a_run_folder(run, finished):
             noticed += 1
             assert '\n' not in str(error)
         else:
-            assert name.name == 'log.jsonl'
+            assert name.name in ('log.jsonl', 'config.json') and runs.read_config(run) == config
             for one, two in zip(arrays(state), expected, strict=True):
                 np.testing.assert_array_equal(one, two)
         (run / name).write_bytes((finished / name).read_bytes())

@@ -153,10 +153,13 @@ def test_convolution_gradient(pixels, size, stride, padding, x64):
 
 
 @pytest.mark.parametrize('axes', [(0, None), (None, 0), (0, 0)])
-@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
 @pytest.mark.parametrize(
-    ('size', 'stride', 'channels'), [(3, 1, (16, 20)), (3, 1, (3, 4)), (3, 2, (16, 16)), (1, 2, (4, 5)), (2, 3, (3, 2))]
-)
+    ('size', 'stride', 'channels', 'padding'),
+    [
+        (3, 1, (16, 20), 'SAME'), (3, 1, (16, 16), 'VALID'), (3, 1, (3, 4), 'SAME'), (3, 2, (16, 16), 'SAME'),
+        (1, 2, (4, 5), 'SAME'), (2, 3, (3, 2), 'VALID'),
+    ],
+)  # fmt: skip
 def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, x64):
     """`vmap` over kernels, images or both: values and gradients are those of JAX's own convolution."""
     keys = jax.random.split(jax.random.key(0), 3)
