@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -98,17 +99,19 @@ def test_loading(benchmark, tmp_path):
 
 def test_throughput(benchmark, tmp_path, capsys):
     path = tmp_path / 'throughput.json'
-    ways = ['sgd', 'bsam_on_a_mesh_of_one_device', 'bsam_one_by_one']
+    ways = ['sgd', 'bsam_on_a_mesh_of_one_device']
     flags = ['--model=resnet20', '--precisions=float32', '--ways', *ways, '--batchsize=8', '--steps=1', '--repeats=1']
     throughput = benchmark('throughput')
     throughput.main([*flags, '--matrix=32', '--compilecache=off', f'--json={path}'])
     measured = json.loads(path.read_text())['float32']
     assert list(measured) == ways and min(numbers(measured)) > 0
-    assert '| bsam one by one ' in capsys.readouterr().out
+    assert '| bsam on a mesh of one device ' in capsys.readouterr().out
 
 
-def test_scaling_over_processes(benchmark):
-    """Evaluation in two processes, the shortest part of it."""
-    worker = {'function': 'evaluation', 'batch_size': 8, 'samples': 1, 'model': 'resnet20', 'number': 2}
-    rates = [result['rate'] for result in benchmark('scaling').started(worker, 2)]
-    assert len(rates) == 2 and min(rates) > 0
+def test_scaling_joins_processes(benchmark, monkeypatch):
+    """As devices.join wants to be called, which is not called for one process."""
+    scaling = benchmark('scaling')
+    join = mock.create_autospec(scaling.devices.join)
+    monkeypatch.setattr(scaling.devices, 'join', join)
+    assert scaling.joined(1, 0, 'host:1').size == scaling.joined(2, 1, 'host:1').size
+    join.assert_called_once_with('scaling.py', 'host:1', 2, 1)
