@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import data
 import feeds
@@ -39,11 +38,11 @@ class Experiment(NamedTuple):
 
     def probs(self, params, batch_stats, parts, batch_size):
         """Class probabilities, float64 [N, K] on the host, of images in parts as from feeds.parts."""
-        logits = [
-            jax.device_get(posteriors.logits(self.apply, params, batch_stats, part, batch_size))
-            for part in feeds.sent(parts)
-        ]
-        return metrics.softmax(np.concatenate(logits))
+
+        def logits(images):
+            return posteriors.logits(self.apply, params, batch_stats, images, batch_size)
+
+        return metrics.softmax(feeds.over_parts(logits, parts))
 
 
 @partial(jax.jit, static_argnames='seed')

@@ -61,7 +61,7 @@ def create(images, labels, mesh, stream):
 
 
 def parts(images, batch_size, stream=False):
-    """Images uint8 [N, H, W, C] that are evaluated, some of them several times, as a list for `sent`.
+    """Images uint8 [N, H, W, C] that are evaluated, once or several times, as a list for `over_parts`.
 
     All of them, sent to the devices of the mesh that is set; or parts of whole batches on the host where it is asked
     for, or where they would fill a device.
@@ -73,10 +73,13 @@ def parts(images, batch_size, stream=False):
     return [images[i : i + rows] for i in range(0, len(images), rows)]
 
 
-def sent(held):
-    """Yields each of some `parts` on the devices of the mesh that is set, sent when it is due."""
-    for part in held:
-        yield part if isinstance(part, jax.Array) else devices.send(part)
+def over_parts(function, parts):
+    """The results [..., N, K] of a function of images on the devices, put together on the host; parts: as from `parts`.
+
+    Parts that are on the host are sent when they are due.
+    """
+    sent = (part if isinstance(part, jax.Array) else devices.send(part) for part in parts)
+    return np.concatenate([jax.device_get(function(part)) for part in sent], axis=-2)
 
 
 def _too_large(images):

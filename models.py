@@ -324,12 +324,6 @@ def convolution(x, kernel, strides, padding):
     return _forward(tuple(strides), padding)(x, kernel)
 
 
-# Of grouped convolutions with stride 1, as seen with cuDNN on an H100: up to so many channels of all groups together,
-# fewer in the gradient by the kernel, one GPU kernel computes all groups. Else each has its own, with copies around it,
-# and products of matrices were up to ten times faster, as they are with images of few channels.
-_MOST_CHANNELS, _MOST_CHANNELS_OF_KERNELS, _FEWEST_CHANNELS = 2048, 1024, 16
-
-
 def _convolution_forward(x, kernel, strides, padding):
     return convolution(x, kernel, strides, padding), (x, kernel)
 
@@ -416,6 +410,12 @@ def _in_one_batch(function, *arrays):
     """A function of arrays [B, ...] on all M·B rows of arrays [M, B, ...] at once."""
     rows = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
     return rows.reshape(len(arrays[0]), -1, *rows.shape[1:])
+
+
+# Of grouped convolutions with stride 1, as seen with cuDNN on an H100: up to so many channels of all groups together,
+# fewer in the gradient by the kernel, one GPU kernel computes all groups. Else each has its own, with copies around it,
+# and products of matrices were faster, as they are with images of few channels.
+_MOST_CHANNELS, _MOST_CHANNELS_OF_KERNELS, _FEWEST_CHANNELS = 2048, 1024, 16
 
 
 def _with_own_kernels(x, kernel, strides, padding, most_channels=_MOST_CHANNELS):

@@ -137,11 +137,7 @@ class Posterior:
 
     def _logits(self, weights, parts, where):
         """float32 [N, K] of all parts' images, or [D, N, K] of weights on each device."""
-        logits = [
-            jax.device_get(_logits_of(weights, part, where, self._apply, self._batch_size))
-            for part in feeds.sent(parts)
-        ]
-        return np.concatenate(logits, axis=-2)
+        return feeds.over_parts(lambda part: _logits_of(weights, part, where, self._apply, self._batch_size), parts)
 
     def _weights(self, index, where):
         """The sample at an index, or those at int [D] on each device, with their batch statistics."""

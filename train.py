@@ -33,29 +33,25 @@ def main(argv=None):
         flags.use_compilecache(args.compilecache)
         errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError
         held.enter_context(devices.ended_together('train.py', 'go on with --resume when all are back'))
-        with flags.one_line_errors('train.py', *errors), devices.enough_memory(LESS_MEMORY):
-            of_start = {name: vars(args).pop(name) for name in OF_START}
-            if of_start['coordinator']:
-                address = (of_start[name] for name in ('coordinator', 'processes', 'processid', 'jointimeout'))
-                devices.join('train.py', *address, stops_by_step=True)
-            devices.require()
-            if not devices.is_first():
-                held.enter_context(contextlib.redirect_stdout(None))
-            args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
-            if of_start['resume']:
-                given = create_parser().given(argv)
-                session = resumed(of_start['resume'], of_start['checkpoint'], given, held)
-            else:
-                session = sessions.begin(args, held)
+        held.enter_context(flags.one_line_errors('train.py', *errors))
+        held.enter_context(devices.enough_memory(LESS_MEMORY))
+        of_start = {name: vars(args).pop(name) for name in OF_START}
+        if of_start['coordinator']:
+            address = (of_start[name] for name in ('coordinator', 'processes', 'processid', 'jointimeout'))
+            devices.join('train.py', *address, stops_by_step=True)
+        devices.require()
+        if not devices.is_first():
+            held.enter_context(contextlib.redirect_stdout(None))
+        args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
+        if of_start['resume']:
+            given = create_parser().given(argv)
+            session = resumed(of_start['resume'], of_start['checkpoint'], given, held)
+        else:
+            session = sessions.begin(args, held)
         print_sizes(session, with_devices=bool(of_start['coordinator']))
         if devices.is_first():
             warn_of_long_warmup(session.args)
-        with (
-            Report(session) as report,
-            flags.one_line_errors('train.py', devices.DeviceError),
-            flags.one_line_errors('train.py', sessions.DivergenceError, status=1),
-            devices.enough_memory(LESS_MEMORY),
-        ):
+        with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
             all_saved = trainer.run()

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path.insert(0, str(ROOT))
 
 import run  # noqa: E402
 
@@ -24,13 +24,13 @@ import runs  # noqa: E402
 import settings  # noqa: E402
 import tables  # noqa: E402
 
-# Of each way to take a step: the optimizer, flags that differ from the defaults, whether it has a mesh.
+# Of each way to take a step: its name in tables, the optimizer, flags that differ from the defaults, if it has a mesh.
 WAYS = {
-    'sgd': ('sgd', {}, False),
-    'sam': ('sam', {}, False),
-    'bsam': ('bsam', {}, False),
-    'bsam_on_a_mesh_of_one_device': ('bsam', {}, True),
-    'bsam_one_by_one': ('bsam', {'atonce': 1}, False),
+    'sgd': ('SGD', 'sgd', {}, False),
+    'sam': ('SAM', 'sam', {}, False),
+    'bsam': ('bSAM', 'bsam', {}, False),
+    'bsam_on_a_mesh_of_one_device': ('bSAM on a mesh of one device', 'bsam', {}, True),
+    'bsam_one_by_one': ('bSAM, --atonce 1', 'bsam', {'atonce': 1}, False),
 }
 
 
@@ -66,14 +66,14 @@ def main(argv=None):
     for precision in args.precisions:
         results['machine'][f'{precision}_matrix_tflops'] = run.matrix_rate(args.matrix, precision) / 1e12
         for way in args.ways:
-            optim, given, has_mesh = WAYS[way]
+            _, optim, given, has_mesh = WAYS[way]
             trainers[precision, way] = Trainer(has_mesh, args.model, optim, precision, args.batchsize, **given)
     with ThreadPoolExecutor() as pool:
         list(pool.map(Trainer.compile, trainers.values()))
     times, _ = run.in_turns(args.repeats, trainers, args.steps)
     for (precision, way), turns in times.items():
         rate = args.batchsize / statistics.median(turns)
-        gradients = 1 if WAYS[way][0] == 'sgd' else 2
+        gradients = 1 if way == 'sgd' else 2
         tflops = 6 * run.MULTIPLY_ADDS[args.model] * gradients * rate / 1e12
         results.setdefault(precision, {})[way] = {
             'seconds': turns,
@@ -114,7 +114,7 @@ def print_table(results, args):
 
 def table(results, precisions, ways):
     """Images a second and shares of the matrix product's rate; results: of calls for one precision or several."""
-    header, rows = ['images/s'], [[way.replace('_', ' ')] for way in ways]
+    header, rows = ['images/s'], [[WAYS[way][0]] for way in ways]
     for precision in precisions:
         (measured,) = [found for found in results if precision in found]
         header += [precision, f'of {measured["machine"][f"{precision}_matrix_tflops"]:.3g} TFLOP/s']

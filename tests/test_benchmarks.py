@@ -105,7 +105,7 @@ def test_throughput(benchmark, tmp_path, capsys):
     throughput.main([*flags, '--matrix=32', '--compilecache=off', f'--json={path}'])
     measured = json.loads(path.read_text())['float32']
     assert list(measured) == ways and min(numbers(measured)) > 0
-    assert '| bsam on a mesh of one device ' in capsys.readouterr().out
+    assert '| bSAM on a mesh of one device ' in capsys.readouterr().out
 
 
 def test_scaling_joins_processes(benchmark, monkeypatch):

@@ -129,6 +129,10 @@ def test_running_averages_are_zero_debiased():
     np.testing.assert_allclose(normalised.std(axis=(0, 1, 2)), 1, rtol=1e-4)
 
 
+def jax_convolution(x, kernel, stride, padding):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
 @pytest.mark.parametrize('padding', ['SAME', 'VALID'])
 @pytest.mark.parametrize(
     ('pixels', 'size', 'stride'), [(8, 3, 1), (8, 3, 2), (9, 3, 2), (8, 1, 2), (9, 5, 1), (7, 2, 3)]
@@ -139,12 +143,7 @@ def test_convolution_gradient(pixels, size, stride, padding, x64):
     x = jax.random.normal(keys[0], (2, pixels, pixels + 1, 3))
     kernel = jax.random.normal(keys[1], (size, size, 3, 4))
 
-    def jax_convolution(x, kernel):
-        return lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
-
-    expected, expected_gradient = jax.vjp(jax_convolution, x, kernel)
+    expected, expected_gradient = jax.vjp(lambda x, k: jax_convolution(x, k, stride, padding), x, kernel)
     value, gradient = jax.vjp(lambda x, k: models.convolution(x, k, (stride, stride), padding), x, kernel)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     cotangent = jax.random.normal(keys[2], value.shape)
@@ -167,11 +166,6 @@ def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, 
     kernel = jax.random.normal(keys[1], (5, size, size, *channels))
     x, kernel = (a if axis == 0 else a[0] for a, axis in zip((x, kernel), axes, strict=True))
 
-    def jax_convolution(x, kernel):
-        return lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
-
     def results(convolution):
         def of_one(x, kernel):
             value, gradient = jax.vjp(convolution, x, kernel)
@@ -179,12 +173,9 @@ def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, 
 
         return jax.vmap(of_one, axes)(x, kernel)
 
-    expected = results(jax_convolution)
-    for ours, jaxs in zip(
-        jax.tree.leaves(results(lambda x, k: models.convolution(x, k, (stride, stride), padding))),
-        jax.tree.leaves(expected),
-        strict=True,
-    ):
+    expected = results(lambda x, k: jax_convolution(x, k, stride, padding))
+    found = results(lambda x, k: models.convolution(x, k, (stride, stride), padding))
+    for ours, jaxs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 

@@ -154,8 +154,8 @@ def test_training_before_the_setup(folder):
 @pytest.fixture
 def in_processes(folder, monkeypatch):
     """The sorted folder tiny-imagenet-200 without its caches, to be decoded in seven blocks."""
-    monkeypatch.setattr(data, '_DECODED_AT_ONCE', 30)
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    monkeypatch.setattr(data, '_DECODED_AT_ONCE', 30)
     root = folder / 'tiny-imagenet-200'
     for cache in root.glob('*.npy'):
         cache.unlink()

@@ -82,10 +82,10 @@ def test_sub_batches_at_once(optim, model, monkeypatch):
         for batch in experiment.normalise(images).reshape(5, 16, 16, 16, 3):
             state, loss = step(state, (batch, jnp.arange(16) % 10))
             losses.append(loss)
-        return jax.tree.leaves((state.params, state.batch_stats, losses))
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves((state.params, state.batch_stats, losses))])
 
-    for one, other in zip(run(1), run(4), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    one, other = run(1), run(4)
+    assert np.linalg.norm(other - one) < 1e-6 * np.linalg.norm(one)
 
 
 @pytest.mark.parametrize('optim', optimizers.OPTIMIZERS)
