@@ -47,10 +47,15 @@ class Progress(NamedTuple):
 
 
 class Writer:
-    """Saves a run's checkpoints in the background, one at a time; a context manager that waits for the last.
+    """Saves a run's checkpoints in the background, one at a time.
+
+    A context manager that waits for the last; after an error it does not wait for other processes.
 
     The newest two are kept, and with `keep_best` the one of the epoch of best accuracy. What cannot be saved is
     reported once and tried again at the next checkpoint; `failed` tells whether the last attempt did not succeed.
+
+    Processes that all see the run folder write a checkpoint together, each a part of the state, and the first puts it
+    in its place when all parts are there. Where some do not see it, the first writes all, as the state is the same.
     """
 
     def __init__(self, run, steps_per_epoch, keep_best, warn):
@@ -59,58 +64,86 @@ class Writer:
         self.keep_best = keep_best
         self.warn = warn
         self.failed = False
+        self._processes = set(range(jax.process_count())) if _is_shared(run) else {0}
         self._saving = None
         self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.wait()
-        self._thread.shutdown()
+    def __exit__(self, error, *traceback):
+        alone = len(self._processes) == 1
+        if error is None:
+            self.wait()
+        elif alone:  # else others, which may have ended, would have to write their parts
+            self._end_save()
+        self._thread.shutdown(wait=alone or error is None)
 
     def save(self, state, progress):
-        """Copies the state, so that it may be donated at once, and writes it while training goes on.
-
-        Only the first of several processes writes it, as the state is the same in all; the others make the copy too,
-        since they are to run the same programs.
-        """
+        """Copies the state, so that it may be donated at once, and writes it while training goes on."""
         self.wait()
-        of_one_device = jax.tree.map(lambda x: x.addressable_data(0), _copy(state))
-        if devices.is_first():
-            self._saving = self._thread.submit(self._write, of_one_device, progress)
-
-    def wait(self):
-        """Waits until the last save has ended. The first that fails after one that did not is reported."""
-        if self._saving is None:
-            return
-        error = self._saving.exception()
-        if error and not self.failed:
-            reason = getattr(error, 'strerror', None) or flags.first_line(error)
-            self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
-        self.failed = error is not None
-        self._saving = None
-
-    def _write(self, state, progress):
         step = progress.epoch * self.steps_per_epoch + progress.step
         partial = self.folder / f'{step}.partial'
-        arrays = jax.tree.map(lambda x: np.asarray(devices.key_data(x)), state)
+        arrays = _copy(state)
+        problem = devices.from_first(lambda: self._make_room(partial, arrays))
+        if problem and devices.is_first() and not self.failed:
+            self._report(problem)
+        self.failed = problem is not None
+        if not problem:
+            self._saving = self._thread.submit(self._write, partial, arrays, progress)
+
+    def wait(self):
+        """Waits until the last save has ended in all processes."""
+        if self._saving is not None:
+            self.failed = devices.in_any_process(self._end_save())
+
+    def _end_save(self):
+        """Waits for this process's part of the last save; returns whether it failed, and reports the first failure."""
+        if self._saving is None:
+            return False
+        error, self._saving = self._saving.exception(), None
+        if error and not self.failed:
+            self._report(_reason(error))
+        return error is not None
+
+    def _report(self, reason):
+        self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
+
+    def _make_room(self, partial, arrays):
+        """Makes the folder of a new checkpoint; returns None, or why there cannot be one."""
         try:
             self.folder.mkdir(exist_ok=True)
             _discard_leftovers(self.folder)
             partial.mkdir()
             _require_room(partial, arrays)
-            with _checkpointer() as checkpointer:
-                checkpointer.save(partial / 'state', args=ocp.args.StandardSave(arrays))
-            (partial / 'progress.json').write_text(json.dumps(runs.finite(progress._asdict())))
-            (partial / 'checksums.json').write_text(json.dumps(_checksums(partial), indent=0))
-            _flush(partial)
-            _discard(self.folder / str(step))
-            os.replace(partial, self.folder / str(step))
-            runs.flush(self.folder)
-        except BaseException:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
+            return _reason(error)
+        return None
+
+    def _write(self, partial, arrays, progress):
+        if jax.process_index() not in self._processes:
+            return
+        if len(self._processes) == 1:
+            arrays = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), arrays)
+        try:
+            with _checkpointer(self._processes) as checkpointer:
+                checkpointer.save(partial / 'state', args=ocp.args.StandardSave(arrays))
+            if devices.is_first():
+                self._complete(partial, progress)
+        except BaseException:
+            if devices.is_first():
+                shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def _complete(self, partial, progress):
+        (partial / 'progress.json').write_text(json.dumps(runs.finite(progress._asdict())))
+        (partial / 'checksums.json').write_text(json.dumps(_checksums(partial), indent=0))
+        _flush(partial)
+        checkpoint = partial.with_suffix('')
+        _discard(checkpoint)
+        os.replace(partial, checkpoint)
+        runs.flush(self.folder)
         kept = all_steps(self.folder)[-2:] + self._best(progress.log)
         for old in set(all_steps(self.folder)) - set(kept):
             _discard(self.folder / str(old))
@@ -122,9 +155,9 @@ class Writer:
         return [(best['epoch'] + 1) * self.steps_per_epoch]
 
 
-def _checkpointer():
-    """Orbax, in the first process only."""
-    options = ocp.options.MultiprocessingOptions(active_processes={0})
+def _checkpointer(processes):
+    """Orbax in these processes, which all have to call it."""
+    options = ocp.options.MultiprocessingOptions(active_processes=processes)
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
@@ -146,7 +179,25 @@ def _require_room(folder, state):
 
 @jax.jit
 def _copy(state):
-    return jax.tree.map(jnp.copy, state)
+    return jax.tree.map(lambda x: jnp.copy(devices.key_data(x)), state)
+
+
+def _is_shared(run):
+    """Whether all processes see the run folder of the first: the same file, changed at the same moment."""
+
+    def stamp():
+        try:
+            with open(Path(run) / 'config.json', 'rb') as file:
+                status = os.fstat(file.fileno())
+        except OSError:
+            return None
+        return [status.st_ino, status.st_mtime_ns]
+
+    return not devices.in_any_process(stamp() != devices.from_first(stamp))
+
+
+def _reason(error):
+    return getattr(error, 'strerror', None) or flags.first_line(error)
 
 
 def all_steps(folder):
@@ -233,7 +284,7 @@ def _read_state(checkpoint, like):
     types = jax.eval_shape(lambda state: jax.tree.map(devices.key_data, state), like)
     types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), types)
     try:
-        with _checkpointer() as checkpointer:
+        with _checkpointer({0}) as checkpointer:
             _require_same_arrays(checkpointer.metadata(checkpoint / 'state').item_metadata.tree, types)
             held = checkpointer.restore(checkpoint / 'state', args=ocp.args.StandardRestore(types))
             return jax.tree.map(devices.like_key, held, like)

@@ -5,7 +5,7 @@ out. The same seeds give the same batches, perturbations and noise on any number
 to rounding.
 
 The devices may belong to several processes, on one host or many, that `join` makes one run of. All of them run the
-same program; the first alone reads and writes the run folder.
+same program; the first reads and writes the run folder, but for checkpoints, which all may write together.
 """
 
 import collections
@@ -209,7 +209,7 @@ def require_same_arrays(name, *arrays):
 
 
 def is_first():
-    """Whether this is the process that reads and writes the run folder."""
+    """Whether this is the first process, which has the run folder."""
     return jax.process_index() == 0
 
 
@@ -224,6 +224,11 @@ def from_first(function):
     size = multihost_utils.broadcast_one_to_all(np.int32(len(encoded)))
     text = np.frombuffer(encoded, np.uint8) if is_first() else np.zeros(size, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def in_any_process(condition):
+    """Whether a condition holds in any process, each of which has to call it."""
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(condition))))
 
 
 def arrays_from_first(arrays):

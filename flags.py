@@ -103,7 +103,7 @@ def use_compilecache(folder):
 
     if folder != 'off':
         jax.config.update('jax_compilation_cache_dir', folder)
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def add_coordinator(parser):

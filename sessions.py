@@ -164,29 +164,31 @@ class Trainer:
 
     def run(self):
         """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
-        try:
-            return self._run()
-        except DivergenceError:
-            devices.from_first(lambda: None)  # the first process has written its checkpoint, and all may end
-            raise
-
-    def _run(self):
-        state, progress = devices.replicate(self.session.state, self.session.mesh), self.session.progress
         with (
             jax.set_mesh(self.session.mesh),
             checkpoints.Writer(self.session.run, self.steps, self.args.keepbest, self.report.warn) as writer,
         ):
-            while progress.epoch <= self.args.epochs and not self.stopped:
-                state, progress = self._take_steps(state, progress, writer)
-                if self.stopped:
-                    break
-                record = self._evaluate(state, progress)
-                progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
-                self._write_log(progress.log)
-                self.report.epoch(record)
+            try:
+                progress = self._take_epochs(writer)
+            except DivergenceError:
+                writer.wait()  # in all processes, as all of them diverge
+                raise
         if self.log_failed:  # as long as a checkpoint was being written, the disk may have been fuller than it is now
             self._write_log(progress.log)
         return devices.from_first(lambda: not (writer.failed or self.log_failed))
+
+    def _take_epochs(self, writer):
+        """Returns the progress up to the last epoch or a signal."""
+        state, progress = devices.replicate(self.session.state, self.session.mesh), self.session.progress
+        while progress.epoch <= self.args.epochs and not self.stopped:
+            state, progress = self._take_steps(state, progress, writer)
+            if self.stopped:
+                break
+            record = self._evaluate(state, progress)
+            progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
+            self._write_log(progress.log)
+            self.report.epoch(record)
+        return progress
 
     def _prepare(self, key, batch):
         return self.experiment.normalise(data.augment(key, batch) if self.session.augmented else batch)
@@ -233,10 +235,11 @@ class Trainer:
     def _diverged(self, progress, step, what):
         if self.args.keepgoing:
             return
+        smaller = '--alpha' if self.args.rho is None else '--alpha or --rho'
         raise DivergenceError(
             f'{what} after step {progress.epoch * self.steps + step} (epoch {progress.epoch + 1}), learning rate '
-            f'{self.args.alpha * progress.lr_factor:g}: try a smaller --alpha or --rho, or more --warmup; checkpoints '
-            f'before it stay in {self.session.run}; --keepgoing trains on all the same'
+            f'{self.args.alpha * progress.lr_factor:g}: try a run with a smaller {smaller}, or more --warmup; '
+            f'checkpoints before it stay in {self.session.run}; --keepgoing trains on all the same'
         )
 
     def _start_epoch(self, progress):

@@ -80,7 +80,8 @@ def _require_consistency(args):
     batch, split = args.batchsize, args.batchsplit
     if split and batch % split:
         nearest = ' or '.join(f'{n}' for n in (batch // split * split, batch // split * split + split) if n)
-        raise ValueError(f'--batchsize {batch} does not divide into --batchsplit {split} sub-batches: take {nearest}')
+        what = f'--batchsize {batch} does not divide into --batchsplit {split} sub-batches'
+        raise ValueError(f'{what}: take --batchsize {nearest}')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
         raise ValueError('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
     if args.optim == 'swag' and args.epochs + 1 - math.floor(args.swagstart * (args.epochs + 1)) < 2:

@@ -12,9 +12,9 @@ import time
 import flags
 import jobs
 import signals
-from settings import OF_START, continued, create_parser, flags_of, parse_args
+from settings import OF_START, WITH_POSTERIOR, continued, create_parser, flags_of, parse_args
 
-LESS_MEMORY = '--atonce 1 of SAM and its kin, a smaller --batchsize or --precision bfloat16 takes less'
+LESS_MEMORY = '--stream takes less, and so do --atonce 1, a smaller --batchsize or --precision bfloat16'
 
 
 def main(argv=None):
@@ -56,7 +56,8 @@ def main(argv=None):
             stop.begin()
             all_saved = trainer.run()
         exit_unless_complete(session, stop, all_saved)
-        print(f'evaluate it with: python test.py --resultsfolder {session.run} --testmc 32')
+        samples = ' --testmc 32' if session.args.optim in WITH_POSTERIOR else ''
+        print(f'evaluate it with: python test.py --resultsfolder {session.run}{samples}')
     return session.run
 
 

@@ -28,7 +28,8 @@ SCRIPT = """if True:
     import json, sys
     import jax, jax.numpy as jnp, numpy as np
     sys.path[:0] = ['tests', '.']
-    import conftest, devices, experiments, models, settings, training
+    import conftest, devices, experiments, flags, models, settings, training
+    flags.use_compilecache(sys.argv[1])
     models.MODELS |= {'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (160, 16, 16, 3), np.uint8), rng.integers(0, 10, 160)
@@ -75,9 +76,9 @@ def run_on_devices(number, script, *arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_eight_devices_train_as_one():
+def test_eight_devices_train_as_one(compilecache):
     """20 steps: weights, batch statistics and probabilities within 1e-5; both kinds of normalisation."""
-    done = run_on_devices(8, SCRIPT)
+    done = run_on_devices(8, SCRIPT, compilecache)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
     assert len(differences) == 2 * len(settings.OPTIMIZERS) + 1

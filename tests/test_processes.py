@@ -21,12 +21,12 @@ import train
 ROOT = Path(__file__).parent.parent
 
 # train.py or test.py with small networks, so that they compile soon.
-SCRIPT = """if True:
+SCRIPT = f"""if True:
     import sys
-    sys.path[:0] = ['tests', '.']
+    sys.path[:0] = ['{ROOT}/tests', '{ROOT}']
     import conftest, models, test, train
-    models.MODELS |= {'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}
-    {'train': train, 'test': test}[sys.argv[1]].main(sys.argv[2:])
+    models.MODELS |= {{'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}}
+    {{'train': train, 'test': test}}[sys.argv[1]].main(sys.argv[2:])
 """
 FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
 # More threads than cores hinder each other.
@@ -39,19 +39,20 @@ def free_address():
         return f'127.0.0.1:{free.getsockname()[1]}'
 
 
-def start(number, *arguments, last=(), script='train', devices_of_last=1):
+def start(number, *arguments, last=(), script='train', devices_of_last=1, folder_of_last=ROOT):
     """Processes of one run, the last with more arguments; with number 1, a run that knows nothing of others."""
     address = free_address()
     others = [[f'--coordinator={address}', f'--processes={number}', f'--processid={i}'] for i in range(number)]
     others[-1] += last
     of_last = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices_of_last}'
     environments = [os.environ | SMALL] * (number - 1) + [os.environ | SMALL | {'XLA_FLAGS': of_last}]
+    folders = [ROOT] * (number - 1) + [folder_of_last]
     return [
         subprocess.Popen(
             [sys.executable, '-c', SCRIPT, script, *arguments, *(own if number > 1 else [])],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for own, environment in zip(others, environments, strict=True)
+        for own, environment, folder in zip(others, environments, folders, strict=True)
     ]  # fmt: skip
 
 
@@ -75,20 +76,33 @@ def weights(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('number', 'optim', 'model', 'more'),
-    [(2, 'bsam', 'lenet', ['--stream']), (4, 'sam', 'resnet20', []), (2, 'sgd', 'resnet18', ['--stream'])],
+    ('number', 'optim', 'model', 'more', 'writers'),
+    [(2, 'bsam', 'lenet', ['--stream'], 1), (4, 'sam', 'resnet20', [], 4), (2, 'sgd', 'resnet18', ['--stream'], 2)],
 )
-def test_processes_train_as_one(number, optim, model, more, tmp_path, weights):
-    """Those that stream read their part of each batch only, the one alone has all images on its device."""
+def test_processes_train_as_one(number, optim, model, more, writers, tmp_path, weights):
+    """Those that stream read their part of each batch only, the one alone has all images on its device.
+
+    All that see the run folder write the checkpoint together; where one does not, the first alone writes it.
+    """
     flags = [*FLAGS, f'--optim={optim}', f'--model={model}', '--trainimages=480']
     alone, together = tmp_path / 'alone', tmp_path / 'together'
-    begun = start(1, *flags, f'--resultsfolder={alone}'), start(number, *flags, *more, f'--resultsfolder={together}')
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    relative = os.path.relpath(together, ROOT)
+    folder_of_last = ROOT if writers == number else elsewhere
+    begun = (
+        start(1, *flags, f'--resultsfolder={alone}'),
+        start(number, *flags, *more, f'--resultsfolder={relative}', folder_of_last=folder_of_last),
+    )
     for status, _, errors in ended(begun[0] + begun[1]):
         assert status == 0, errors
     run = f'digits_{model}/{optim}/run_0'
     assert [path.name for path in (together / run).parent.iterdir()] == ['run_0']
     (expected, last), (found, step) = (weights(folder / run) for folder in (alone, together))
     assert step == last == 4
+    parts = (together / run / 'checkpoints' / '4' / 'state').glob('ocdbt.process_*')
+    assert sorted(path.name for path in parts) == [f'ocdbt.process_{i}' for i in range(writers)]
+    assert not list(elsewhere.iterdir())
     assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
 
 

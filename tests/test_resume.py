@@ -198,7 +198,7 @@ def test_divergence_keeps_the_last_finite_checkpoint(flags_of, monkeypatch, caps
     out, error = capsys.readouterr()
     run = Path(out.split(':')[0])
     assert stop.value.code == 1 and error.count('\n') == 1
-    assert 'after step 4 (epoch 2), learning rate 5e+28: try a smaller --alpha' in error
+    assert 'after step 4 (epoch 2), learning rate 5e+28: try a run with a smaller --alpha, or' in error
     assert restore(run)[0] == 2 and all(np.isfinite(leaf).all() for leaf in arrays(restore(run)[1]))
     assert train.main([f'--resume={run}', '--keepgoing']) == run
     assert restore(run)[0] == 4 and [record['loss'] is None for record in read_log(run)] == [False, True]

@@ -126,7 +126,7 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
     assert (
         stop.value.code == 1 and '0001: train.py ended with status 1, see output.txt' in error and '1 of 2 runs' in out
     )
-    assert 'try a smaller --alpha' in (tmp_path / 'sweep' / '0001' / 'output.txt').read_text()
+    assert 'try a run with a smaller --alpha' in (tmp_path / 'sweep' / '0001' / 'output.txt').read_text()
 
 
 @pytest.mark.parametrize(
