@@ -49,22 +49,24 @@ class Progress(NamedTuple):
 class Writer:
     """Saves a run's checkpoints in the background, one at a time.
 
-    A context manager that waits for the last; after an error it does not wait for other processes.
+    A context manager that waits for the last; after an error it does not wait for other processes. The newest two are
+    kept, and with `keep_best` the one of the epoch of best accuracy. Those of later steps than `begun`, where training
+    begins, are removed when the first new one is there. What cannot be saved is reported once and tried again at the
+    next checkpoint; `failed` tells whether the last attempt did not succeed.
 
-    The newest two are kept, and with `keep_best` the one of the epoch of best accuracy. What cannot be saved is
-    reported once and tried again at the next checkpoint; `failed` tells whether the last attempt did not succeed.
-
-    Processes that all see the run folder write a checkpoint together, each a part of the state, and the first puts it
-    in its place when all parts are there. Where some do not see it, the first writes all, as the state is the same.
+    All processes of a run make a Writer and call it at the same steps. Where all of them can write in the run folder
+    they write a checkpoint together, each a part of the state, and the first puts it in its place when all parts are
+    there. Else, or once that has failed, the first writes all of the state, which is the same in every process.
     """
 
-    def __init__(self, run, steps_per_epoch, keep_best, warn):
+    def __init__(self, run, steps_per_epoch, begun, keep_best, warn):
         self.folder = Path(run).absolute() / 'checkpoints'
         self.steps_per_epoch = steps_per_epoch
         self.keep_best = keep_best
         self.warn = warn
         self.failed = False
-        self._processes = set(range(jax.process_count())) if _is_shared(run) else {0}
+        self._together = jax.process_count() > 1 and _all_can_write(run)
+        self._steps = [step for step in all_steps(self.folder) if step <= begun]
         self._saving = None
         self._thread = ThreadPoolExecutor(1)
 
@@ -72,12 +74,11 @@ class Writer:
         return self
 
     def __exit__(self, error, *traceback):
-        alone = len(self._processes) == 1
         if error is None:
             self.wait()
-        elif alone:  # else others, which may have ended, would have to write their parts
+        elif not self._together:  # else others, which may have ended, would have to write their parts
             self._end_save()
-        self._thread.shutdown(wait=alone or error is None)
+        self._thread.shutdown(wait=error is None or not self._together)
 
     def save(self, state, progress):
         """Copies the state, so that it may be donated at once, and writes it while training goes on."""
@@ -85,49 +86,56 @@ class Writer:
         step = progress.epoch * self.steps_per_epoch + progress.step
         partial = self.folder / f'{step}.partial'
         arrays = _copy(state)
-        problem = devices.from_first(lambda: self._make_room(partial, arrays))
-        if problem and devices.is_first() and not self.failed:
-            self._report(problem)
-        self.failed = problem is not None
-        if not problem:
+        problem = devices.from_first(lambda: self._problem_of_making(partial, arrays)) if self._together else None
+        if problem is None:
             self._saving = self._thread.submit(self._write, partial, arrays, progress)
+        else:
+            self._report(problem if devices.is_first() else None)
+            self.failed = True
 
     def wait(self):
         """Waits until the last save has ended in all processes."""
-        if self._saving is not None:
-            self.failed = devices.in_any_process(self._end_save())
+        if self._saving is None:
+            return
+        self.failed = devices.in_any_process(self._end_save())
+        self._together = self._together and not self.failed
 
     def _end_save(self):
-        """Waits for this process's part of the last save; returns whether it failed, and reports the first failure."""
+        """Waits for this process's part of the last save; returns whether it failed."""
         if self._saving is None:
             return False
         error, self._saving = self._saving.exception(), None
-        if error and not self.failed:
-            self._report(_reason(error))
+        self._report(error and _reason(error))
         return error is not None
 
     def _report(self, reason):
-        self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
+        """Warns of the first failure after a save that did not fail."""
+        if reason and not self.failed:
+            self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
 
-    def _make_room(self, partial, arrays):
-        """Makes the folder of a new checkpoint; returns None, or why there cannot be one."""
+    def _problem_of_making(self, partial, arrays):
         try:
-            self.folder.mkdir(exist_ok=True)
-            _discard_leftovers(self.folder)
-            partial.mkdir()
-            _require_room(partial, arrays)
+            self._make(partial, arrays)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return _reason(error)
         return None
 
+    def _make(self, partial, arrays):
+        self.folder.mkdir(exist_ok=True)
+        _discard_leftovers(self.folder)
+        partial.mkdir()
+        _require_room(partial, arrays)
+
     def _write(self, partial, arrays, progress):
-        if jax.process_index() not in self._processes:
+        processes = set(range(jax.process_count())) if self._together else {0}
+        if jax.process_index() not in processes:
             return
-        if len(self._processes) == 1:
-            arrays = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), arrays)
         try:
-            with _checkpointer(self._processes) as checkpointer:
+            if not self._together:
+                arrays = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), arrays)
+                self._make(partial, arrays)
+            with _checkpointer(processes) as checkpointer:
                 checkpointer.save(partial / 'state', args=ocp.args.StandardSave(arrays))
             if devices.is_first():
                 self._complete(partial, progress)
@@ -144,8 +152,9 @@ class Writer:
         _discard(checkpoint)
         os.replace(partial, checkpoint)
         runs.flush(self.folder)
-        kept = all_steps(self.folder)[-2:] + self._best(progress.log)
-        for old in set(all_steps(self.folder)) - set(kept):
+        steps = [*self._steps, int(checkpoint.name)]
+        self._steps = sorted({*steps[-2:], *self._best(progress.log)} & set(steps))
+        for old in set(all_steps(self.folder)) - set(self._steps):
             _discard(self.folder / str(old))
 
     def _best(self, log):
@@ -182,18 +191,22 @@ def _copy(state):
     return jax.tree.map(lambda x: jnp.copy(devices.key_data(x)), state)
 
 
-def _is_shared(run):
-    """Whether all processes see the run folder of the first: the same file, changed at the same moment."""
+def _all_can_write(run):
+    """Whether all processes see the run folder of the first, and may write in it.
+
+    It is the same where a file of it has the same number and was changed at the same moment.
+    """
 
     def stamp():
         try:
-            with open(Path(run) / 'config.json', 'rb') as file:
+            with open(Path(run) / 'config.json', 'rb') as file, tempfile.TemporaryFile(dir=run):
                 status = os.fstat(file.fileno())
         except OSError:
             return None
         return [status.st_ino, status.st_mtime_ns]
 
-    return not devices.in_any_process(stamp() != devices.from_first(stamp))
+    of_first = devices.from_first(stamp)
+    return not devices.in_any_process(of_first is None or stamp() != of_first)
 
 
 def _reason(error):
@@ -201,8 +214,9 @@ def _reason(error):
 
 
 def all_steps(folder):
-    """The steps of the checkpoints in a folder `checkpoints`, the newest last."""
-    return sorted(int(path.name) for path in Path(folder).iterdir() if path.name.isdecimal())
+    """The steps of the checkpoints in a folder `checkpoints`, which need not be there, the newest last."""
+    folder = Path(folder)
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
 
 def restore(run, like, step=None):
@@ -225,7 +239,7 @@ def restore(run, like, step=None):
 
 def _read(run, like, step):
     folder = Path(run).absolute() / 'checkpoints'
-    steps = all_steps(folder) if folder.is_dir() else []
+    steps = all_steps(folder)
     if not steps:
         raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
     if step is not None and step not in steps:
@@ -237,15 +251,6 @@ def _read(run, like, step):
         offer = f'go on from the one before with --checkpoint {whole[-1]}' if whole else 'there is no whole one before'
         raise runs.RunError(f'{folder / str(step)} is damaged: {damage}; {offer}')
     return step, _read_state(folder / str(step), like), _read_progress(folder / str(step))
-
-
-def discard_after(run, step):
-    """Removes the checkpoints of later steps, which training will reach again, and remains of killed runs."""
-    folder = Path(run).absolute() / 'checkpoints'
-    for later in all_steps(folder):
-        if later > step:
-            _discard(folder / str(later))
-    _discard_leftovers(folder)
 
 
 def find_damage(checkpoint):

@@ -10,13 +10,11 @@ import numpy as np
 import bootstrap
 import metrics
 import runs
+import settings
 import tables
 
 # Flags that do not make a method another one.
-_NOT_OF_THE_METHOD = (
-    'randomseed', 'datasetfolder', 'resultsfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing',
-    'testbatchsize', 'devices', 'stream', 'atonce',
-)  # fmt: skip
+_NOT_OF_THE_METHOD = {'randomseed', 'resultsfolder', *settings.MAY_CHANGE} - {'epochs'}
 
 SHOWN = ('accuracy', 'nll', 'ece', 'auroc')
 _HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')

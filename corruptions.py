@@ -32,9 +32,9 @@ def read_official(folder, shape, labels):
     """
     folder = Path(folder)
     names = sorted(path.stem for path in folder.glob('*.npy') if path.name != 'labels.npy')
-    held = _load(folder / 'labels.npy')
     if not names:
         raise DataError(f'{folder} holds no corruptions: unpack CIFAR-10-C.tar or CIFAR-100-C.tar there')
+    held = _load(folder / 'labels.npy')
     if not np.array_equal(held, np.tile(labels, len(SEVERITIES))):
         raise DataError(f'{folder / "labels.npy"} has other labels than the test images: it is of another data set')
     arrays = {name: _load(folder / f'{name}.npy') for name in names}

@@ -23,7 +23,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -480,7 +480,7 @@ def _read_svhn(folder, split):
         raise DataError(damaged(path, flags.first_line(error), _SVHN[split])) from error
     if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or labels.dtype.kind not in 'iu':
         raise DataError(f'{path} holds X {pixels.dtype} {pixels.shape}, not uint8 [32, 32, 3, N] with N labels y')
-    return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)), _checked_labels(labels % 10, 10, path)
+    return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)), _checked_labels(labels, 11, path) % 10
 
 
 # TinyImageNet: 200 folders of 64×64 JPEGs, decoded once.
@@ -575,10 +575,14 @@ def _write_decoded(paths, shape, cache):
 def _in_blocks(decode, paths, *more):
     """decode(block, ...) for blocks of _DECODED_AT_ONCE paths, in order, on all cores; `more` has a value for each."""
     blocks = [paths[start : start + _DECODED_AT_ONCE] for start in range(0, len(paths), _DECODED_AT_ONCE)]
-    with _decoders(len(blocks)) as pool, tqdm(None, 'decoding', len(paths), unit=' images', disable=None) as progress:
-        for block, decoded in zip(blocks, pool.map(decode, blocks, *more), strict=True):
-            yield decoded
-            progress.update(len(block))
+    progress = tqdm(None, 'decoding', len(paths), unit=' images', disable=None)
+    try:
+        with progress, _decoders(len(blocks)) as pool:
+            for block, decoded in zip(blocks, pool.map(decode, blocks, *more), strict=True):
+                yield decoded
+                progress.update(len(block))
+    except BrokenExecutor as error:
+        raise DataError('a process that decodes images ended, perhaps for lack of memory: start again') from error
 
 
 def _decoders(num_blocks):

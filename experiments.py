@@ -18,6 +18,7 @@ import metrics
 import models
 import optimizers
 import posteriors
+import settings
 import training
 
 
@@ -109,4 +110,4 @@ def lr_factor(flags, epoch):
 
 
 def _first_constant_epoch(flags):
-    return math.floor((flags['swagstart'] or 0) * (flags['epochs'] + 1))
+    return settings.first_constant_epoch(flags['epochs'], flags['swagstart'] or 0)

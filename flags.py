@@ -193,8 +193,12 @@ def steps_or_minutes(text):
 def new_file(text):
     """A flag type: the path of a file that can be written, as far as its folder tells."""
     path = pathlib.Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f'{path} is a folder: give the path of a file')
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f'{path.parent} is no folder: make it first')
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f'{path.parent} cannot be written')
     return path
 
 

@@ -87,9 +87,8 @@ def resume(run, args, before, held, step=None):
         raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)
-    step, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, init_key), step)
+    _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, init_key), step)
     if devices.is_first():
-        checkpoints.discard_after(run, step)
         runs.write_config(run, before | config)
         runs.write_log(run, progress.log)
     return Session(run, args, mesh, experiment, images, augmented, state, progress)
@@ -164,10 +163,9 @@ class Trainer:
 
     def run(self):
         """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
-        with (
-            jax.set_mesh(self.session.mesh),
-            checkpoints.Writer(self.session.run, self.steps, self.args.keepbest, self.report.warn) as writer,
-        ):
+        begun = self.session.progress.epoch * self.steps + self.session.progress.step
+        writer = checkpoints.Writer(self.session.run, self.steps, begun, self.args.keepbest, self.report.warn)
+        with jax.set_mesh(self.session.mesh), writer:
             try:
                 progress = self._take_epochs(writer)
             except DivergenceError:

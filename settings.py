@@ -75,6 +75,11 @@ def _require_own_seeds(parser, args, argv):
         parser.error('--seeds names a seed twice')
 
 
+def first_constant_epoch(epochs, swagstart):
+    """SWAG's first epoch, from 0, with a constant rate, of epochs + 1."""
+    return math.floor(swagstart * (epochs + 1))
+
+
 def _require_consistency(args):
     """Raises a ValueError for flags that do not go together."""
     batch, split = args.batchsize, args.batchsplit
@@ -84,7 +89,7 @@ def _require_consistency(args):
         raise ValueError(f'{what}: take --batchsize {nearest}')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
         raise ValueError('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
-    if args.optim == 'swag' and args.epochs + 1 - math.floor(args.swagstart * (args.epochs + 1)) < 2:
+    if args.optim == 'swag' and args.epochs + 1 - first_constant_epoch(args.epochs, args.swagstart) < 2:
         raise ValueError(f'swag needs two epochs or more after --swagstart {args.swagstart} of {args.epochs + 1}')
 
 

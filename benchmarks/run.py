@@ -62,11 +62,11 @@ def parse_args(argv):
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
     add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
-    add('--repeats', type=int, default=5, help='turns in which steps and the evaluation are timed')
-    add('--testimages', type=int, default=1000, help='images that are evaluated, twice')
-    add('--testmc', type=int, default=8, help='samples over which their predictions are averaged')
+    add('--repeats', type=flags.integer(1), default=5, help='turns in which steps and the evaluation are timed')
+    add('--testimages', type=flags.integer(1), default=1000, help='images that are evaluated, twice')
+    add('--testmc', type=flags.integer(1), default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation, minutes each for ResNet-18 on a CPU; 0 leaves it out'
-    add('--baselinerepeats', type=int, default=2, help=help)
+    add('--baselinerepeats', type=flags.integer(0), default=2, help=help)
     add('--json', type=flags.new_file, help='write all figures here')
     return parser.parse_args(argv)
 

@@ -42,14 +42,31 @@ def main(argv=None):
     parser.add_argument('part', choices=('measure', 'predict'))
     parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
-    parser.add_argument('--processes', type=int, nargs='+', default=[1, 2], help='measure: numbers of processes')
-    parser.add_argument('--steps', type=int, default=5, help='measure: steps that are timed')
-    parser.add_argument('--devices', type=int, nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
-    parser.add_argument('--teraflops', type=float, default=100, help='predict: what a device reaches in convolutions')
-    parser.add_argument('--memory', type=float, default=3350, help='predict: GB/s of a device to its memory')
-    parser.add_argument('--nvlink', type=float, default=450, help='predict: GB/s of a device within its node')
-    parser.add_argument('--network', type=float, default=50, help='predict: GB/s of a device to other nodes')
-    parser.add_argument('--latency', type=float, default=5, help='predict: µs of each of the 2 (n - 1) turns of a ring')
+    parser.add_argument(
+        '--processes', type=flags.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes'
+    )
+    parser.add_argument('--steps', type=flags.integer(1), default=5, help='measure: steps that are timed')
+    parser.add_argument(
+        '--devices', type=flags.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices'
+    )
+    parser.add_argument(
+        '--teraflops', type=flags.number(above=0), default=100, help='predict: what a device reaches in convolutions'
+    )
+    parser.add_argument(
+        '--memory', type=flags.number(above=0), default=3350, help='predict: GB/s of a device to its memory'
+    )
+    parser.add_argument(
+        '--nvlink', type=flags.number(above=0), default=450, help='predict: GB/s of a device within its node'
+    )
+    parser.add_argument(
+        '--network', type=flags.number(above=0), default=50, help='predict: GB/s of a device to other nodes'
+    )
+    parser.add_argument(
+        '--latency',
+        type=flags.number(minimum=0),
+        default=5,
+        help='predict: µs of each of the 2 (n - 1) turns of a ring',
+    )
     parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:

@@ -65,6 +65,7 @@ def test_official_files(tmp_path):
     (tmp_path / 'fog.npy').write_bytes(b'PK\x03\x04')
     refused(r'fog\.npy is missing or no array of numbers')
     (tmp_path / 'fog.npy').unlink()
+    (tmp_path / 'labels.npy').unlink()
     refused('holds no corruptions')
 
 

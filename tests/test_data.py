@@ -53,6 +53,9 @@ def test_svhn(tmp_path):
     read_images, read_labels = read('svhn', tmp_path, 'test')
     np.testing.assert_array_equal(read_images, images)
     np.testing.assert_array_equal(read_labels, labels)
+    scipy.io.savemat(tmp_path / 'svhn' / 'test_32x32.mat', content | {'y': np.full(6, 11)})
+    with pytest.raises(data.DataError, match='has labels from 11 to 11, not 0 to 10'):
+        read('svhn', tmp_path, 'test')
     damaged = (tmp_path / 'svhn' / 'test_32x32.mat').read_bytes()[:5000]
     (tmp_path / 'svhn' / 'test_32x32.mat').write_bytes(damaged)
     with pytest.raises(data.DataError, match=r'test_32x32\.mat is damaged .*, the published one cdce80df'):

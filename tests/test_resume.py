@@ -13,11 +13,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import checkpoints
+import devices
 import runs
 import settings
 import signals
@@ -103,6 +105,34 @@ def test_checkpoints_within_epochs_change_nothing(flags_of, tmp_path):
     assert_same_run(run, whole)
     train.main([f'--resume={run}', '--checkpoint=3'])
     assert_same_run(run, whole)
+
+
+def test_later_checkpoints_stay_until_there_is_a_new_one(flags_of, monkeypatch):
+    run = train.main(flags_of(checkpointevery=1))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr('feeds.create', mock.Mock(side_effect=devices.DeviceError('no memory')))
+        train.main([f'--resume={run}', '--checkpoint=3'])
+    assert checkpoints.all_steps(run / 'checkpoints') == [3, 4]
+    train.main([f'--resume={run}', '--checkpoint=3', '--epochs=2'])
+    assert checkpoints.all_steps(run / 'checkpoints') == [5, 6]
+
+
+def test_later_checkpoints_are_removed_by_a_new_one(flags_of, signal_after):
+    """A run that goes on from step 2 of 6 and is stopped after step 3 keeps these two."""
+    run = train.main([*flags_of(epochs=2), '--keepbest'])
+    kept = checkpoints.all_steps(run / 'checkpoints')
+    signal_after(1)
+    stopped([f'--resume={run}', f'--checkpoint={kept[0]}'])
+    assert checkpoints.all_steps(run / 'checkpoints') == [kept[0], kept[0] + 1]
+
+
+def test_failed_saves_are_reported_once(flags_of, monkeypatch, capsys):
+    monkeypatch.setattr('checkpoints.Writer._complete', mock.Mock(side_effect=OSError(5, 'Input/output error')))
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(epochs=3))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count('could not be saved in') == 1
+    assert '(Input/output error); training goes on to the next one' in error
 
 
 def test_checkpoints_every_few_minutes(flags_of):
