@@ -80,12 +80,12 @@ def train(points, labels, args):
 
     optimizer = optimizers.bsam(
         loss,
-        alpha=0.5,
+        learning_rate=0.5,
         beta1=0.9,
         beta2=0.999,
         weight_decay=1e-4,
         rho=0.05,
-        batchsplit=5,
+        num_sub_batches=5,
         num_data=len(points),
         damping=0.1,
     )

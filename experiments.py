@@ -82,8 +82,13 @@ def _optimizer(flags, loss, num_data, num_train):
     create = optimizers.OPTIMIZERS[flags['optim']]
     steps = num_train // flags['batchsize']
     values = flags | {
+        'learning_rate': flags['alpha'],
         'weight_decay': flags['priorprec'] / num_data,
         'num_data': num_data,
+        'num_sub_batches': flags['batchsplit'],
+        'num_samples': flags['trainmc'],
+        'initial_precision': flags['custominit'],
+        'initial_hessian': flags['hessinit'],
         'atonce': at_once(flags),
         'clip': math.inf if flags['clip'] is None else flags['clip'],
         'swagstart': steps * (_first_constant_epoch(flags) + 1),

@@ -1,23 +1,23 @@
 """Optimizers of networks and of posteriors over their weights, each a triple of pure functions over an immutable state.
 
     loss(params, batch_stats, batch) -> (value, new batch_stats)      the caller's, the mean negative log-likelihood
-    optimizer = bsam(loss, alpha=0.5, ...)
+    optimizer = bsam(loss, learning_rate=0.5, ...)
     state = optimizer.init(params, batch_stats, key)
     state, value = optimizer.step(state, batch, lr_factor)            jittable; the state may be donated
     params = optimizer.sample(state, key)                             a draw from the posterior
 
 `state.params` is the mean of the posterior. `params` and `batch_stats` are any pytrees of arrays (`{}` for a network
-without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin cut a batch into `batchsplit`
-consecutive sub-batches, perturb the weights for each of them on its own (m-sharpness) and go through them one after
-another, or together in groups of equal size, `atonce` at most, which fill a GPU and take memory for each. `bnupdate` is
-'both', 'first' or 'second': at which of their two gradients batch statistics move.
+without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin cut a batch into consecutive
+sub-batches, `num_sub_batches` of them, perturb the weights for each on its own (m-sharpness) and go through them one
+after another, or together in groups of equal size, `atonce` at most, which fill a GPU and take memory for each.
+`bnupdate` is 'both', 'first' or 'second': at which of their two gradients batch statistics move.
 
 Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 2023, arXiv 2210.01620):
     w  params         weights, the mean of the posterior
     m  momentum
     s  precision      the posterior is N(w, 1 / (N s))
     g  grads          gradients of the loss, without weight decay
-    α  alpha          learning rate, times the schedule's `lr_factor`
+    α  learning_rate  times the schedule's `lr_factor`
     β₁ beta1          decay of the momentum
     β₂ beta2          decay of the precision, or of squared gradients
     δ  weight_decay   prior precision / N, coupled (L2) unless an optimizer says otherwise
@@ -107,7 +107,7 @@ class IVONState(NamedTuple):
 
 
 def lr_factor(epoch, epochs, warmup, constant_from=math.inf, constant=None):
-    """Learning rate of an epoch relative to alpha: linear warm-up, then half a cosine down to almost 0.
+    """The learning rate of an epoch relative to `learning_rate`: linear warm-up, then half a cosine down to almost 0.
 
     epoch: 0, 1, ..., epochs (the reference runs epochs + 1 of them); warmup: epochs of warm-up. From the epoch
     `constant_from` on it is `constant`.
@@ -119,7 +119,7 @@ def lr_factor(epoch, epochs, warmup, constant_from=math.inf, constant=None):
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs + 1 - warmup)))
 
 
-def sgd(loss, *, alpha, beta1, weight_decay):
+def sgd(loss, *, learning_rate, beta1, weight_decay):
     """Stochastic gradient descent with heavy-ball momentum and coupled weight decay.
 
     m ← β₁m + g + δw;  w ← w − αm. The momentum is a sum of gradients, not their average.
@@ -128,44 +128,44 @@ def sgd(loss, *, alpha, beta1, weight_decay):
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
-        state = _momentum_step(state, grads, alpha * lr_factor, beta1, weight_decay)
+        state = _momentum_step(state, grads, learning_rate * lr_factor, beta1, weight_decay)
         return state._replace(batch_stats=batch_stats), value
 
     return Optimizer(_init_momentum, step, _mean)
 
 
-def sam(loss, *, alpha, beta1, weight_decay, rho, batchsplit, bnupdate='both', atonce=1):
-    """Sharpness-aware minimisation (Foret et al., 2021) with m-sharpness over `batchsplit` sub-batches.
+def sam(loss, *, learning_rate, beta1, weight_decay, rho, num_sub_batches, bnupdate='both', atonce=1):
+    """Sharpness-aware minimisation (Foret et al., 2021) with m-sharpness over `num_sub_batches` sub-batches.
 
     For each sub-batch g = ∇ℓ(w), g' = ∇ℓ(w + ρ g/‖g‖) with the norm over all parameters; then SGD's
     update with the average g'. `step` returns the loss at the perturbed weights. Batch statistics are
     updated at `bnupdate` of the two points, and those of the first sub-batch are kept.
     """
-    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate, atonce)
+    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), num_sub_batches, bnupdate, atonce)
 
     def step(state, batch, lr_factor=1.0):
         state, grads, value = gradient(state, batch)
-        return _momentum_step(state, grads, alpha * lr_factor, beta1, weight_decay), value
+        return _momentum_step(state, grads, learning_rate * lr_factor, beta1, weight_decay), value
 
     return Optimizer(_init_momentum, step, _mean)
 
 
 def bsam(
-    loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, custominit=1.0, damping=0.1, bnupdate='both',
-    atonce=1,
+    loss, *, learning_rate, beta1, beta2, weight_decay, rho, num_sub_batches, num_data, initial_precision=1.0,
+    damping=0.1, bnupdate='both', atonce=1,
 ):  # fmt: skip
     """Bayesian SAM (Möllenhoff & Khan, 2023, Algorithm 1) with a diagonal Gaussian posterior N(w, 1/(N s)).
 
     For each sub-batch, with noise ε ~ N(0, I) of its own: g = ∇ℓ(w + ε/√(N s)), g' = ∇ℓ(w + ρ g/s).
     The mean is perturbed, not the sampled weights, and nothing is normalised. `step` returns the loss at
     the perturbed mean. Batch statistics are updated at `bnupdate` of the two points, and those of the first
-    sub-batch are kept. The precision starts at `custominit`.
+    sub-batch are kept. The precision starts at `initial_precision`.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def init(params, batch_stats, key):
         momentum = tree.map(jnp.zeros_like, params)
-        precision = tree.map(lambda w: jnp.full_like(w, custominit), params)
+        precision = tree.map(lambda w: jnp.full_like(w, initial_precision), params)
         return BSAMState(params, momentum, precision, batch_stats, key)
 
     def sample(state, key):
@@ -183,9 +183,9 @@ def bsam(
 
         key, step_key = jax.random.split(state.key)
         averages, value, batch_stats = over_sub_batches(
-            sharpness_aware_gradient, state, batch, batchsplit, step_key, atonce=atonce
+            sharpness_aware_gradient, state, batch, num_sub_batches, step_key, atonce=atonce
         )
-        state = update(state, *averages, alpha * lr_factor)
+        state = update(state, *averages, learning_rate * lr_factor)
         return state._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, magnitude, rate):
@@ -204,7 +204,7 @@ def bsam(
     return Optimizer(init, step, sample)
 
 
-def adam(loss, *, alpha, beta1, beta2, weight_decay):
+def adam(loss, *, learning_rate, beta1, beta2, weight_decay):
     """Adam (Kingma & Ba, 2015) with coupled weight decay, as the paper compares with.
 
     g ← g + δw;  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸).
@@ -213,36 +213,36 @@ def adam(loss, *, alpha, beta1, beta2, weight_decay):
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
-        state = _adam_step(state, grads, alpha * lr_factor, beta1, beta2, coupled=weight_decay)
+        state = _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, coupled=weight_decay)
         return state._replace(batch_stats=batch_stats), value
 
     return Optimizer(_init_adam, step, _mean)
 
 
-def adamw(loss, *, alpha, beta1, beta2, weight_decay):
+def adamw(loss, *, learning_rate, beta1, beta2, weight_decay):
     """AdamW (Loshchilov & Hutter, 2019): Adam whose weight decay, α δ w, is taken from the weights directly."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
-        state = _adam_step(state, grads, alpha * lr_factor, beta1, beta2, decoupled=weight_decay)
+        state = _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, decoupled=weight_decay)
         return state._replace(batch_stats=batch_stats), value
 
     return Optimizer(_init_adam, step, _mean)
 
 
-def samadam(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, bnupdate='both', atonce=1):
+def samadam(loss, *, learning_rate, beta1, beta2, weight_decay, rho, num_sub_batches, bnupdate='both', atonce=1):
     """SAM's gradient in Adam's update, with coupled weight decay (SAM-Adam in Möllenhoff & Khan, 2023)."""
-    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), batchsplit, bnupdate, atonce)
+    gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), num_sub_batches, bnupdate, atonce)
 
     def step(state, batch, lr_factor=1.0):
         state, grads, value = gradient(state, batch)
-        return _adam_step(state, grads, alpha * lr_factor, beta1, beta2, coupled=weight_decay), value
+        return _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, coupled=weight_decay), value
 
     return Optimizer(_init_adam, step, _mean)
 
 
-def asam(loss, *, alpha, beta1, weight_decay, rho, eta, batchsplit, bnupdate='both', atonce=1):
+def asam(loss, *, learning_rate, beta1, weight_decay, rho, eta, num_sub_batches, bnupdate='both', atonce=1):
     """Adaptive SAM (Kwon et al., 2021): SAM in weights that are measured by their own size, T = |w| + η.
 
     For each sub-batch g' = ∇ℓ(w + ρ T²g/‖Tg‖) with the norm over all parameters. As published, T is 1 for biases; a
@@ -255,16 +255,16 @@ def asam(loss, *, alpha, beta1, weight_decay, rho, eta, batchsplit, bnupdate='bo
         scale = _over(rho, optax.tree.norm(scaled))
         return tree.map(lambda w, t, g: w + scale * t * g, params, sizes, scaled)
 
-    gradient = _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate, atonce)
+    gradient = _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce)
 
     def step(state, batch, lr_factor=1.0):
         state, grads, value = gradient(state, batch)
-        return _momentum_step(state, grads, alpha * lr_factor, beta1, weight_decay), value
+        return _momentum_step(state, grads, learning_rate * lr_factor, beta1, weight_decay), value
 
     return Optimizer(_init_momentum, step, _mean)
 
 
-def swag(loss, *, alpha, beta1, weight_decay, swagstart, swagevery, swagrank=20):
+def swag(loss, *, learning_rate, beta1, weight_decay, swagstart, swagevery, swagrank=20):
     """SWAG (Maddox et al., 2019): SGD, and the Gaussian of the weights that it passes.
 
     After step `swagstart` and every `swagevery` steps from there the weights θ are recorded: their mean θ̄ (SWA), that
@@ -282,7 +282,9 @@ def swag(loss, *, alpha, beta1, weight_decay, swagstart, swagevery, swagrank=20)
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.iterate, state.batch_stats, batch)
-        iterate, momentum = _heavy_ball(state.iterate, state.momentum, grads, alpha * lr_factor, beta1, weight_decay)
+        iterate, momentum = _heavy_ball(
+            state.iterate, state.momentum, grads, learning_rate * lr_factor, beta1, weight_decay
+        )
         count = state.count + 1
         state = state._replace(iterate=iterate, momentum=momentum, count=count, batch_stats=batch_stats)
         due = (count >= swagstart) & ((count - swagstart) % swagevery == 0)
@@ -313,19 +315,20 @@ def swag(loss, *, alpha, beta1, weight_decay, swagstart, swagevery, swagrank=20)
 
 
 def ivon(
-    loss, *, alpha, beta1, beta2, weight_decay, num_data, hessinit, clip=math.inf, batchsplit=1, trainmc=1, atonce=1
-):
+    loss, *, learning_rate, beta1, beta2, weight_decay, num_data, initial_hessian, clip=math.inf, num_sub_batches=1,
+    num_samples=1, atonce=1,
+):  # fmt: skip
     """IVON (Shen et al., 2024, Algorithm 1), variational inference with a posterior N(w, 1/(N (h + δ))).
 
-    For each sub-batch and each of `trainmc` samples, with ε ~ N(0, I): θ = w + ε/√(N (h + δ)), ĝ = ∇ℓ(θ),
+    For each sub-batch and each of `num_samples` samples, with ε ~ N(0, I): θ = w + ε/√(N (h + δ)), ĝ = ∇ℓ(θ),
     ĥ = N (h + δ) (θ − w) ĝ, which estimates the Hessian's diagonal. With their averages
     m ← β₁m + (1−β₁)ĝ;  h ← β₂h + (1−β₂)ĥ + ½(1−β₂)²(h − ĥ)²/(h + δ), which stays above −δ;
-    w ← w − α (h₀ + δ) clip((m/(1−β₁ᵗ) + δw)/(h + δ)), clip to [−`clip`, `clip`]; h₀ = `hessinit` is the first h.
+    w ← w − α (h₀ + δ) clip((m/(1−β₁ᵗ) + δw)/(h + δ)), clip to [−`clip`, `clip`]; h₀ = `initial_hessian` is the first h.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def init(params, batch_stats, key):
-        hessian = tree.map(lambda w: jnp.full_like(w, hessinit), params)
+        hessian = tree.map(lambda w: jnp.full_like(w, initial_hessian), params)
         return IVONState(params, tree.map(jnp.zeros_like, params), hessian, jnp.zeros((), jnp.int32), batch_stats, key)
 
     def deviation(state, key):
@@ -343,8 +346,10 @@ def ivon(
             return (grads, tree.map(jnp.multiply, moved, grads)), value, batch_stats
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = over_sub_batches(gradient, state, batch, batchsplit, step_key, trainmc, atonce)
-        return update(state, *averages, alpha * lr_factor)._replace(batch_stats=batch_stats, key=key), value
+        averages, value, batch_stats = over_sub_batches(
+            gradient, state, batch, num_sub_batches, step_key, num_samples, atonce
+        )
+        return update(state, *averages, learning_rate * lr_factor)._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, products, rate):
         count = state.count + 1
@@ -356,7 +361,7 @@ def ivon(
             estimate,
         )
         debias = 1 - beta1**count
-        rate = rate * (hessinit + weight_decay)
+        rate = rate * (initial_hessian + weight_decay)
         params = tree.map(
             lambda w, m, h: (
                 w - rate * jnp.clip((m / debias + weight_decay * w) / (h + weight_decay), -clip, clip)
@@ -439,7 +444,7 @@ def _is_bias(path):
     return jax.tree_util.keystr(path[-1:], simple=True).startswith(('bias', 'threshold'))
 
 
-def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate, atonce):
+def _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce):
     """gradient(state, batch) -> (state, grads, value): averages over sub-batches of ∇ℓ at perturb(w, ∇ℓ(w)).
 
     The state that is returned has new batch statistics and a new key.
@@ -454,7 +459,9 @@ def _sharpness_aware_gradient(loss, perturb, batchsplit, bnupdate, atonce):
             return grads, value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        grads, value, batch_stats = over_sub_batches(of_sub_batch, state, batch, batchsplit, step_key, atonce=atonce)
+        grads, value, batch_stats = over_sub_batches(
+            of_sub_batch, state, batch, num_sub_batches, step_key, atonce=atonce
+        )
         return state._replace(batch_stats=batch_stats, key=key), grads, value
 
     return gradient
@@ -484,15 +491,15 @@ def _deviation(noise, num_data, precision):
     return jnp.copysign(jnp.sqrt(jnp.square(noise) / precision * (1 / num_data)), noise)
 
 
-def over_sub_batches(gradient, state, batch, batchsplit, key, repeats=1, atonce=1):
+def over_sub_batches(gradient, state, batch, num_sub_batches, key, repeats=1, atonce=1):
     """Calls gradient(state, sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches.
 
     Each is taken `repeats` times, with another key. Returns the averages of grads and value, and the batch statistics
     of the first sub-batch. They are taken one after another, or together in groups of equal size, at most `atonce`, to
     the same averages. Under a mesh of several devices each takes its share of them.
     """
-    sub_batches = tree.map(lambda x: jnp.repeat(_split(x, batchsplit), repeats, axis=0), batch)
-    keys = jax.random.split(key, batchsplit * repeats)
+    sub_batches = tree.map(lambda x: jnp.repeat(_split(x, num_sub_batches), repeats, axis=0), batch)
+    keys = jax.random.split(key, num_sub_batches * repeats)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         totals = _totals(gradient, atonce, state, sub_batches, keys)
@@ -544,7 +551,7 @@ def _over_devices(totals, axis):
     return unravel(jax.lax.psum(flat, axis))
 
 
-def _split(x, batchsplit):
-    if x.shape[0] % batchsplit:
-        raise ValueError(f'a batch of {x.shape[0]} examples cannot be cut into {batchsplit} equal sub-batches')
-    return x.reshape(batchsplit, x.shape[0] // batchsplit, *x.shape[1:])
+def _split(x, num_sub_batches):
+    if x.shape[0] % num_sub_batches:
+        raise ValueError(f'a batch of {x.shape[0]} examples cannot be cut into {num_sub_batches} equal sub-batches')
+    return x.reshape(num_sub_batches, x.shape[0] // num_sub_batches, *x.shape[1:])

@@ -74,9 +74,9 @@ def bare_step(optim, num_params):
         del batch
         return jnp.square(params).sum() / 2, batch_stats
 
-    given = {'alpha': 0.1, 'beta1': 0.9, 'weight_decay': 1e-4}
+    given = {'learning_rate': 0.1, 'beta1': 0.9, 'weight_decay': 1e-4}
     if optim != 'sgd':
-        given |= {'rho': 0.01, 'batchsplit': run.SPLIT}
+        given |= {'rho': 0.01, 'num_sub_batches': run.SPLIT}
     if optim == 'bsam':
         given |= {'beta2': 0.999, 'num_data': 50_000}
     optimizer = optimizers.OPTIMIZERS[optim](loss, **given)

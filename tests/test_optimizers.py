@@ -15,33 +15,40 @@ import settings as run_settings
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'optimizers.npz')
 SETTINGS = {
-    'sgd': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01},
-    'sam': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'rho': 0.05, 'batchsplit': 4},
+    'sgd': {'learning_rate': 0.3, 'beta1': 0.9, 'weight_decay': 0.01},
+    'sam': {'learning_rate': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'rho': 0.05, 'num_sub_batches': 4},
     'bsam': {
-        'alpha': 0.5,
+        'learning_rate': 0.5,
         'beta1': 0.9,
         'beta2': 0.99,
         'weight_decay': 0.002,
         'rho': 0.02,
-        'batchsplit': 4,
+        'num_sub_batches': 4,
         'num_data': 200,
-        'custominit': 1.0,
+        'initial_precision': 1.0,
         'damping': 0.1,
     },
-    'adam': {'alpha': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03},
-    'adamw': {'alpha': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03},
-    'samadam': {'alpha': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03, 'rho': 0.2, 'batchsplit': 4},
-    'asam': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'rho': 0.5, 'eta': 0.01, 'batchsplit': 4},
-    'swag': {'alpha': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'swagstart': 2, 'swagevery': 1, 'swagrank': 3},
+    'adam': {'learning_rate': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03},
+    'adamw': {'learning_rate': 0.1, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.03},
+    'samadam': {
+        'learning_rate': 0.1,
+        'beta1': 0.8,
+        'beta2': 0.9,
+        'weight_decay': 0.03,
+        'rho': 0.2,
+        'num_sub_batches': 4,
+    },
+    'asam': {'learning_rate': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'rho': 0.5, 'eta': 0.01, 'num_sub_batches': 4},
+    'swag': {'learning_rate': 0.3, 'beta1': 0.9, 'weight_decay': 0.01, 'swagstart': 2, 'swagevery': 1, 'swagrank': 3},
     'ivon': {
-        'alpha': 0.4,
+        'learning_rate': 0.4,
         'beta1': 0.8,
         'beta2': 0.9,
         'weight_decay': 0.03,
         'num_data': 60,
-        'hessinit': 0.5,
-        'batchsplit': 4,
-        'trainmc': 2,
+        'initial_hessian': 0.5,
+        'num_sub_batches': 4,
+        'num_samples': 2,
     },
 }
 IVON = np.load(Path(__file__).parent / 'golden' / 'ivon.npz')
@@ -68,7 +75,7 @@ def quadratic_loss(params, batch_stats, batch):
     return sum(jnp.sum(w**2) for w in tree.leaves(params)) / 2, batch_stats
 
 
-def golden_noise(monkeypatch, key, steps, batchsplit):
+def golden_noise(monkeypatch, key, steps, num_sub_batches):
     """Makes bSAM draw the golden noise: a sub-batch's noise is found by its key, as bSAM derives keys."""
     names = ('W1', 'b1', 'W2', 'b2')
     noise = {name: GOLDEN[f'noise_{name}'] for name in names}
@@ -76,7 +83,7 @@ def golden_noise(monkeypatch, key, steps, batchsplit):
     keys = []
     for _ in range(steps):
         key, step_key = jax.random.split(key)
-        keys.append(jax.random.key_data(jax.random.split(step_key, batchsplit)))
+        keys.append(jax.random.key_data(jax.random.split(step_key, num_sub_batches)))
     known = jnp.concatenate(keys)
 
     def lookup(key, params):
@@ -99,7 +106,7 @@ def test_golden_values(name, label, settings, x64, monkeypatch):
     The same, however many sub-batches are computed together.
     """
     steps, key = len(GOLDEN['lr']), jax.random.key(0)
-    golden_noise(monkeypatch, key, steps, batchsplit=4)
+    golden_noise(monkeypatch, key, steps, num_sub_batches=4)
     optimizer = optimizers.OPTIMIZERS[name](toy_loss, **SETTINGS[name] | settings)
     params = {name: jnp.asarray(GOLDEN[f'w0_{name}']) for name in ('W1', 'b1', 'W2', 'b2')}
     state = optimizer.init(params, {'mean': jnp.zeros(5)}, key)
@@ -124,13 +131,13 @@ def problem():
     return x, y, rng.normal(size=3)
 
 
-def sub_batches(x, y, batchsplit):
-    return list(zip(np.split(x, batchsplit), np.split(y, batchsplit), strict=True))
+def sub_batches(x, y, num_sub_batches):
+    return list(zip(np.split(x, num_sub_batches), np.split(y, num_sub_batches), strict=True))
 
 
 def test_sgd_equals_the_equations(problem, x64):
     x, y, w = problem
-    optimizer = optimizers.sgd(logistic_loss, alpha=0.4, beta1=0.8, weight_decay=0.03)
+    optimizer = optimizers.sgd(logistic_loss, learning_rate=0.4, beta1=0.8, weight_decay=0.03)
     state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
     m, stats = np.zeros(3), 0.0
     for t in range(5):
@@ -141,15 +148,17 @@ def test_sgd_equals_the_equations(problem, x64):
         np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
 
 
-@pytest.mark.parametrize('batchsplit', [1, 3])
-def test_sam_equals_the_equations(batchsplit, problem, x64):
+@pytest.mark.parametrize('num_sub_batches', [1, 3])
+def test_sam_equals_the_equations(num_sub_batches, problem, x64):
     x, y, w = problem
-    optimizer = optimizers.sam(logistic_loss, alpha=0.4, beta1=0.8, weight_decay=0.03, rho=0.2, batchsplit=batchsplit)
+    optimizer = optimizers.sam(
+        logistic_loss, learning_rate=0.4, beta1=0.8, weight_decay=0.03, rho=0.2, num_sub_batches=num_sub_batches
+    )
     state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
     m, stats = np.zeros(3), 0.0
     for t in range(5):
         state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
-        parts = sub_batches(x[t], y[t], batchsplit)
+        parts = sub_batches(x[t], y[t], num_sub_batches)
         w, m, stats, expected = reference.sam_step(
             w, m, stats, parts, reference.logistic_gradient, 0.2, 0.8, 0.03, rho=0.2
         )
@@ -157,28 +166,28 @@ def test_sam_equals_the_equations(batchsplit, problem, x64):
         np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
 
 
-@pytest.mark.parametrize('batchsplit', [1, 3])
-def test_bsam_equals_the_equations(batchsplit, problem, x64):
+@pytest.mark.parametrize('num_sub_batches', [1, 3])
+def test_bsam_equals_the_equations(num_sub_batches, problem, x64):
     """With the noise that `sample` draws for the keys of the sub-batches."""
     x, y, w = problem
     settings = {'rho': 0.1, 'damping': 0.05, 'num_data': 60}
     optimizer = optimizers.bsam(
         logistic_loss,
-        alpha=0.4,
+        learning_rate=0.4,
         beta1=0.8,
         beta2=0.9,
         weight_decay=0.03,
-        custominit=2.0,
-        batchsplit=batchsplit,
+        initial_precision=2.0,
+        num_sub_batches=num_sub_batches,
         **settings,
     )
     state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(7))
     m, s, stats = np.zeros(3), np.full(3, 2.0), 0.0
     for t in range(5):
-        keys = jax.random.split(jax.random.split(state.key)[1], batchsplit)
+        keys = jax.random.split(jax.random.split(state.key)[1], num_sub_batches)
         noises = [np.asarray(optimizers._normal_like(key, state.params)) for key in keys]
         state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
-        parts = sub_batches(x[t], y[t], batchsplit)
+        parts = sub_batches(x[t], y[t], num_sub_batches)
         w, m, s, stats, expected = reference.bsam_step(
             w, m, s, stats, parts, noises, reference.logistic_gradient, 0.2, 0.8, 0.9, 0.03, **settings
         )
@@ -197,7 +206,14 @@ def test_batch_statistics_move_where_they_should(optim, bnupdate, expected):
         moved.append(len(moved) % 2)
         return quadratic_loss(params, batch_stats, batch)[0], batch_stats + (1, 3)[moved[-1]]
 
-    settings = {'alpha': 0.1, 'beta1': 0.9, 'weight_decay': 0.0, 'rho': 0.1, 'batchsplit': 1, 'bnupdate': bnupdate}
+    settings = {
+        'learning_rate': 0.1,
+        'beta1': 0.9,
+        'weight_decay': 0.0,
+        'rho': 0.1,
+        'num_sub_batches': 1,
+        'bnupdate': bnupdate,
+    }
     if optim == 'bsam':
         settings |= {'beta2': 0.9, 'num_data': 10}
     optimizer = optimizers.OPTIMIZERS[optim](loss, **settings)
@@ -208,7 +224,9 @@ def test_batch_statistics_move_where_they_should(optim, bnupdate, expected):
 
 def test_sam_gradient_of_a_quadratic(x64):
     """|w|²/2 has gradient w, so SAM's is w + ρ w/‖w‖: (3, 4)·1.02, over two leaves, as the norm is the global one."""
-    optimizer = optimizers.sam(quadratic_loss, alpha=1.0, beta1=0.0, weight_decay=0.0, rho=0.1, batchsplit=2)
+    optimizer = optimizers.sam(
+        quadratic_loss, learning_rate=1.0, beta1=0.0, weight_decay=0.0, rho=0.1, num_sub_batches=2
+    )
     state = optimizer.init({'a': jnp.array([3.0]), 'b': jnp.array(4.0)}, {}, jax.random.key(0))
     state, loss = optimizer.step(state, jnp.zeros(4))
     np.testing.assert_allclose(state.momentum['a'], [3.06], rtol=1e-12)
@@ -219,7 +237,9 @@ def test_sam_gradient_of_a_quadratic(x64):
 @pytest.mark.parametrize('rho', [0.1, 5.0])
 def test_sam_at_a_minimum_stays_there(rho):
     """The gradient is 0, the perturbation 0/0 by the book."""
-    optimizer = optimizers.sam(quadratic_loss, alpha=1.0, beta1=0.9, weight_decay=0.0, rho=rho, batchsplit=1)
+    optimizer = optimizers.sam(
+        quadratic_loss, learning_rate=1.0, beta1=0.9, weight_decay=0.0, rho=rho, num_sub_batches=1
+    )
     state, loss = optimizer.step(optimizer.init(jnp.zeros(3), {}, jax.random.key(0)), jnp.zeros(1))
     assert np.array_equal(state.params, np.zeros(3)) and loss == 0
 
@@ -229,7 +249,8 @@ def test_bsam_precision_of_a_constant_gradient(x64):
     c = jnp.array([0.5, 2.0])
     optimizer = optimizers.bsam(
         lambda params, batch_stats, batch: (params @ c, batch_stats),
-        alpha=0.0, beta1=0.9, beta2=0.9, weight_decay=0.02, rho=0.1, batchsplit=1, num_data=10, custominit=5.0,
+        learning_rate=0.0, beta1=0.9, beta2=0.9, weight_decay=0.02, rho=0.1, num_sub_batches=1, num_data=10,
+        initial_precision=5.0,
     )  # fmt: skip
     state = optimizer.init(jnp.ones(2), {}, jax.random.key(0))
     step = jax.jit(optimizer.step)
@@ -354,7 +375,7 @@ def test_asam_equals_the_equations(problem, x64):
 def test_swag_records_what_sgd_passes(problem, x64):
     """SGD's weights after the steps 2, 4, ... 10: their mean, and the mean of squares; the last three deviations."""
     x, y, w = problem
-    common = {'alpha': 0.4, 'beta1': 0.8, 'weight_decay': 0.03}
+    common = {'learning_rate': 0.4, 'beta1': 0.8, 'weight_decay': 0.03}
     swag = optimizers.swag(logistic_loss, **common, swagstart=2, swagevery=2, swagrank=3)
     sgd = optimizers.sgd(logistic_loss, **common)
     state = swag.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
@@ -393,15 +414,15 @@ def test_moments_of_swag_samples(x64):
     np.testing.assert_array_equal(swag.sample(few, jax.random.key(1)), mean)
 
 
-@pytest.mark.parametrize(('case', 'clip', 'trainmc'), [('plain', np.inf, 1), ('clipped', 0.1, 2)])
-def test_ivon_equals_the_package_of_its_authors(case, clip, trainmc, monkeypatch, x64):
+@pytest.mark.parametrize(('case', 'clip', 'num_samples'), [('plain', np.inf, 1), ('clipped', 0.1, 2)])
+def test_ivon_equals_the_package_of_its_authors(case, clip, num_samples, monkeypatch, x64):
     """ivon-opt with the same noise, recorded by record_ivon.py."""
-    settings = SETTINGS['ivon'] | {'batchsplit': 1, 'trainmc': trainmc, 'clip': clip}
+    settings = SETTINGS['ivon'] | {'num_sub_batches': 1, 'num_samples': num_samples, 'clip': clip}
     optimizer = optimizers.ivon(logistic_loss, **settings)
     state = optimizer.init(jnp.asarray(IVON['w']), jnp.zeros(()), jax.random.key(0))
     for t in range(5):
-        keys = jax.random.key_data(jax.random.split(jax.random.split(state.key)[1], trainmc))
-        noise = jnp.asarray(IVON['noise'][t, :trainmc])
+        keys = jax.random.key_data(jax.random.split(jax.random.split(state.key)[1], num_samples))
+        noise = jnp.asarray(IVON['noise'][t, :num_samples])
 
         def lookup(key, params, keys=keys, noise=noise):
             return noise[jnp.argmax((keys == jax.random.key_data(key)[None]).all(axis=1))]
@@ -418,7 +439,7 @@ def test_precision_of_ivon_stays_positive():
     def wild_loss(params, batch_stats, batch):
         return (params * batch.mean(axis=0)).sum(), batch_stats
 
-    optimizer = optimizers.ivon(wild_loss, **SETTINGS['ivon'] | {'batchsplit': 1, 'beta2': 0.5})
+    optimizer = optimizers.ivon(wild_loss, **SETTINGS['ivon'] | {'num_sub_batches': 1, 'beta2': 0.5})
     state = optimizer.init(jnp.ones(50), {}, jax.random.key(0))
     for t in range(30):
         state, _ = optimizer.step(state, 1e3 * jax.random.normal(jax.random.key(t), (2, 50)))
@@ -428,7 +449,13 @@ def test_precision_of_ivon_stays_positive():
 
 def test_sub_batches_and_samples_of_ivon_average(x64):
     """A quadratic has the gradient θ: over many samples the average of θ is w, and the Hessian's estimate is 1."""
-    settings = SETTINGS['ivon'] | {'batchsplit': 2, 'trainmc': 4000, 'beta1': 0.0, 'beta2': 0.0, 'weight_decay': 0.0}
+    settings = SETTINGS['ivon'] | {
+        'num_sub_batches': 2,
+        'num_samples': 4000,
+        'beta1': 0.0,
+        'beta2': 0.0,
+        'weight_decay': 0.0,
+    }
     optimizer = optimizers.ivon(quadratic_loss, **settings)
     state = optimizer.init(jnp.array([0.2, -0.1]), {}, jax.random.key(0))
     state, _ = optimizer.step(state, jnp.zeros((4, 1)))
