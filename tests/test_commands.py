@@ -343,7 +343,7 @@ def test_device_without_enough_memory(message, flags_of, monkeypatch, capsys):
     monkeypatch.setattr(posteriors, 'logits', fail)
     monkeypatch.setattr(posteriors, '_logits_of', fail)
     for main, flags, advice in (
-        (train.main, flags_of(), '--atonce 1 of SAM and its kin, a smaller --batchsize'),
+        (train.main, flags_of(), '--stream takes less, and so do --atonce 1, a smaller --batchsize'),
         (evaluate.main, [f'--resultsfolder={run}'], 'a smaller --testbatchsize'),
     ):
         with pytest.raises((SystemExit, jax.errors.JaxRuntimeError)) as stop:

@@ -107,7 +107,7 @@ def test_what_is_refused(trained, flags_of, capsys):
         (['--temperature'], 'kept no training images out: train with --validation 0.1'),
         (['--split=validation'], 'kept no training images out'),
         (['--bnrefresh=1'], '--bnrefresh 1: mlp has no batch normalisation'),
-        (['--corruptions=/nowhere'], '/nowhere/labels.npy is missing'),
+        (['--corruptions=/nowhere'], '/nowhere holds no corruptions: unpack CIFAR-10-C.tar'),
         (['--ood=mnist'], '--ood mnist: these are the images that the run knows'),
         (['--split=validation', '--temperature'], '--temperature is fitted on the images of --split validation'),
         (['--ood=cifar100'], 'could not be fetched'),

@@ -16,6 +16,7 @@ import pytest
 import checkpoints
 import conftest
 import models
+import test as evaluate
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -62,24 +63,24 @@ def ended(processes):
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
-@pytest.fixture
-def weights(monkeypatch):
-    """A function that reads all weights and batch statistics of a run's newest checkpoint, and its step."""
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    """This process, which trains and evaluates what one alone does, has the networks of the others."""
     monkeypatch.setitem(models.MODELS, 'resnet18', conftest.SmallResNet)
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
 
-    def read(run):
-        step, state, _ = conftest.restore(run)
-        return np.concatenate([np.ravel(x) for x in jax.tree.leaves((state.params, state.batch_stats))]), step
 
-    return read
+def weights(run):
+    """All weights and batch statistics of a run's newest checkpoint, and its step."""
+    step, state, _ = conftest.restore(run)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves((state.params, state.batch_stats))]), step
 
 
 @pytest.mark.parametrize(
     ('number', 'optim', 'model', 'more', 'writers'),
     [(2, 'bsam', 'lenet', ['--stream'], 1), (4, 'sam', 'resnet20', [], 4), (2, 'sgd', 'resnet18', ['--stream'], 2)],
 )
-def test_processes_train_as_one(number, optim, model, more, writers, tmp_path, weights):
+def test_processes_train_as_one(number, optim, model, more, writers, tmp_path):
     """Those that stream read their part of each batch only, the one alone has all images on its device.
 
     All that see the run folder write the checkpoint together; where one does not, the first alone writes it.
@@ -90,11 +91,9 @@ def test_processes_train_as_one(number, optim, model, more, writers, tmp_path, w
     elsewhere.mkdir()
     relative = os.path.relpath(together, ROOT)
     folder_of_last = ROOT if writers == number else elsewhere
-    begun = (
-        start(1, *flags, f'--resultsfolder={alone}'),
-        start(number, *flags, *more, f'--resultsfolder={relative}', folder_of_last=folder_of_last),
-    )
-    for status, _, errors in ended(begun[0] + begun[1]):
+    processes = start(number, *flags, *more, f'--resultsfolder={relative}', folder_of_last=folder_of_last)
+    train.main([*flags, f'--resultsfolder={alone}'])
+    for status, _, errors in ended(processes):
         assert status == 0, errors
     run = f'digits_{model}/{optim}/run_0'
     assert [path.name for path in (together / run).parent.iterdir()] == ['run_0']
@@ -120,7 +119,7 @@ def until_step(folder, step):
 LONG = [*FLAGS, '--optim=bsam', '--model=resnet20', '--checkpointevery=1']
 
 
-def test_signal_and_resume_on_more(tmp_path, weights):
+def test_signal_and_resume_on_more(tmp_path):
     """SIGTERM to one of two processes ends both after the same step; four go on, to what one alone comes to."""
     flags = [*LONG, '--epochs=4']
     alone, together = tmp_path / 'alone', tmp_path / 'together'
@@ -131,18 +130,18 @@ def test_signal_and_resume_on_more(tmp_path, weights):
     assert (first, second) == (143, 143)
     assert f'saved; go on with: python train.py --resume {run}' in saved
     assert 2 <= weights(run)[1] < 25
-    for status, _, errors in ended(start(4, f'--resume={run}') + start(1, *flags, f'--resultsfolder={alone}')):
+    processes = start(4, f'--resume={run}', '--checkpointevery=1000')
+    train.main([*flags, '--checkpointevery=1000', f'--resultsfolder={alone}'])
+    for status, _, errors in ended(processes):
         assert status == 0, errors
     (expected, last), (found, step) = weights(alone / run.relative_to(together)), weights(run)
     assert step == last == 25
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
 
 
-def test_signal_before_the_first_step_that_is_resumed(tmp_path, weights):
+def test_signal_before_the_first_step_that_is_resumed(tmp_path):
     """It comes while the step is compiled, and ends both processes after it."""
-    ((status, _, errors),) = ended(start(1, *FLAGS, '--optim=bsam', '--model=resnet20', f'--resultsfolder={tmp_path}'))
-    assert status == 0, errors
-    run = until_step(tmp_path, 1)
+    run = train.main([*FLAGS, '--optim=bsam', '--model=resnet20', f'--resultsfolder={tmp_path}'])
     begun = weights(run)[1]
     processes = start(2, f'--resume={run}', '--epochs=100000')
     assert any(line.startswith(str(run)) for line in processes[0].stdout)
@@ -221,20 +220,19 @@ def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
     """Two processes, of which one has no run folder, measure what one alone does, and the first says and writes it."""
     training = [*FLAGS, f'--optim={optim}', f'--model={model}', f'--datasetfolder={datasets}', '--epochs=0']
     training += ['--dataset=cifar10', '--batchsize=8']
-    ((status, _, errors),) = ended(start(1, *training, f'--resultsfolder={tmp_path}'))
-    assert status == 0, errors
-    run = tmp_path / f'cifar10_{model}/{optim}/run_0'
-    found = {}
-    for number in (1, 2):
-        elsewhere = [f'--resultsfolder={tmp_path / "elsewhere"}'] * (number > 1)
-        processes = ended(start(number, f'--resultsfolder={run}', *flags, last=elsewhere, script='test'))
-        for i, (status, out, errors) in enumerate(processes):
-            assert status == 0, errors
-            assert ('results at mean of distribution:' in out) == (i == 0)
-        found[number] = json.loads((run / f'metrics{"-laplace" * (optim == "sgd")}.json').read_text())
+    run = train.main([*training, f'--resultsfolder={tmp_path}'])
+    metrics = run / f'metrics{"-laplace" * (optim == "sgd")}.json'
+    elsewhere = [f'--resultsfolder={tmp_path / "elsewhere"}']
+    processes = ended(start(2, f'--resultsfolder={run}', *flags, last=elsewhere, script='test'))
+    for i, (status, out, errors) in enumerate(processes):
+        assert status == 0, errors
+        assert ('results at mean of distribution:' in out) == (i == 0)
     assert not (tmp_path / 'elsewhere').exists()
+    of_two = json.loads(metrics.read_text())
+    evaluate.main([f'--resultsfolder={run}', *flags])
+    of_one = json.loads(metrics.read_text())
     for at in ('mean', 'average'):
-        one, two = (np.array(list(found[number][at].values()), float) for number in (1, 2))
+        one, two = (np.array(list(found[at].values()), float) for found in (of_one, of_two))
         np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
