@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -239,3 +240,12 @@ def test_processes_end_with_the_one_that_started_them():
         for _ in range(100):
             os.kill(int(process.stdout), 0)
             time.sleep(0.1)
+
+
+def test_process_that_is_killed_while_it_decodes():
+    with pytest.raises(data.DataError, match='a process that decodes images ended'):
+        list(data._in_blocks(kill_itself, ['a.JPEG'] * 2 * data._DECODED_AT_ONCE))
+
+
+def kill_itself(paths):
+    os.kill(os.getpid(), signal.SIGKILL)
