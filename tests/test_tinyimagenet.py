@@ -1,6 +1,7 @@
 """setup_tinyimagenet.py from the zip to sorted folders and the cache, interrupted anywhere, and its errors."""
 
 import io
+import multiprocessing
 import os
 import resource
 import shutil
@@ -244,8 +245,9 @@ def test_processes_end_with_the_one_that_started_them():
 
 def test_process_that_is_killed_while_it_decodes():
     with pytest.raises(data.DataError, match='a process that decodes images ended'):
-        list(data._in_blocks(kill_itself, ['a.JPEG'] * 2 * data._DECODED_AT_ONCE))
+        list(data._in_blocks(kill_itself, ['a.JPEG'] * 3 * data._DECODED_AT_ONCE))
 
 
 def kill_itself(paths):
+    assert multiprocessing.parent_process(), 'this is the process of the test'
     os.kill(os.getpid(), signal.SIGKILL)
