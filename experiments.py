@@ -77,18 +77,24 @@ def create(config):
     return Experiment(optimizer, num_data, init, normalise, apply, update)
 
 
+# Arguments of optimizers whose flags have the names of the reference.
+FLAGS_OF_ARGUMENTS = {
+    'learning_rate': 'alpha',
+    'num_sub_batches': 'batchsplit',
+    'num_samples': 'trainmc',
+    'initial_precision': 'custominit',
+    'initial_hessian': 'hessinit',
+}
+
+
 def _optimizer(flags, loss, num_data, num_train):
     """The row of optimizers.OPTIMIZERS that the flags name, with the arguments that it takes."""
     create = optimizers.OPTIMIZERS[flags['optim']]
     steps = num_train // flags['batchsize']
-    values = flags | {
-        'learning_rate': flags['alpha'],
+    values = flags | {argument: flags[flag] for argument, flag in FLAGS_OF_ARGUMENTS.items()}
+    values |= {
         'weight_decay': flags['priorprec'] / num_data,
         'num_data': num_data,
-        'num_sub_batches': flags['batchsplit'],
-        'num_samples': flags['trainmc'],
-        'initial_precision': flags['custominit'],
-        'initial_hessian': flags['hessinit'],
         'atonce': at_once(flags),
         'clip': math.inf if flags['clip'] is None else flags['clip'],
         'swagstart': steps * (_first_constant_epoch(flags) + 1),

@@ -16,6 +16,7 @@ from PIL import Image
 import archives
 import data
 import demo2d
+import experiments
 import models
 import optimizers
 import posteriors
@@ -207,7 +208,8 @@ def test_flags_offer_what_the_tables_hold():
 @pytest.mark.parametrize('optim', settings.OPTIMIZERS)
 def test_optimizers_take_the_flags_of_the_table(optim):
     """weight_decay is made from priorprec, num_data from dafactor, swagevery from the data; clip may be unset."""
-    parameters = set(inspect.signature(optimizers.OPTIMIZERS[optim]).parameters)
+    arguments = inspect.signature(optimizers.OPTIMIZERS[optim]).parameters
+    parameters = {experiments.FLAGS_OF_ARGUMENTS.get(name, name) for name in arguments}
     own = set(settings.OPTIMIZERS[optim]) - {'swagrate'}
     assert parameters - {'loss', 'weight_decay', 'num_data', 'swagevery'} == own - {'priorprec'}
 
