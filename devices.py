@@ -100,7 +100,7 @@ def send(arrays):
     return jax.device_put(arrays) if mesh.empty else replicate(arrays, mesh)
 
 
-def number():
+def num_devices():
     """How many devices the mesh has that is set; 1 if none is, and for what `on_each` runs on one of them."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else mesh.size
@@ -108,23 +108,23 @@ def number():
 
 def shareable(number_of_images):
     """The next number that the devices of the mesh that is set can share out equally."""
-    return -(-number_of_images // number()) * number()
+    return -(-number_of_images // num_devices()) * num_devices()
 
 
-def spread(x, axis=0):
+def shard(x, axis=0):
     """In a jitted function: lets the devices of the mesh that is set share out an axis of x, if they can equally."""
-    if number() == 1 or x.shape[axis] % number():
+    if num_devices() == 1 or x.shape[axis] % num_devices():
         return x
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS))
 
 
 def gather(arrays):
     """In a jitted function: gives all of a pytree of arrays to every device of the mesh that is set."""
-    return arrays if number() == 1 else jax.lax.with_sharding_constraint(arrays, P())
+    return arrays if num_devices() == 1 else jax.lax.with_sharding_constraint(arrays, P())
 
 
 def on_all(function, arrays):
-    """In a jitted function: a function of arrays on all devices, which share what it spreads; see on_each."""
+    """In a jitted function: a function of arrays on all devices, which share what it shards; see on_each."""
     return function(arrays)
 
 

@@ -24,7 +24,7 @@ class Resident:
 
     @staticmethod
     def choose(epoch, images, labels):
-        chosen = devices.spread(epoch.batches[epoch.step])
+        chosen = devices.shard(epoch.batches[epoch.step])
         return images[chosen], labels[chosen]
 
     def of_epoch(self, epoch, done):

@@ -39,7 +39,7 @@ def fit(outputs, images, batch_size, num_data, prior_precision):
 
 @jax.jit
 def _products(outputs, images):
-    logits, features = outputs(devices.spread(images))
+    logits, features = outputs(devices.shard(images))
     probs = jax.nn.softmax(logits)
     features = jnp.concatenate([features, jnp.ones((len(features), 1))], axis=1)
     return devices.gather((features.T @ features, jnp.diag(probs.sum(axis=0)) - probs.T @ probs))

@@ -26,7 +26,7 @@ def logits(apply, params, batch_stats, images, batch_size):
     """
     batch_size = min(devices.shareable(batch_size), len(images))
     full = len(images) // batch_size * batch_size
-    batches = devices.spread(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
+    batches = devices.shard(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
     whole = jax.lax.map(partial(apply, params, batch_stats), batches)
     parts = [whole.reshape(full, -1)]
     if full < len(images):
@@ -127,7 +127,7 @@ class Posterior:
 
     def _samples(self, parts, number):
         """Yields the logits of so many samples: those that make whole groups on a device each, the others on all."""
-        size = devices.number()
+        size = devices.num_devices()
         left = number if size == 1 else number % size
         for first in range(0, number - left, size):
             weights = self._weights(np.arange(first, first + size, dtype=np.int32), devices.on_each)
