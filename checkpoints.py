@@ -50,8 +50,8 @@ class Writer:
     """Saves a run's checkpoints in the background, one at a time.
 
     A context manager that waits for the last; after an error it does not wait for other processes. The newest two are
-    kept, and with `keep_best` the one of the epoch of best accuracy. Those of later steps than `begun`, where training
-    begins, are removed when the first new one is there. What cannot be saved is reported once and tried again at the
+    kept, and with `keep_best` the one of the epoch of best accuracy. Those later than `progress`, from which training
+    goes on, are removed when the first new one is there. What cannot be saved is reported once and tried again at the
     next checkpoint; `failed` tells whether the last attempt did not succeed.
 
     All processes of a run make a Writer and call it at the same steps. Where all of them can write in the run folder
@@ -59,14 +59,15 @@ class Writer:
     there. Else, or once that has failed, the first writes all of the state, which is the same in every process.
     """
 
-    def __init__(self, run, steps_per_epoch, begun, keep_best, warn):
+    def __init__(self, run, steps_per_epoch, progress, keep_best, warn):
         self.folder = Path(run).absolute() / 'checkpoints'
         self.steps_per_epoch = steps_per_epoch
         self.keep_best = keep_best
         self.warn = warn
         self.failed = False
         self._together = jax.process_count() > 1 and _all_can_write(run)
-        self._steps = [step for step in all_steps(self.folder) if step <= begun]
+        before = all_steps(self.folder) if devices.is_first() else []
+        self._steps = [step for step in before if step <= self._step(progress)]
         self._saving = None
         self._thread = ThreadPoolExecutor(1)
 
@@ -76,22 +77,22 @@ class Writer:
     def __exit__(self, error, *traceback):
         if error is None:
             self.wait()
-        elif not self._together:  # else others, which may have ended, would have to write their parts
+        elif self._saving and not self._together:  # else others, which may have ended, would have to write their parts
             self._end_save()
         self._thread.shutdown(wait=error is None or not self._together)
 
     def save(self, state, progress):
         """Copies the state, so that it may be donated at once, and writes it while training goes on."""
         self.wait()
-        step = progress.epoch * self.steps_per_epoch + progress.step
-        partial = self.folder / f'{step}.partial'
+        partial = self.folder / f'{self._step(progress)}.partial'
         arrays = _copy(state)
         problem = devices.from_first(lambda: self._problem_of_making(partial, arrays)) if self._together else None
         if problem is None:
             self._saving = self._thread.submit(self._write, partial, arrays, progress)
-        else:
-            self._report(problem if devices.is_first() else None)
-            self.failed = True
+            return
+        if devices.is_first():
+            self._report(problem)
+        self.failed = True
 
     def wait(self):
         """Waits until the last save has ended in all processes."""
@@ -102,15 +103,14 @@ class Writer:
 
     def _end_save(self):
         """Waits for this process's part of the last save; returns whether it failed."""
-        if self._saving is None:
-            return False
         error, self._saving = self._saving.exception(), None
-        self._report(error and _reason(error))
+        if error:
+            self._report(_reason(error))
         return error is not None
 
     def _report(self, reason):
         """Warns of the first failure after a save that did not fail."""
-        if reason and not self.failed:
+        if not self.failed:
             self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
 
     def _problem_of_making(self, partial, arrays):
@@ -156,6 +156,9 @@ class Writer:
         self._steps = sorted({*steps[-2:], *self._best(progress.log)} & set(steps))
         for old in set(all_steps(self.folder)) - set(self._steps):
             _discard(self.folder / str(old))
+
+    def _step(self, progress):
+        return progress.epoch * self.steps_per_epoch + progress.step
 
     def _best(self, log):
         if not self.keep_best or not log:

@@ -163,8 +163,8 @@ class Trainer:
 
     def run(self):
         """Returns whether the last state and the log are on the disk. Raises DivergenceError, unless --keepgoing."""
-        begun = self.session.progress.epoch * self.steps + self.session.progress.step
-        writer = checkpoints.Writer(self.session.run, self.steps, begun, self.args.keepbest, self.report.warn)
+        run, progress = self.session.run, self.session.progress
+        writer = checkpoints.Writer(run, self.steps, progress, self.args.keepbest, self.report.warn)
         with jax.set_mesh(self.session.mesh), writer:
             try:
                 progress = self._take_epochs(writer)

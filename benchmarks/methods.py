@@ -73,9 +73,8 @@ def parse_args(argv):
     parser.add_argument('--draws', type=flags.integer(1), default=8, help='settings tried for each optimizer')
     parser.add_argument('--tuneepochs', type=flags.integer(1), default=10)
     parser.add_argument('--epochs', type=flags.integer(1), default=30)
-    parser.add_argument(
-        '--validation', type=flags.number(above=0, below=1), default=0.2, help='fraction kept out for tuning'
-    )
+    fraction = flags.number(above=0, below=1)
+    parser.add_argument('--validation', type=fraction, default=0.2, help='fraction kept out for tuning')
     parser.add_argument('--seeds', type=flags.integer(1), default=5)
     parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES))
     parser.add_argument('--folder', type=Path, required=True, help='of the runs; those that it has are gone on with')

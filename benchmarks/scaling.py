@@ -39,35 +39,20 @@ BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types, th
 
 def main(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
-    parser.add_argument('part', choices=('measure', 'predict'))
-    parser.add_argument('--json', type=flags.new_file, help='write all figures here')
-    parser.add_argument('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
-    parser.add_argument(
-        '--processes', type=flags.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes'
-    )
-    parser.add_argument('--steps', type=flags.integer(1), default=5, help='measure: steps that are timed')
-    parser.add_argument(
-        '--devices', type=flags.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices'
-    )
-    parser.add_argument(
-        '--teraflops', type=flags.number(above=0), default=100, help='predict: what a device reaches in convolutions'
-    )
-    parser.add_argument(
-        '--memory', type=flags.number(above=0), default=3350, help='predict: GB/s of a device to its memory'
-    )
-    parser.add_argument(
-        '--nvlink', type=flags.number(above=0), default=450, help='predict: GB/s of a device within its node'
-    )
-    parser.add_argument(
-        '--network', type=flags.number(above=0), default=50, help='predict: GB/s of a device to other nodes'
-    )
-    parser.add_argument(
-        '--latency',
-        type=flags.number(minimum=0),
-        default=5,
-        help='predict: µs of each of the 2 (n - 1) turns of a ring',
-    )
-    parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
+    add, positive = parser.add_argument, flags.number(above=0)
+    add('part', choices=('measure', 'predict'))
+    add('--json', type=flags.new_file, help='write all figures here')
+    add('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
+    add('--processes', type=flags.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes')
+    add('--steps', type=flags.integer(1), default=5, help='measure: steps that are timed')
+    add('--devices', type=flags.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
+    add('--teraflops', type=positive, default=100, help='predict: what a device reaches in convolutions')
+    add('--memory', type=positive, default=3350, help='predict: GB/s of a device to its memory')
+    add('--nvlink', type=positive, default=450, help='predict: GB/s of a device within its node')
+    add('--network', type=positive, default=50, help='predict: GB/s of a device to other nodes')
+    help = 'predict: µs of each of the 2 (n - 1) turns of a ring'
+    add('--latency', type=flags.number(minimum=0), default=5, help=help)
+    add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         functions = {'training': time_training, 'evaluation': time_evaluation, 'count': count}

@@ -66,6 +66,14 @@ def test_help(benchmark, capsys, name):
     assert not stop.value.code and 'usage' in capsys.readouterr().out
 
 
+def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
+    """They are refused before anything is measured."""
+    for path, reason in ((tmp_path, 'is a folder: give the path of a file'), (tmp_path / 'a' / 'b', 'make it first')):
+        with pytest.raises(SystemExit) as stop:
+            benchmark('run').main([f'--json={path}'])
+        assert stop.value.code == 2 and reason in capsys.readouterr().err
+
+
 def test_methods(benchmark, tmp_path):
     """Two optimizers, of one draw and one seed each."""
     flags = ['--model=mlp', '--optimizers', 'sgd', 'sam', '--draws=1', '--tuneepochs=1', '--epochs=1', '--seeds=1']
