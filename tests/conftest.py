@@ -95,6 +95,18 @@ class SmallResNet20(nn.Module):
         return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
 
 
+class ShortResNet20(nn.Module):
+    """ResNet-20 with one residual block, whose shortcut is a convolution, and few channels."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = models._ConvFRN(4, name='stem')(images)
+        x = models._Block20(8, stride=2, name='block')(x)
+        return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
+
+
 @pytest.fixture
 def small_resnet18(monkeypatch):
     """Lets this process take SmallResNet for ResNet-18."""

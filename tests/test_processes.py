@@ -26,7 +26,7 @@ SCRIPT = f"""if True:
     import sys
     sys.path[:0] = ['{ROOT}/tests', '{ROOT}']
     import conftest, models, test, train
-    models.MODELS |= {{'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}}
+    models.MODELS |= {{'resnet18': conftest.SmallResNet, 'resnet20': conftest.ShortResNet20}}
     {{'train': train, 'test': test}}[sys.argv[1]].main(sys.argv[2:])
 """
 FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
@@ -67,7 +67,7 @@ def ended(processes):
 def small_networks(monkeypatch):
     """This process, which trains and evaluates what one alone does, has the networks of the others."""
     monkeypatch.setitem(models.MODELS, 'resnet18', conftest.SmallResNet)
-    monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
+    monkeypatch.setitem(models.MODELS, 'resnet20', conftest.ShortResNet20)
 
 
 def weights(run):
@@ -121,7 +121,7 @@ def until_step(folder, step):
     raise TimeoutError(f'no checkpoint of step {step} in {folder}')
 
 
-LONG = [*FLAGS, '--optim=bsam', '--model=resnet20', '--checkpointevery=1']
+LONG = [*FLAGS, '--optim=bsam', '--model=resnet18', '--checkpointevery=1']
 
 
 def test_signal_and_resume_on_more(tmp_path):
@@ -146,7 +146,7 @@ def test_signal_and_resume_on_more(tmp_path):
 
 def test_signal_before_the_first_step_that_is_resumed(tmp_path):
     """It comes while the step is compiled, and ends both processes after it."""
-    run = train.main([*FLAGS, '--optim=bsam', '--model=resnet20', f'--resultsfolder={tmp_path}'])
+    run = train.main([*FLAGS, '--optim=bsam', '--model=resnet18', f'--resultsfolder={tmp_path}'])
     begun = weights(run)[1]
     processes = start(2, f'--resume={run}', '--epochs=100000')
     assert any(line.startswith(str(run)) for line in processes[0].stdout)
