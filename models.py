@@ -260,9 +260,46 @@ class FilterResponseNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, shape)
         bias = self.param('bias', nn.initializers.zeros, shape)
         threshold = self.param('threshold', nn.initializers.zeros, shape)
-        mean_square = jnp.square(_at_least_float32(x)).mean(axis=(1, 2), keepdims=True)
-        y = _channels(scale) * (x * lax.rsqrt(mean_square + self.epsilon)) + _channels(bias)
-        return jnp.maximum(y, _channels(threshold)).astype(x.dtype)
+        return filter_response_norm(x, scale, bias, threshold, self.epsilon)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def filter_response_norm(x, scale, bias, threshold, epsilon):
+    """max(γ x̂ + β, τ) with x̂ = x r, r = 1/√(ν² + ε) and ν² the mean of x² over an image's pixels, for each channel.
+
+    x: [B, H, W, C]; scale γ, bias β and threshold τ: [C]. Returns [B, H, W, C] in the precision of x.
+    Its gradient is written out, as sums for each image from which all others follow: of one image and channel it is
+    γ r (d − x̂ mean(d x̂)) by x, if d is that by γ x̂ + β. JAX's own takes more passes over the images, and a gradient of
+    ResNet-20 a tenth longer on CPUs.
+    """
+    return _response_forward(x, scale, bias, threshold, epsilon)[0]
+
+
+def _response_forward(x, scale, bias, threshold, epsilon):
+    r = lax.rsqrt(jnp.square(_at_least_float32(x)).mean(axis=(1, 2), keepdims=True) + epsilon)
+    y = _channels(scale) * (x * r) + _channels(bias)
+    return jnp.maximum(y, _channels(threshold)).astype(x.dtype), (x, r, scale, bias, threshold)
+
+
+def _response_backward(epsilon, residuals, grads):
+    del epsilon
+    x, r, scale, bias, threshold = residuals
+    normalised = x * r
+    y, lowest = _channels(scale) * normalised + _channels(bias), _channels(threshold)
+    above = jnp.where(y > lowest, 1, jnp.where(y == lowest, 0.5, 0)).astype(y.dtype)  # equal ones share, as in JAX
+    y_grads = above * grads
+
+    def over_pixels(values):
+        return _at_least_float32(values).sum(axis=(1, 2), keepdims=True)
+
+    of_outputs, of_bias, of_scale = over_pixels(grads), over_pixels(y_grads), over_pixels(y_grads * normalised)
+    pixels = x.shape[1] * x.shape[2]
+    x_grads = _channels(scale) * r * (y_grads - normalised * (of_scale / pixels))
+    of_parameters = [of.sum(axis=(0, 1, 2)).astype(scale.dtype) for of in (of_scale, of_bias, of_outputs - of_bias)]
+    return x_grads.astype(x.dtype), *of_parameters
+
+
+filter_response_norm.defvjp(_response_forward, _response_backward)
 
 
 def max_pool(x, size, stride):
@@ -341,7 +378,8 @@ def _forward(strides, padding):
 
     @jax.custom_batching.custom_vmap
     def forward(x, kernel):
-        return _nhwc_convolution(x, kernel, strides, padding)
+        convolve = _by_product if _outweighs(kernel, x) else _nhwc_convolution
+        return convolve(x, kernel, strides, padding)
 
     @forward.def_vmap
     def of_several(number, batched, x, kernel):
@@ -358,6 +396,9 @@ def _backward(strides, padding):
 
     @jax.custom_batching.custom_vmap
     def backward(x, kernel, grads):
+        if _outweighs(kernel, x):
+            _, gradients = jax.vjp(partial(_by_product, strides=strides, padding=padding), x, kernel)
+            return gradients(grads)
         x_grads = _input_gradient(x, grads, kernel, strides, padding)
         return x_grads, _kernel_gradient(x, grads, kernel, strides, padding)
 
@@ -375,6 +416,12 @@ def _backward(strides, padding):
         return (x_grads, *by_kernel(grads)), (True, True)
 
     return backward
+
+
+def _outweighs(kernel, x):
+    """Whether a kernel is so much larger than its images that copies of it, which convolutions and their gradients
+    make on CPUs, would cost more than the windows that a product of matrices needs."""
+    return kernel.size > 2 * x.size
 
 
 def _input_gradient(x, grads, kernel, strides, padding):

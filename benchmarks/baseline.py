@@ -48,11 +48,17 @@ def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_d
     return step
 
 
-def with_jax_convolutions(loss):
-    """The same loss, of a network whose convolutions and their gradients are JAX's own, under `vmap` too."""
+def with_jax_gradients(loss):
+    """The same loss, of a network whose layers have JAX's own gradients, under `vmap` too."""
+
+    def filter_response_norm(*args):
+        return models._response_forward(*args)[0]
 
     def wrapped(*args):
-        with mock.patch.object(models, 'convolution', models._nhwc_convolution):
+        with (
+            mock.patch.object(models, 'convolution', models._nhwc_convolution),
+            mock.patch.object(models, 'filter_response_norm', filter_response_norm),
+        ):
             return loss(*args)
 
     return wrapped

@@ -246,7 +246,7 @@ def baseline_times(model, precision, repeats):
     images, labels = synthetic_images(5 * BATCH)
     mean, std = config['dataset']['mean'], config['dataset']['std']
     given = {name: config['flags'][name] for name in ('alpha', 'beta1', 'beta2', 'rho', 'batchsplit', 'damping')}
-    loss = baseline.with_jax_convolutions(training.loss_function(network, jnp.dtype(precision)))
+    loss = baseline.with_jax_gradients(training.loss_function(network, jnp.dtype(precision)))
     num_data = config['dataset']['num_train']
     weight_decay = config['flags']['priorprec'] / num_data
     step = baseline.bsam_step(loss, **given, weight_decay=weight_decay, num_data=num_data)

@@ -135,13 +135,15 @@ def jax_convolution(x, kernel, stride, padding):
 
 @pytest.mark.parametrize('padding', ['SAME', 'VALID'])
 @pytest.mark.parametrize(
-    ('pixels', 'size', 'stride'), [(8, 3, 1), (8, 3, 2), (9, 3, 2), (8, 1, 2), (9, 5, 1), (7, 2, 3)]
+    ('pixels', 'size', 'stride', 'features'),
+    [(8, 3, 1, 4), (8, 3, 2, 4), (9, 3, 2, 4), (8, 1, 2, 4), (9, 5, 1, 4), (7, 2, 3, 4), (8, 3, 1, 60), (9, 3, 2, 90)],
 )
-def test_convolution_gradient(pixels, size, stride, padding, x64):
-    """The gradient written by hand is JAX's own."""
+def test_convolution_gradient(pixels, size, stride, features, padding, x64):
+    """Value and gradient are JAX's own, also of kernels that outweigh the images."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, pixels, pixels + 1, 3))
-    kernel = jax.random.normal(keys[1], (size, size, 3, 4))
+    kernel = jax.random.normal(keys[1], (size, size, 3, features))
+    assert models._outweighs(kernel, x) == (features > 4)
 
     expected, expected_gradient = jax.vjp(lambda x, k: jax_convolution(x, k, stride, padding), x, kernel)
     value, gradient = jax.vjp(lambda x, k: models.convolution(x, k, (stride, stride), padding), x, kernel)
@@ -175,6 +177,35 @@ def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, 
 
     expected = results(lambda x, k: jax_convolution(x, k, stride, padding))
     found = results(lambda x, k: models.convolution(x, k, (stride, stride), padding))
+    for ours, jaxs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
+
+
+def plain_filter_response_norm(x, scale, bias, threshold, epsilon):
+    scale, bias, threshold = (v.reshape(1, 1, 1, -1) for v in (scale, bias, threshold))
+    normalised = x / jnp.sqrt(jnp.mean(x**2, axis=(1, 2), keepdims=True) + epsilon)
+    return jnp.maximum(scale * normalised + bias, threshold)
+
+
+@pytest.mark.parametrize('axes', [(0, None), (0, 0)])
+def test_filter_response_norm(axes, x64):
+    """Value and gradient are those of the equations in JAX, where values equal the threshold too, and under `vmap`."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (3, 2, 5, 6, 4)).at[:, 0, :2, :, 1].set(0).at[:, 1, ..., 2].set(0)
+    scale, bias, threshold = (jax.random.normal(key, (3, 4)) for key in keys[1:4])
+    bias = bias.at[:, 1:3].set(threshold[:, 1:3])
+    of_one = scale[0], bias[0], threshold[0]
+    parameters = (scale, bias, threshold) if axes[1] == 0 else of_one
+
+    def results(function):
+        def of_images(x, parameters):
+            value, gradient = jax.vjp(lambda *args: function(*args, 1e-6), x, *parameters)
+            return value, gradient(jnp.sin(3 * value))
+
+        return jax.vmap(of_images, axes)(x, parameters)
+
+    expected, found = results(plain_filter_response_norm), results(models.filter_response_norm)
+    assert np.any(expected[0] == jnp.broadcast_to(parameters[2].reshape(-1, 1, 1, 1, 4), x.shape))
     for ours, jaxs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
