@@ -2,11 +2,12 @@
 
     python benchmarks/convolutions.py
 
-Operations overlap on several cores, so their times add up to more than the gradient's.
+On one core: on several, operations overlap and wait for each other, and what each costs cannot be told.
 """
 
 import collections
 import math
+import os
 import re
 import tempfile
 from functools import partial
@@ -27,12 +28,16 @@ def main(argv=None):
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
     parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     args = parser.parse_args(argv)
+    os.environ['PJRT_NPROC'] = '1'
     gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)
     compiled = gradient.lower(*arguments).compile()
     run.seconds(compiled, *arguments)
     elapsed = run.seconds(compiled, *arguments) / SUB_BATCHES
-    times = operation_times(partial(compiled, *arguments))
-    table, other = by_kind(times, compiled.as_text())
+    hlo = compiled.as_text()
+    convolutions = dict(find_convolutions(hlo))
+    names = {name for name in re.findall(r'%([\w.\-]+) = ', hlo) if not name.startswith('while')}
+    times = operation_times(partial(compiled, *arguments), names)
+    table, other = by_kind(times, convolutions, hlo)
     matrix_rate = run.machine()['matrix_gflops']
     flops = 6 * run.MULTIPLY_ADDS[args.model] * SUB_BATCH / 1e9
     print(f'a gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
@@ -54,8 +59,8 @@ def main(argv=None):
         runs.write_json(args.json, figures)
 
 
-def operation_times(call):
-    """Milliseconds a sub-batch of each compiled operation, by name."""
+def operation_times(call, names):
+    """Milliseconds a sub-batch of the compiled operations of these names."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
@@ -64,33 +69,30 @@ def operation_times(call):
     times = collections.Counter()
     for plane in profile.planes:
         for line in plane.lines:
-            if not line.name.startswith('python'):
-                for event in line.events:
+            for event in line.events:
+                if event.name in names:
                     times[event.name] += event.duration_ns / 1e6 / SUB_BATCHES
     return times
 
 
-def by_kind(times, hlo):
+def by_kind(times, convolutions, hlo):
     """{kind and stage: [milliseconds, GFLOP]} of the convolutions in a compiled module, and all other milliseconds."""
     table = collections.defaultdict(lambda: [0.0, 0.0])
-    convolutions = dict(find_convolutions(hlo))
     for name, line in convolutions.items():
         if times[name]:
             row = table[label_of(line)]
             row[0] += times[name]
             row[1] += gflop_of(line, hlo)
-    names = set(re.findall(r'%([\w.\-]+) = ', hlo)) - set(convolutions)
-    other = sum(time for name, time in times.items() if name in names and not name.startswith('while'))
-    return dict(sorted(table.items())), other
+    return dict(sorted(table.items())), sum(time for name, time in times.items() if name not in convolutions)
 
 
 def find_convolutions(hlo):
-    """(operation, line of its convolution): operations are convolutions or fusions around one."""
+    """(operation, line of its convolution), which may be written as a product; operations are those or fusions."""
     inside, computation = {}, None
     for line in hlo.splitlines():
         begin = re.match(r'%?([\w.\-]+) .*\{$', line)
         computation = begin.group(1) if begin else computation
-        if ' convolution(' in line:
+        if re.search(r' (convolution|dot)\(', line) and '/conv/' in line:
             inside[computation] = line
             yield re.search(r'%([\w.\-]+) = ', line).group(1), line
     for name, called in re.findall(r'%([\w.\-]+) = .*fusion\(.*calls=%([\w.\-]+)', hlo):
@@ -99,22 +101,29 @@ def find_convolutions(hlo):
 
 
 def label_of(line):
-    stage = re.search(r'/(stem|stage\d)/', line)
-    height, width = map(int, re.search(r'window=\{size=(\d+)x(\d+)', line).groups())
+    stage = re.search(r'/(stem|stage\d)/', line).group(1)
     if 'transpose(' not in line:
-        kind = 'forward'
+        return f'forward, {stage}'
+    if ' dot(' in line:
+        by_kernel = 'lhs_contracting_dims={0}' in line
     else:
-        kind = 'gradient by the input' if max(height, width) <= 3 else 'gradient by the kernel'
-    return f'{kind}, {stage.group(1) if stage else "?"}'
+        by_kernel = max(map(int, re.search(r'window=\{size=(\d+)x(\d+)', line).groups())) > 3
+    return f'gradient by the {"kernel" if by_kernel else "input"}, {stage}'
 
 
 def gflop_of(line, hlo):
     """Multiply-adds twice, those with the zeros of a dilated operand left out."""
-    output = sizes(line.split(' convolution(')[0])
-    kernel_name = re.search(r' convolution\(%[\w.\-]+, %([\w.\-]+)\)', line).group(1)
-    kernel = sizes(re.search(rf'%{re.escape(kernel_name)} = (\S+)', hlo).group(1))
+    operation, first, second = re.search(r' (convolution|dot)\(%([\w.\-]+), %([\w.\-]+)\)', line).groups()
+    output = math.prod(sizes(line.split(f' {operation}(')[0]))
+    if operation == 'dot':
+        axis = int(re.search(r'lhs_contracting_dims=\{(\d)\}', line).group(1))
+        return 2 * output * sizes_of(first, hlo)[axis] / 1e9
     zeros = 4 if 'lhs_dilate' in line else 1
-    return 2 * math.prod(output) * math.prod(kernel[:-1]) / zeros / 1e9
+    return 2 * output * math.prod(sizes_of(second, hlo)[:-1]) / zeros / 1e9
+
+
+def sizes_of(name, hlo):
+    return sizes(re.search(rf'%{re.escape(name)} = (\S+)', hlo).group(1))
 
 
 def sizes(shape):
