@@ -8,6 +8,7 @@ The data set is made for it: as many JPEGs as TinyImageNet has, and as large, cu
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ def rows(figures):
     return [
         ('`setup_tinyimagenet.py`: unpacked, decoded and kept, s', f'{figures["setup_seconds"]:.1f}'),
         ('first reading of the training images: decoded and kept, images/s', f'{figures["decoded_per_second"]:.0f}'),
-        ('… over the rate of a plain decoding loop on each core', f'{figures["decoding_share"]:.0%}'),
+        ('… over the rate of plain decoding loops on all cores', f'{figures["decoding_share"]:.0%}'),
         ('reading both splits at a later start, s', f'{figures["reading_seconds"]:.2f}'),
         ('… once more', f'{figures["reading_again_seconds"]:.2f}'),
         ('epoch of training, images on the device, s', f'{statistics.median(figures["epoch_seconds"]):.2f}'),
@@ -122,7 +124,7 @@ def reading(folder):
         'reading_seconds': first,
         'reading_again_seconds': again,
         'decoded_per_second': rate,
-        'decoding_share': rate / os.cpu_count() / plain_rate(folder),
+        'decoding_share': rate / plain_rate(folder),
     }
 
 
@@ -136,8 +138,16 @@ def reading_seconds(dataset):
 
 
 def plain_rate(folder):
-    """Images per second of a loop that decodes the first 5,000 in one process."""
+    """Images per second of loops that decode the first 5,000, in a process on each core, all at the same time."""
     paths = sorted((folder / 'tiny-imagenet-200' / 'train').rglob('*.JPEG'))[:5000]
+    cores = os.cpu_count()
+    context = multiprocessing.get_context('spawn')
+    all_started = context.Barrier(cores)
+    with ProcessPoolExecutor(cores, context, all_started.wait) as pool:
+        return sum(pool.map(rate_of_loop, [paths] * cores))
+
+
+def rate_of_loop(paths):
     began = time.perf_counter()
     for path in paths:
         with Image.open(path) as image:

@@ -142,9 +142,14 @@ def first_of(group):
     return next(iter(group.values()))
 
 
+def scale_and_digits(metric):
+    """Accuracy is shown in per cent."""
+    return (100, 2) if metric == 'accuracy' else (1, 4)
+
+
 def values(group, metric, at):
-    """A metric of each record, accuracy in per cent."""
-    scale = 100 if metric == 'accuracy' else 1
+    """A metric of each record, as it is shown."""
+    scale, _ = scale_and_digits(metric)
     evaluation, part = ('laplace', 'average') if at == 'laplace' else ('test', at)
     return scale * np.array([record['evaluations'][evaluation][part][metric] for record in group.values()], float)
 
@@ -157,7 +162,7 @@ def differences(lower, higher, metric, at_lower='average', at_higher='average'):
 
 
 def cells(group, at, names):
-    return [spread(values(group, name, at), 2 if name == 'accuracy' else 4) for name in names]
+    return [spread(values(group, name, at), scale_and_digits(name)[1]) for name in names]
 
 
 def spread(numbers, digits):
@@ -178,7 +183,8 @@ def tested(claim, found):
     """The claim, the difference of runs with the same seed, higher − lower, and a verdict."""
     lower, higher = claim.lower, claim.higher
     found = differences(found[lower.variant], found[higher.variant], claim.metric, lower.at, higher.at)
-    return [claim.text, shown(found, 2 if claim.metric == 'accuracy' else 4), verdict(found)]
+    _, digits = scale_and_digits(claim.metric)
+    return [claim.text, shown(found, digits), verdict(found)]
 
 
 def verdict(differences):
@@ -319,22 +325,24 @@ def published_table(found):
 
 def published_intervals(found):
     """bSAM's metrics on CIFAR-10 with intervals, of the runs that there are, below the published ones."""
-    metrics = {'accuracy': (100, 2), 'nll': (1, 4), 'ece': (1, 4), 'auroc_grid': (1, 4)}
     rows = [['bSAM as published, over 32 samples', *PUBLISHED['cifar10_bsam'], PUBLISHED_AUROC]]
     for variant, precision in {'cifar10_bsam': 'float32', 'cifar10_bsam_bfloat16': 'bfloat16'}.items():
         if variant in found:
             test = first_of(found[variant])['evaluations']['test']
             for at, label in {'average': 'over 32 samples', 'mean': 'at the mean'}.items():
-                shown = [
-                    f'{scale * test[at][metric]:.{digits}f}' + _bounds(test['intervals'][at].get(metric), scale, digits)
-                    for metric, (scale, digits) in metrics.items()
-                ]
+                shown = [with_bounds(test, at, metric) for metric in ('accuracy', 'nll', 'ece', 'auroc_grid')]
                 rows.append([f'bSAM here, {precision}, {label}', *shown])
     return tables.markdown(['CIFAR-10, ResNet-18', 'accuracy %', 'NLL', 'ECE', 'AUROC, grid'], rows)
 
 
-def _bounds(interval, scale, digits):
-    return '' if interval is None else ' ({:.{d}f} to {:.{d}f})'.format(*(scale * end for end in interval), d=digits)
+def with_bounds(test, at, metric):
+    """A metric and its 95 % interval, if it has one."""
+    scale, digits = scale_and_digits(metric)
+    value = f'{scale * test[at][metric]:.{digits}f}'
+    if metric not in test['intervals'][at]:
+        return value
+    low, high = (f'{scale * end:.{digits}f}' for end in test['intervals'][at][metric])
+    return f'{value} ({low} to {high})'
 
 
 COMPARISONS = [
@@ -362,7 +370,7 @@ def compared(path, only=''):
 
 
 def from_csv(row, metric):
-    scale, digits = (100, 2) if metric == 'accuracy' else (1, 4)
+    scale, digits = scale_and_digits(metric)
     mean, deviation = (scale * float(row[f'{metric}_{part}']) for part in ('mean', 'sd'))
     return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
@@ -431,16 +439,15 @@ def predicted_scaling_table():
 
 
 def convolutions_table():
-    """GFLOP/s of each kind of convolution in each stage."""
-    profile = kept('convolutions')
+    """GFLOP/s of each kind of convolution in each stage, of both networks."""
     kinds = ('forward', 'gradient by the input', 'gradient by the kernel')
-    rates = {
-        name: gflop / milliseconds * 1e3 for name, (milliseconds, gflop) in profile['milliseconds_and_gflop'].items()
-    }
-    rows = [
-        [stage, *(f'{rates[name]:.0f}' if (name := f'{kind}, {stage}') in rates else '' for kind in kinds)]
-        for stage in ('stem', 'stage1', 'stage2', 'stage3', 'stage4')
-    ]
+    rows = []
+    for network, profile in {'ResNet-18': kept('convolutions'), 'ResNet-20': kept('convolutions_resnet20')}.items():
+        measured = profile['milliseconds_and_gflop']
+        rates = {name: gflop / milliseconds * 1e3 for name, (milliseconds, gflop) in measured.items()}
+        for stage in sorted({name.split(', ')[1] for name in rates}, key=lambda stage: (stage != 'stem', stage)):
+            found = [rates.get(f'{kind}, {stage}') for kind in kinds]
+            rows.append([f'{network}, {stage}', *('' if rate is None else f'{rate:.0f}' for rate in found)])
     return tables.markdown(['GFLOP/s', *kinds], rows)
 
 
@@ -503,7 +510,7 @@ def over_samples(found):
             group = found[subject.variant]
             curves = [record['evaluations']['test']['samples'] for record in group.values()]
             numbers = [point['testmc'] for point in curves[0]]
-            scale = 100 if metric == 'accuracy' else 1
+            scale, _ = scale_and_digits(metric)
             heights = scale * np.array([[point[metric] for point in curve] for curve in curves])
             colour = style['color']
             axes.axhline(values(group, metric, 'mean').mean(), color=colour, linestyle='--', linewidth=1)
