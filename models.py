@@ -270,7 +270,7 @@ def filter_response_norm(x, scale, bias, threshold, epsilon):
     x: [B, H, W, C]; scale γ, bias β and threshold τ: [C]. Returns [B, H, W, C] in the precision of x.
     Its gradient is written out, as sums for each image from which all others follow: of one image and channel it is
     γ r (d − x̂ mean(d x̂)) by x, if d is that by γ x̂ + β. JAX's own takes more passes over the images, and a gradient of
-    ResNet-20 a tenth longer on CPUs.
+    ResNet-20 up to a tenth longer on CPUs.
     """
     return _response_forward(x, scale, bias, threshold, epsilon)[0]
 

@@ -105,6 +105,17 @@ def test_loading(benchmark, tmp_path):
     assert figures['decoded_per_second'] > 0 and figures['setup_seconds'] > 0
 
 
+def test_convolutions(benchmark, tmp_path, monkeypatch):
+    """The operations of each kind are 2·9·3·4 a pixel of 25 images of 32×32, and take time."""
+    path = tmp_path / 'convolutions.json'
+    monkeypatch.setenv('PJRT_NPROC', '1')  # which the benchmark sets
+    benchmark('convolutions').main(['--model=resnet20', f'--json={path}'])
+    table = json.loads(path.read_text())['milliseconds_and_gflop']
+    assert set(table) == {'forward, stem', 'gradient by the kernel, stem'}
+    for milliseconds, gflop in table.values():
+        assert gflop == pytest.approx(2 * 9 * 3 * 4 * 25 * 32 * 32 / 1e9) and milliseconds > 0
+
+
 def test_throughput(benchmark, tmp_path, capsys):
     path = tmp_path / 'throughput.json'
     ways = ['sgd', 'bsam_on_a_mesh_of_one_device']

@@ -210,6 +210,22 @@ def test_filter_response_norm(axes, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
+def test_filter_response_norm_in_bfloat16():
+    """Gradients are bfloat16 as well, and those of float32 but for its rounding."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, grads = (jax.random.normal(key, (2, 8, 8, 4)) for key in keys[:2])
+    parameters = [jax.random.normal(key, (4,)) for key in keys[2:]]
+
+    def gradients(dtype):
+        arrays = [a.astype(dtype) for a in (x, *parameters)]
+        value, gradient = jax.vjp(lambda *args: models.filter_response_norm(*args, 1e-6), *arrays)
+        return gradient(grads.astype(value.dtype))
+
+    for exact, rounded in zip(gradients(jnp.float32), gradients(jnp.bfloat16), strict=True):
+        assert rounded.dtype == jnp.bfloat16
+        assert 0 < np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize(('pixels', 'size', 'stride'), [(9, 3, 2), (8, 3, 2), (7, 2, 2), (6, 3, 1)])
 def test_max_pool(pixels, size, stride, x64):
     """Value and gradient are those of Flax's window reduction, as long as no two values are equal."""
