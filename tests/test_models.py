@@ -98,6 +98,14 @@ def test_truncated_kernels(name, kernel, fan_in, initial):
     np.testing.assert_allclose(z.std(), 0.8796, rtol=0.01)
 
 
+@pytest.mark.parametrize('shape', [(3, 3, 4, 5), (64, 10)])
+def test_kernels_drawn_flat_are_those_of_their_shape(shape):
+    key = jax.random.key(0)
+    cut = jax.random.truncated_normal(key, -2, 2, shape)
+    np.testing.assert_array_equal(models.truncated_fan_in(key, shape), cut / np.sqrt(np.prod(shape[:-1])))
+    np.testing.assert_array_equal(models.he_normal(key, shape), nn.initializers.he_normal()(key, shape))
+
+
 def test_he_kernels(initial):
     """ResNet-20's are cut too, but corrected: their standard deviation is √(2/fan_in)."""
     kernel = np.asarray(initial['resnet20']['stage3/block2/layer1/conv/kernel'])
