@@ -65,11 +65,22 @@ def idx(array):
 
 def write_idx_set(folder, num_train=20, num_test=10, compressed=True, pixels=28):
     """Four files as MNIST has them; the images are blank but for their label's column."""
-    folder.mkdir(parents=True)
-    for prefix, n in (('train', num_train), ('t10k', num_test)):
-        labels = (np.arange(n) % 10).astype(np.uint8)
+
+    def of_labels(n):
+        labels = np.arange(n) % 10
         images = np.zeros((n, pixels, pixels), np.uint8)
         images[np.arange(n), :, 2 * labels] = 255
+        return images, labels
+
+    write_idx_files(folder, of_labels(num_train), of_labels(num_test), compressed)
+
+
+def write_idx_files(folder, train, test, compressed=True):
+    """Four files as MNIST has them of grey images uint8 [N, H, W] or [N, H, W, 1] and their labels."""
+    folder.mkdir(parents=True)
+    for prefix, (images, labels) in (('train', train), ('t10k', test)):
+        images = images.reshape(images.shape[:3])
+        labels = labels.astype(np.uint8)
         for name, array in ((f'{prefix}-images-idx3-ubyte', images), (f'{prefix}-labels-idx1-ubyte', labels)):
             if compressed:
                 (folder / f'{name}.gz').write_bytes(gzip.compress(idx(array)))

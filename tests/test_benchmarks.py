@@ -74,13 +74,14 @@ def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
         assert stop.value.code == 2 and reason in capsys.readouterr().err
 
 
-def test_methods(benchmark, tmp_path):
+def test_methods(benchmark, datasets, tmp_path):
     """Two optimizers, of one draw and one seed each."""
     flags = ['--model=mlp', '--optimizers', 'sgd', 'sam', '--draws=1', '--tuneepochs=1', '--epochs=1', '--seeds=1']
-    benchmark('methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "digits"}'])
-    results = json.loads((tmp_path / 'digits.json').read_text())['optimizers']
+    flags += ['--dataset=mnist', '--batchsize=20', '--batchsplit=2', f'--datasetfolder={datasets}']
+    benchmark('methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "mnist"}'])
+    results = json.loads((tmp_path / 'mnist.json').read_text())['optimizers']
     assert all(found['chosen'] == found['tried'][0]['settings'] for found in results.values())
-    assert '| sgd, mean' in (tmp_path / 'digits.md').read_text() and (tmp_path / 'digits.csv').exists()
+    assert '| sgd, mean' in (tmp_path / 'mnist.md').read_text() and (tmp_path / 'mnist.csv').exists()
 
 
 def test_growth(benchmark, tmp_path, monkeypatch):

@@ -130,10 +130,9 @@ def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18
     assert dtypes == {'float32'} and np.isfinite(read_log(run)[0]['loss'])
 
 
-def test_compiled_functions_are_kept_where_the_flag_says(tmp_path):
+def test_compiled_functions_are_kept_where_the_flag_says(flags_of, tmp_path):
     root = Path(__file__).parent.parent
-    command = [sys.executable, 'train.py', '--dataset=digits', '--model=mlp', '--epochs=0', '--alpha=0.01']
-    command += [f'--resultsfolder={tmp_path / "results"}', f'--datasetfolder={tmp_path}']
+    command = [sys.executable, 'train.py', *flags_of(epochs=0)]
     for folder, exists in (('off', False), (str(tmp_path / 'compiled'), True)):
         subprocess.run([*command, f'--compilecache={folder}'], cwd=root, check=True, capture_output=True)
         assert (tmp_path / 'compiled').exists() == exists

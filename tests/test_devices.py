@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import conftest
 import devices
 import experiments
 import sessions
@@ -70,7 +71,7 @@ SCRIPT = """if True:
 
 def run_on_devices(number, script, *arguments):
     """A finished process that had so many virtual CPU devices."""
-    flags = f'--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={number}'
+    flags = f'{conftest.XLA_FLAGS} --xla_backend_optimization_level=0 --xla_force_host_platform_device_count={number}'
     environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     command = [sys.executable, '-c', script, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

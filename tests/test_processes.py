@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+import archives
 import checkpoints
 import conftest
+import data
 import models
 import test as evaluate
 import train
@@ -29,7 +31,8 @@ SCRIPT = f"""if True:
     models.MODELS |= {{'resnet18': conftest.SmallResNet, 'resnet20': conftest.ShortResNet20}}
     {{'train': train, 'test': test}}[sys.argv[1]].main(sys.argv[2:])
 """
-FLAGS = ['--dataset=digits', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
+FLAGS = ['--dataset=mnist', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
+LONG = ['--optim=bsam', '--model=resnet18', '--checkpointevery=1']
 # More threads than cores hinder each other.
 SMALL = {'JAX_PLATFORMS': 'cpu', 'PJRT_NPROC': '1'}
 
@@ -63,6 +66,15 @@ def ended(processes):
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
+@pytest.fixture(scope='module')
+def short(tmp_path_factory):
+    """Flags of a short run on scikit-learn's digits in MNIST's files: each process would import it for a second."""
+    folder = tmp_path_factory.mktemp('digits')
+    digits = data.dataset('digits', folder)
+    archives.write_idx_files(folder / 'mnist', digits.read('train'), digits.read('test'))
+    return [*FLAGS, f'--datasetfolder={folder}']
+
+
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch):
     """This process, which trains and evaluates what one alone does, has the networks of the others."""
@@ -80,12 +92,12 @@ def weights(run):
     ('number', 'optim', 'model', 'more', 'writers'),
     [(2, 'bsam', 'lenet', ['--stream'], 1), (4, 'sam', 'resnet20', [], 4), (2, 'sgd', 'resnet18', ['--stream'], 2)],
 )
-def test_processes_train_as_one(number, optim, model, more, writers, tmp_path):
+def test_processes_train_as_one(number, optim, model, more, writers, short, tmp_path):
     """Those that stream read their part of each batch only, the one alone has all images on its device.
 
     All that see the run folder write the checkpoint together; where one does not, the first alone writes it.
     """
-    flags = [*FLAGS, f'--optim={optim}', f'--model={model}', '--trainimages=480']
+    flags = [*short, f'--optim={optim}', f'--model={model}', '--trainimages=480']
     alone, together = tmp_path / 'alone', tmp_path / 'together'
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
@@ -95,7 +107,7 @@ def test_processes_train_as_one(number, optim, model, more, writers, tmp_path):
     train.main([*flags, f'--resultsfolder={alone}'])
     for status, _, errors in ended(processes):
         assert status == 0, errors
-    run = f'digits_{model}/{optim}/run_0'
+    run = f'mnist_{model}/{optim}/run_0'
     assert [path.name for path in (together / run).parent.iterdir()] == ['run_0']
     (expected, last), (found, step) = (weights(folder / run) for folder in (alone, together))
     assert step == last == 4
@@ -121,12 +133,9 @@ def until_step(folder, step):
     raise TimeoutError(f'no checkpoint of step {step} in {folder}')
 
 
-LONG = [*FLAGS, '--optim=bsam', '--model=resnet18', '--checkpointevery=1']
-
-
-def test_signal_and_resume_on_more(tmp_path):
+def test_signal_and_resume_on_more(short, tmp_path):
     """SIGTERM to one of two processes ends both after the same step; four go on, to what one alone comes to."""
-    flags = [*LONG, '--epochs=4']
+    flags = [*short, *LONG, '--epochs=4']
     alone, together = tmp_path / 'alone', tmp_path / 'together'
     processes = start(2, *flags, f'--resultsfolder={together}')
     run = until_step(together, 2)
@@ -144,9 +153,9 @@ def test_signal_and_resume_on_more(tmp_path):
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
 
 
-def test_signal_before_the_first_step_that_is_resumed(tmp_path):
+def test_signal_before_the_first_step_that_is_resumed(short, tmp_path):
     """It comes while the step is compiled, and ends both processes after it."""
-    run = train.main([*FLAGS, '--optim=bsam', '--model=resnet18', f'--resultsfolder={tmp_path}'])
+    run = train.main([*short, '--optim=bsam', '--model=resnet18', f'--resultsfolder={tmp_path}'])
     begun = weights(run)[1]
     processes = start(2, f'--resume={run}', '--epochs=100000')
     assert any(line.startswith(str(run)) for line in processes[0].stdout)
@@ -167,19 +176,19 @@ FAILS_IN_ORBAX = f"""if True:
 {SCRIPT.removeprefix('if True:')}"""
 
 
-def test_part_that_is_not_written(tmp_path):
+def test_part_that_is_not_written(short, tmp_path):
     """Both processes say so, once; from then on the first writes the checkpoints alone."""
-    processes = start(2, *FLAGS, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}', code=FAILS_IN_ORBAX)
+    processes = start(2, *short, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}', code=FAILS_IN_ORBAX)
     for (status, _, errors), reason in zip(ended(processes), ('Barrier timed out', 'Input/output error'), strict=True):
         assert status == 0 and errors.count('could not be saved') == 1 and reason in errors
-    checkpoints_there = tmp_path / 'digits_mlp' / 'sgd' / 'run_0' / 'checkpoints'
+    checkpoints_there = tmp_path / 'mnist_mlp' / 'sgd' / 'run_0' / 'checkpoints'
     assert checkpoints.all_steps(checkpoints_there) == [10] and writers_of(checkpoints_there / '10') == [0]
 
 
 @pytest.mark.parametrize('killed', [0, 1])
-def test_killed_process_ends_the_others(killed, tmp_path):
+def test_killed_process_ends_the_others(killed, short, tmp_path):
     """Within a minute and with a line on it; one process alone goes on with the run."""
-    processes = start(2, *LONG, '--epochs=100000', f'--resultsfolder={tmp_path}')
+    processes = start(2, *short, *LONG, '--epochs=100000', f'--resultsfolder={tmp_path}')
     run = until_step(tmp_path, 2)
     processes[killed].kill()
     began = time.monotonic()
@@ -211,17 +220,17 @@ def test_addresses_that_are_not_whole(flags, line, capsys):
     assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
-def test_automatic_without_a_cluster(tmp_path):
-    ((status, _, error),) = ended(start(1, *FLAGS, '--coordinator=auto', f'--resultsfolder={tmp_path}'))
+def test_automatic_without_a_cluster(short, tmp_path):
+    ((status, _, error),) = ended(start(1, *short, '--coordinator=auto', f'--resultsfolder={tmp_path}'))
     assert status == 2 and error.count('\n') == 1 and not list(tmp_path.iterdir())
     assert '--coordinator auto: neither Slurm, Open MPI nor Kubernetes says which processes there are' in error
 
 
 @pytest.mark.parametrize('number', [0, 1])
-def test_process_that_waits_for_one_that_never_joins(number, tmp_path):
-    flags = ['--processes=2', f'--processid={number}', f'--coordinator={free_address()}', '--jointimeout=2']
+def test_process_that_waits_for_one_that_never_joins(number, short, tmp_path):
+    address = ['--processes=2', f'--processid={number}', f'--coordinator={free_address()}', '--jointimeout=2']
     began = time.monotonic()
-    ((status, _, error),) = ended(start(1, *FLAGS, *flags, f'--resultsfolder={tmp_path}'))
+    ((status, _, error),) = ended(start(1, *short, *address, f'--resultsfolder={tmp_path}'))
     assert status == 2 and error.count('\n') == 1 and time.monotonic() - began < 60
     assert 'not all processes joined within 2 s' in error and not list(tmp_path.iterdir())
 
@@ -241,7 +250,7 @@ def test_error_of_one_ends_all(datasets, tmp_path):
 
 @pytest.mark.parametrize(
     ('optim', 'model', 'flags'),
-    [('bsam', 'resnet18', ['--testmc=5', '--bnrefresh=2', '--ood=digits', '--plots']), ('sgd', 'mlp', ['--laplace'])],
+    [('bsam', 'resnet18', ['--testmc=5', '--bnrefresh=2', '--ood=mnist', '--plots']), ('sgd', 'mlp', ['--laplace'])],
 )
 def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
     """Two processes, of which one has no run folder, measure what one alone does, and the first says and writes it."""
@@ -263,15 +272,15 @@ def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
         np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
-def test_processes_that_differ_in_devices(tmp_path):
-    flags = [*FLAGS, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}']
+def test_processes_that_differ_in_devices(short, tmp_path):
+    flags = [*short, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}']
     found = ended(start(2, *flags, devices_of_last=2))
     assert all(status != 0 and 'Traceback' not in errors for status, _, errors in found)
     assert any('some processes have 1 devices and some 2: give each as many' in errors for _, _, errors in found)
 
 
-def test_one_process_that_joined_is_stopped_as_ever(tmp_path):
-    flags = [*LONG, '--epochs=100000', '--processes=1', '--processid=0', f'--coordinator={free_address()}']
+def test_one_process_that_joined_is_stopped_as_ever(short, tmp_path):
+    flags = [*short, *LONG, '--epochs=100000', '--processes=1', '--processid=0', f'--coordinator={free_address()}']
     (process,) = start(1, *flags, f'--resultsfolder={tmp_path}')
     until_step(tmp_path, 2)
     process.send_signal(signal.SIGTERM)

@@ -1,5 +1,7 @@
 """The training step on the device: what it holds in memory, what it reuses, what it waits for."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +97,11 @@ def test_step_reuses_the_state(optim):
     donated = [leaf for leaf in jax.tree.leaves((state, epoch)) if leaf.size]
     step(state, epoch, *others)
     assert all(leaf.is_deleted() for leaf in donated)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_all_finite(value):
+    arrays = {'weights': np.ones((3, 4), np.float32), 'steps': np.int32(7), 'key': jax.random.key(0)}
+    assert training.all_finite(arrays)
+    arrays['weights'][1, 2] = value
+    assert not training.all_finite(arrays)
