@@ -6,7 +6,7 @@ Here the flags of the reference are translated into the field's terms.
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -53,17 +53,27 @@ def keys(seed):
 
 
 def create(config):
-    """The Experiment of a configuration {'flags': ..., 'dataset': data.describe(...)}. Raises models.ModelError."""
+    """The Experiment of a configuration {'flags': ..., 'dataset': data.describe(...)}. Raises models.ModelError.
+
+    Those that differ in nothing that it depends on, as in seeds, have the same one, which is compiled once.
+    """
     flags, dataset = config['flags'], config['dataset']
     num_data = dataset['num_train'] * flags['dafactor']
     model = models.create(flags['model'], dataset['num_classes'])
-    dtype = jnp.dtype(flags['precision'])
-    optimizer = _optimizer(flags, training.loss_function(model, dtype), num_data, dataset['num_train'])
-    normalise = partial(data.normalise, mean=dataset['mean'], std=dataset['std'])
+    arguments = tuple(_arguments(flags, num_data, dataset['num_train']).items())
+    images = (tuple(dataset[name]) for name in ('image_shape', 'mean', 'std'))
+    return _create(model, flags['precision'], flags['optim'], arguments, num_data, *images)
+
+
+@cache
+def _create(model, precision, optim, arguments, num_data, image_shape, mean, std):
+    dtype = jnp.dtype(precision)
+    optimizer = optimizers.OPTIMIZERS[optim](training.loss_function(model, dtype), **dict(arguments))
+    normalise = partial(data.normalise, mean=mean, std=std)
 
     def init(key):
         weights_key, state_key = jax.random.split(key)
-        variables = model.init(weights_key, jnp.zeros((1, *dataset['image_shape'])), train=False)
+        variables = model.init(weights_key, jnp.zeros((1, *image_shape)), train=False)
         return optimizer.init(variables['params'], variables.get('batch_stats', {}), state_key)
 
     def apply(params, batch_stats, images):
@@ -87,9 +97,8 @@ FLAGS_OF_ARGUMENTS = {
 }
 
 
-def _optimizer(flags, loss, num_data, num_train):
-    """The row of optimizers.OPTIMIZERS that the flags name, with the arguments that it takes."""
-    create = optimizers.OPTIMIZERS[flags['optim']]
+def _arguments(flags, num_data, num_train):
+    """Those of the row of optimizers.OPTIMIZERS that the flags name, but for the loss."""
     steps = num_train // flags['batchsize']
     values = flags | {argument: flags[flag] for argument, flag in FLAGS_OF_ARGUMENTS.items()}
     values |= {
@@ -100,8 +109,8 @@ def _optimizer(flags, loss, num_data, num_train):
         'swagstart': steps * (_first_constant_epoch(flags) + 1),
         'swagevery': steps,
     }
-    names = [name for name in inspect.signature(create).parameters if name != 'loss']
-    return create(loss, **{name: values[name] for name in names})
+    names = inspect.signature(optimizers.OPTIMIZERS[flags['optim']]).parameters
+    return {name: values[name] for name in names if name != 'loss'}
 
 
 def at_once(flags):

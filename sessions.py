@@ -157,7 +157,8 @@ class Trainer:
         with jax.set_mesh(session.mesh):
             self.held_out = feeds.parts(images.held_out, self.args.testbatchsize, self.args.stream)
         self.steps = len(images.train) // self.args.batchsize
-        self.step = training.step_function(self.experiment.optimizer, self._prepare, self.feed.choose)
+        optimizer, normalise = self.experiment.optimizer, self.experiment.normalise
+        self.step = training.step_function(optimizer, normalise, session.augmented, self.feed.choose)
         self.stopped = self.log_failed = False
         self.calls = itertools.count(1)
 
@@ -187,9 +188,6 @@ class Trainer:
             self._write_log(progress.log)
             self.report.epoch(record)
         return progress
-
-    def _prepare(self, key, batch):
-        return self.experiment.normalise(data.augment(key, batch) if self.session.augmented else batch)
 
     def _take_steps(self, state, progress, writer):
         """The steps that are left of an epoch, or those up to a signal; saves the state where they end."""

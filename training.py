@@ -1,6 +1,6 @@
 """Training: the loss of a network, an epoch on the device, the jitted step."""
 
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -48,18 +48,20 @@ def all_finite(arrays):
     return jnp.isfinite(jnp.stack([jnp.abs(leaf).max() for leaf in floats])).all()
 
 
-def step_function(optimizer, prepare, choose=feeds.Resident.choose):
+@cache
+def step_function(optimizer, normalise, augmented=False, choose=feeds.Resident.choose):
     """The jitted step(state, epoch, images, labels, lr_factor) -> (state, epoch, loss), which reuses the first two.
 
     choose(epoch, images, labels) returns the step's batch, images uint8 [B, H, W, C] and labels int [B]: of all images,
-    which stay on the device, or what was sent for the step. prepare(key, images) augments and normalises.
+    which stay on the device, or what was sent for the step. normalise(images) returns what the network takes.
     """
 
     @partial(jax.jit, donate_argnames=('state', 'epoch'))
     def step(state, epoch, images, labels, lr_factor):
         images, labels = choose(epoch, images, labels)
-        images = prepare(jax.random.fold_in(epoch.key, epoch.step), images)
-        state, loss = optimizer.step(state, (images, labels), lr_factor)
+        if augmented:
+            images = data.augment(jax.random.fold_in(epoch.key, epoch.step), images)
+        state, loss = optimizer.step(state, (normalise(images), labels), lr_factor)
         state = jax.tree.map(devices.gather, state)
         return state, epoch._replace(step=epoch.step + 1, loss=epoch.loss + loss), loss
 

@@ -145,9 +145,7 @@ def batch_at_hand(experiment, batch_size=BATCH):
 def step_of(model, optim, precision, batchsplit=SPLIT, **given):
     """An Experiment and train.py's jitted step of it."""
     experiment = experiments.create(configuration(model, optim, precision, batchsplit, **given))
-    return experiment, training.step_function(
-        experiment.optimizer, lambda key, batch: experiment.normalise(data.augment(key, batch))
-    )
+    return experiment, training.step_function(experiment.optimizer, experiment.normalise, augmented=True)
 
 
 def posterior_of(model, optim, precision, batch_size):

@@ -42,7 +42,7 @@ SCRIPT = """if True:
         arguments = [f'--optim={optim}', f'--model={model}', '--alpha=0.01', '--batchsize=16', '--epochs=3', *split]
         experiment = experiments.create({'flags': vars(settings.parse_args(arguments)), 'dataset': dataset})
         mesh = devices.create_mesh(number)
-        step = training.step_function(experiment.optimizer, lambda key, batch: experiment.normalise(batch))
+        step = training.step_function(experiment.optimizer, experiment.normalise)
         is_shared = bool(split) and number > 1
         with jax.set_mesh(mesh):
             state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
@@ -168,7 +168,7 @@ def test_a_step_on_one_device_is_that_without_a_mesh(optim):
 
     def operations():
         key = jax.random.key(0)
-        step = training.step_function(experiment.optimizer, lambda key, batch: experiment.normalise(batch))
+        step = training.step_function(experiment.optimizer, experiment.normalise)
         start = partial(training.start_epoch, num_images=32, batch_size=16)
         images, labels = jax.ShapeDtypeStruct((32, 8, 8, 3), jnp.uint8), jax.ShapeDtypeStruct((32,), jnp.int32)
         arguments = jax.eval_shape(experiment.init, key), jax.eval_shape(start, key, jnp.int32(0)), images, labels
