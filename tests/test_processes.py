@@ -31,7 +31,7 @@ SCRIPT = f"""if True:
     models.MODELS |= {{'resnet18': conftest.SmallResNet, 'resnet20': conftest.ShortResNet20}}
     {{'train': train, 'test': test}}[sys.argv[1]].main(sys.argv[2:])
 """
-FLAGS = ['--dataset=mnist', '--alpha=0.05', '--batchsize=240', '--warmup=0', '--epochs=1']
+FLAGS = ['--dataset=mnist', '--alpha=0.05', '--batchsize=96', '--warmup=0', '--epochs=1']
 LONG = ['--optim=bsam', '--model=resnet18', '--checkpointevery=1']
 # More threads than cores hinder each other.
 SMALL = {'JAX_PLATFORMS': 'cpu', 'PJRT_NPROC': '1'}
@@ -68,10 +68,11 @@ def ended(processes):
 
 @pytest.fixture(scope='module')
 def short(tmp_path_factory):
-    """Flags of a short run on scikit-learn's digits in MNIST's files: each process would import it for a second."""
+    """Flags of a short run on 480 of scikit-learn's digits in MNIST's files: importing it takes each a second."""
     folder = tmp_path_factory.mktemp('digits')
     digits = data.dataset('digits', folder)
-    archives.write_idx_files(folder / 'mnist', digits.read('train'), digits.read('test'))
+    parts = ([array[:number] for array in digits.read(split)] for split, number in (('train', 480), ('test', 120)))
+    archives.write_idx_files(folder / 'mnist', *parts)
     return [*FLAGS, f'--datasetfolder={folder}']
 
 
@@ -97,7 +98,7 @@ def test_processes_train_as_one(number, optim, model, more, writers, short, tmp_
 
     All that see the run folder write the checkpoint together; where one does not, the first alone writes it.
     """
-    flags = [*short, f'--optim={optim}', f'--model={model}', '--trainimages=480']
+    flags = [*short, f'--optim={optim}', f'--model={model}', '--trainimages=192']
     alone, together = tmp_path / 'alone', tmp_path / 'together'
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
