@@ -15,9 +15,9 @@ import settings
 import training
 
 
-def create(optim, num_images=40):
+def create(optim, num_images=40, more=()):
     """A step of an MLP whose 1.7 million parameters are most of what it holds, and its arguments."""
-    flags = vars(settings.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8']))
+    flags = vars(settings.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8', *more]))
     flags['batchsplit'] = flags['batchsplit'] and 4
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
     experiment = experiments.create({'flags': flags, 'dataset': dataset})
@@ -64,6 +64,17 @@ def test_memory_of_a_step(optim, most):
 def test_default_of_sub_batches_at_once(backend, flags, number, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     assert experiments.at_once(vars(settings.parse_args(flags))) == number
+
+
+def test_runs_of_one_kind_share_what_is_compiled():
+    """Seeds and folders make no other experiment and no other step; what a step depends on does."""
+
+    def step_of(*more):
+        return create('bsam', more=more)[0]
+
+    assert step_of() is step_of('--randomseed=1', '--resultsfolder=elsewhere', '--epochs=7')
+    for changed in ('--alpha=0.25', '--precision=bfloat16', '--dafactor=4', '--atonce=2'):
+        assert step_of(changed) is not step_of()
 
 
 @pytest.mark.parametrize(('optim', 'model'), [('bsam', 'resnet18'), ('sam', 'resnet20')])
