@@ -61,8 +61,8 @@ def create(config):
     num_data = dataset['num_train'] * flags['dafactor']
     model = models.create(flags['model'], dataset['num_classes'])
     arguments = tuple(_arguments(flags, num_data, dataset['num_train']).items())
-    images = (tuple(dataset[name]) for name in ('image_shape', 'mean', 'std'))
-    return _create(model, flags['precision'], flags['optim'], arguments, num_data, *images)
+    shape, mean, std = (tuple(dataset[name]) for name in ('image_shape', 'mean', 'std'))
+    return _create(model, flags['precision'], flags['optim'], arguments, num_data, shape, mean, std)
 
 
 @cache

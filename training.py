@@ -45,7 +45,7 @@ def loss_function(model, dtype):
 def all_finite(arrays):
     """Whether every float in a pytree of arrays is a finite number."""
     floats = [leaf for leaf in jax.tree.leaves(arrays) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.isfinite(jnp.stack([jnp.abs(leaf).max() for leaf in floats])).all()
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
 @cache
