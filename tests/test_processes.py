@@ -68,7 +68,7 @@ def ended(processes):
 
 @pytest.fixture(scope='module')
 def short(tmp_path_factory):
-    """Flags of a short run on 480 of scikit-learn's digits in MNIST's files: importing it takes each a second."""
+    """Flags of a short run on 480 digits of scikit-learn in MNIST's files: no process has to import it for a second."""
     folder = tmp_path_factory.mktemp('digits')
     digits = data.dataset('digits', folder)
     parts = ([array[:number] for array in digits.read(split)] for split, number in (('train', 480), ('test', 120)))
