@@ -49,7 +49,7 @@ def parse_args(argv):
 
 def curves(make, optims, sizes):
     """{optimizer: {size: median seconds of what make(optimizer, size) returned}}, all called in turn."""
-    times, _ = run.in_turns(TURNS, {(optim, size): make(optim, size) for optim in optims for size in sizes})
+    times, _ = run.in_turns(range(TURNS), {(optim, size): make(optim, size) for optim in optims for size in sizes})
     return {optim: {size: statistics.median(times[optim, size]) for size in sizes} for optim in optims}
 
 

@@ -6,9 +6,11 @@ Images are synthetic. What is compared is measured in turns in this process; a r
 turns, and a time the median too.
 """
 
+import itertools
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,11 +47,13 @@ def main(argv=None):
     args = parse_args(argv)
     results = runs.provenance('benchmarks/run.py', argv) | {'machine': machine()}
     for model in args.models:
-        results[model] = step_times(model, args.precision, args.repeats)
-        results[model] |= evaluation_times(model, args.precision, args.repeats, args.testimages, args.testmc)
+        turns = Turns(args.repeats, args.seconds)
+        results[model] = step_times(model, args.precision, turns)
+        results[model] |= evaluation_times(model, args.precision, turns, args.testimages, args.testmc)
         results[model]['memory'] = step_memory(model, args.precision)
         if args.baselinerepeats:
-            results[model]['baseline'] = baseline_times(model, args.precision, args.baselinerepeats)
+            turns = Turns(args.baselinerepeats, args.seconds)
+            results[model]['baseline'] = baseline_times(model, args.precision, turns)
         report(f'{model} is done')
     results['metrics'] = metric_times()
     print_table(results, args.precision)
@@ -62,10 +66,11 @@ def parse_args(argv):
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
     add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
-    add('--repeats', type=flags.integer(1), default=5, help='turns in which steps and the evaluation are timed')
+    add('--repeats', type=flags.integer(1), default=5, help='turns at least in which steps and evaluation are timed')
+    add('--seconds', type=flags.integer(0), default=60, help='more turns of each comparison until it has taken so long')
     add('--testimages', type=flags.integer(1), default=1000, help='images that are evaluated, twice')
     add('--testmc', type=flags.integer(1), default=8, help='samples over which their predictions are averaged')
-    help = 'turns of a step of the published formulation, minutes each for ResNet-18 on a CPU; 0 leaves it out'
+    help = 'turns of a step of the published formulation at least, minutes each on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=flags.integer(0), default=2, help=help)
     add('--json', type=flags.new_file, help='write all figures here')
     return parser.parse_args(argv)
@@ -84,14 +89,29 @@ def seconds(function, *args, calls=1):
     return (time.perf_counter() - start) / calls
 
 
-def in_turns(repeats, functions, calls=1):
+@dataclass(frozen=True)
+class Turns:
+    """How many turns a comparison takes: at least `repeats`, and more until `seconds` have passed."""
+
+    repeats: int
+    seconds: float = 0
+
+    def __iter__(self):
+        began = time.perf_counter()
+        for turn in itertools.count():
+            if turn >= self.repeats and time.perf_counter() - began >= self.seconds:
+                return
+            yield turn
+
+
+def in_turns(turns, functions, calls=1):
     """Seconds of functions of no arguments, {name: [one a turn]}, and those of a first call, which compiles.
 
     Each is called once more in a turn before its calls are timed: what comes before frees memory meanwhile.
     """
     first = {name: seconds(function) for name, function in functions.items()}
     times = {name: [] for name in functions}
-    for _ in range(repeats):
+    for _ in turns:
         for name, function in functions.items():
             seconds(function)
             times[name].append(seconds(function, calls=calls))
@@ -211,7 +231,7 @@ def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPL
     return gradient, (state, batch_at_hand(experiment, batch_size))
 
 
-def step_times(model, precision, repeats):
+def step_times(model, precision, turns):
     """A step of each optimizer beside one gradient over the same sub-batches."""
     gradient, arguments = gradient_over_sub_batches(model, precision)
     functions = {
@@ -221,7 +241,7 @@ def step_times(model, precision, repeats):
         'bsam': Trainer(model, 'bsam', precision),
         'bsam_on_one_batch': TrainerOfOneBatch(model, 'bsam', precision),
     }
-    times, first = in_turns(repeats, functions)
+    times, first = in_turns(turns, functions)
     median = {name: statistics.median(t) for name, t in times.items()}
     return {
         'turns': times,
@@ -235,7 +255,7 @@ def step_times(model, precision, repeats):
     }
 
 
-def baseline_times(model, precision, repeats):
+def baseline_times(model, precision, turns):
     """bSAM and evaluation as the published scripts do them, in turns with ours."""
     config = configuration(model, 'bsam', precision)
     experiment = experiments.create(config)
@@ -264,7 +284,7 @@ def baseline_times(model, precision, repeats):
         'logits': partial(posteriors.logits, experiment.apply, state.params, state.batch_stats, few, BATCH),
         'published_logits': partial(baseline.logits, network, variables, experiment.normalise(few), BATCH),
     }
-    times, first = in_turns(repeats, functions)
+    times, first = in_turns(turns, functions)
     return {
         'turns': times,
         'step_seconds': statistics.median(times['published_bsam']),
@@ -274,7 +294,7 @@ def baseline_times(model, precision, repeats):
     }
 
 
-def evaluation_times(model, precision, repeats, num_images, num_samples):
+def evaluation_times(model, precision, turns, num_images, num_samples):
     """An evaluation as test.py makes it, with all metrics and their intervals, over as many plain forward passes."""
     posterior, logits = posterior_of(model, 'bsam', precision, BATCH)
     images, labels = synthetic_images(num_images)
@@ -287,7 +307,7 @@ def evaluation_times(model, precision, repeats, num_images, num_samples):
     def plain():
         return [logits(images=images) for _ in range(num_samples + 1)]
 
-    times, _ = in_turns(repeats, {'evaluate': evaluate, 'plain': plain})
+    times, _ = in_turns(turns, {'evaluate': evaluate, 'plain': plain})
     return {
         'testmc': num_samples,
         'forward_images_per_second': (num_samples + 1) * num_images / statistics.median(times['plain']),

@@ -70,7 +70,7 @@ def main(argv=None):
             trainers[precision, way] = Trainer(has_mesh, args.model, optim, precision, args.batchsize, **given)
     with ThreadPoolExecutor() as pool:
         list(pool.map(Trainer.compile, trainers.values()))
-    times, _ = run.in_turns(args.repeats, trainers, args.steps)
+    times, _ = run.in_turns(range(args.repeats), trainers, args.steps)
     for (precision, way), turns in times.items():
         rate = args.batchsize / statistics.median(turns)
         gradients = 1 if way == 'sgd' else 2

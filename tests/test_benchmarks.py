@@ -45,7 +45,7 @@ def numbers(results):
 def test_run(benchmark, tmp_path, capsys):
     """With the published formulation, and its table without."""
     path = tmp_path / 'benchmark.json'
-    flags = ['--models=resnet20', '--repeats=1', '--testimages=12', '--testmc=2', '--baselinerepeats=1']
+    flags = ['--models=resnet20', '--repeats=1', '--seconds=0', '--testimages=12', '--testmc=2', '--baselinerepeats=1']
     run = benchmark('run')
     run.main([*flags, f'--json={path}'])
     assert 'as published' in capsys.readouterr().out
