@@ -153,18 +153,18 @@ class Writer:
         os.replace(partial, checkpoint)
         runs.flush(self.folder)
         steps = [*self._steps, int(checkpoint.name)]
-        self._steps = sorted({*steps[-2:], *self._best(progress.log)} & set(steps))
+        self._steps = sorted({*steps[-2:], *self._best(progress.log, steps)})
         for old in set(all_steps(self.folder)) - set(self._steps):
             _discard(self.folder / str(old))
 
     def _step(self, progress):
         return progress.epoch * self.steps_per_epoch + progress.step
 
-    def _best(self, log):
-        if not self.keep_best or not log:
-            return []
-        best = max(log, key=_accuracy)
-        return [(best['epoch'] + 1) * self.steps_per_epoch]
+    def _best(self, log, steps):
+        """The step of the epoch of best accuracy, of those that have a checkpoint, in a list; empty without any."""
+        accuracies = {(record['epoch'] + 1) * self.steps_per_epoch: _accuracy(record) for record in log}
+        held = [step for step in accuracies if step in steps] if self.keep_best else []
+        return [max(held, key=accuracies.get)] if held else []
 
 
 def _checkpointer(processes):
@@ -241,10 +241,7 @@ def restore(run, like, step=None):
 
 
 def _read(run, like, step):
-    folder = Path(run).absolute() / 'checkpoints'
-    steps = all_steps(folder)
-    if not steps:
-        raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
+    folder, steps = Path(run).absolute() / 'checkpoints', require_any(run)
     if step is not None and step not in steps:
         raise runs.RunError(f'{folder} holds no checkpoint {step}; there are {", ".join(map(str, steps))}')
     step = steps[-1] if step is None else step
@@ -254,6 +251,14 @@ def _read(run, like, step):
         offer = f'go on from the one before with --checkpoint {whole[-1]}' if whole else 'there is no whole one before'
         raise runs.RunError(f'{folder / str(step)} is damaged: {damage}; {offer}')
     return step, _read_state(folder / str(step), like), _read_progress(folder / str(step))
+
+
+def require_any(run):
+    """The steps of a run's checkpoints, the newest last. Raises runs.RunError if there is none."""
+    steps = all_steps(Path(run) / 'checkpoints')
+    if not steps:
+        raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
+    return steps
 
 
 def find_damage(checkpoint):

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import shlex
 import sys
 import tarfile
 import threading
@@ -103,8 +104,9 @@ def _read(read, folder, split):
         raise DataError(f'{error.filename or folder} cannot be read: {error.strerror or error}') from error
 
 
-def describe(dataset, train_images):
-    """What networks need to know of an image set, as plain values: sizes, and mean and std of every channel."""
+def describe(dataset, train_images, train_labels):
+    """What networks need to know of an image set, as plain values: sizes, and mean and std of every channel; and the
+    CRC-32 of the training labels, which tells other images and another order of them."""
     mean, std = channel_statistics(train_images) if dataset.mean is None else (dataset.mean, dataset.std)
     return {
         'num_train': len(train_images),
@@ -112,7 +114,14 @@ def describe(dataset, train_images):
         'image_shape': list(train_images.shape[1:]),
         'mean': list(mean),
         'std': list(std),
+        'labels_crc32': zlib.crc32(np.ascontiguousarray(train_labels)),
     }
+
+
+def require_same(found, description, folder, run):
+    """Raises a DataError if parts of a description that were found in a folder differ from a run's."""
+    if any(description.get(name, value) != value for name, value in found.items()):
+        raise DataError(f'{folder} holds other images than those that {run} was begun with')
 
 
 def read_train(dataset, of_run):
@@ -496,9 +505,8 @@ def _read_tinyimagenet(folder, split):
     root = folder / 'tiny-imagenet-200'
     split_folder = root / {'train': 'train', 'test': 'val'}[split]
     if not all(path.is_dir() for path in (split_folder, root / 'train')) or (root / 'val' / 'images').exists():
-        raise DataError(
-            f'{split_folder} is missing or not sorted: run python setup_tinyimagenet.py --datasetfolder {folder}'
-        )
+        setup = f'python setup_tinyimagenet.py --datasetfolder {shlex.quote(str(folder))}'
+        raise DataError(f'{split_folder} is missing or not sorted: run {setup}')
     classes = sorted(entry.name for entry in os.scandir(root / 'train') if entry.is_dir() and entry.name[0] == 'n')
     paths, labels, fingerprint = _list_image_folders(split_folder, classes)
     if len(classes) != 200 or len(set(labels)) != 200:
@@ -605,11 +613,11 @@ def _tfds_dataset(name, folder):
         raise
     except Exception as error:  # TFDS has no error of its own for unknown names and damaged folders
         raise DataError(f'{folder / name} cannot be read by TFDS: {flags.first_line(error)}') from error
-    image_key, label_key = builder.info.supervised_keys or ('image', 'label')
+    image_key, label_key = (builder.info.supervised_keys or ('image', 'label'))[:2]
     features = builder.info.features
-    has_both = image_key in features and label_key in features
-    is_classification = has_both and isinstance(features[label_key], tfds.features.ClassLabel)
-    if not is_classification or 'train' not in builder.info.splits:
+    has_images = image_key in features and isinstance(features[image_key], tfds.features.Image)
+    has_classes = label_key in features and isinstance(features[label_key], tfds.features.ClassLabel)
+    if not (has_images and has_classes) or 'train' not in builder.info.splits:
         raise DataError(f'tfds/{name} is no image classification set with a split "train"')
     read = partial(_read_tfds, builder, image_key, label_key, folder / name)
     in_colour = features[image_key].shape[-1] == 3

@@ -29,9 +29,9 @@ def parse_args(argv=None):
         '--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of weights, batches and samples'
     )
     args = parser.parse_args(argv)
-    if args.output.suffix != '.gif' or args.output.is_dir():
+    if args.output.suffix != '.gif' or os.path.isdir(args.output):
         parser.error(f'--output {args.output} is not the name of a .gif')
-    if not args.output.absolute().parent.is_dir() or not os.access(args.output.absolute().parent, os.W_OK):
+    if not os.access(args.output.absolute().parent, os.W_OK | os.X_OK):
         parser.error(f'--output {args.output}: the folder is missing or cannot be written')
     return args
 

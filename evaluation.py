@@ -28,6 +28,15 @@ import runs
 import settings
 
 
+class Trained(NamedTuple):
+    """A trained run: its configuration, what that means, the optimizer's state and how far training was."""
+
+    config: dict
+    experiment: experiments.Experiment
+    state: Any
+    progress: checkpoints.Progress
+
+
 class Subject(NamedTuple):
     """A run that is evaluated: its images uint8 [N, H, W, C] and int32 [N] of the split, and its posterior.
 
@@ -35,7 +44,7 @@ class Subject(NamedTuple):
     """
 
     run: Path
-    flags: dict
+    config: dict
     progress: checkpoints.Progress
     dataset_folder: str
     images: np.ndarray
@@ -43,29 +52,46 @@ class Subject(NamedTuple):
     held_out: Any
     posterior: posteriors.Posterior
 
+    @property
+    def flags(self):
+        return self.config['flags']
 
-def load(run, config, *, split, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
-    """The Subject of a run. Raises DataError, DeviceError, ModelError and RunError.
 
-    config: as from runs.read_config; num_images: of the split, None for all; step: a checkpoint, None for the newest;
-    bn_refresh: training batches over which batch statistics of each weights are estimated again, None for those of
-    training; with_laplace: the posterior is a Laplace approximation of the last layer.
+def restore(run, step=None):
+    """A run folder's newest checkpoint, or that of `step`, as Trained. Raises DataError, ModelError and RunError.
+
+    The state's arrays are on the devices of the mesh that is set, or on the first.
     """
-    flags = config['flags']
-    data.check_description(config.get('dataset'), run / 'config.json')
-    if devices.is_first() and not os.access(run, os.W_OK):
-        raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
+    config = devices.from_first(lambda: runs.read_config(run))
+    config['flags'] = vars(settings.flags_of(config, run))
+    data.check_description(config.get('dataset'), Path(run) / 'config.json')
     experiment = experiments.create(config)
     _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
-    state = devices.send(state)
+    return Trained(config, experiment, devices.send(state), progress)
+
+
+def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
+    """The Subject of a run. Raises DataError, DeviceError, ModelError and RunError.
+
+    with_held_out: whether the images are wanted that the run kept out of training, besides those of the split;
+    num_images: of the split, None for all; step: a checkpoint, None for the newest; bn_refresh: training batches over
+    which batch statistics of each weights are estimated again, None for those of training; with_laplace: the posterior
+    is a Laplace approximation of the last layer.
+    """
+    config, experiment, state, progress = restore(run, step)
+    flags = config['flags']
+    if devices.is_first() and not os.access(run, os.W_OK):
+        raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
     folder = dataset_folder or flags['datasetfolder']
     dataset = data.dataset(flags['dataset'], folder)
-    needs_training_images = flags['validation'] or bn_refresh or with_laplace
+    if with_held_out or split == 'validation':
+        require_held_out(run, flags)
+    needs_training_images = with_held_out or split == 'validation' or bn_refresh or with_laplace
     train, held_out = data.read_train(dataset, flags) if needs_training_images else (None, None)
+    found = data.describe(dataset, *train) if train else {'num_classes': dataset.num_classes}
+    data.require_same(found, config['dataset'], folder, run)
     if train:
         devices.require_same_arrays('training images', *train)
-    if split == 'validation':
-        require_held_out(run, flags)
     whole_split = held_out if split == 'validation' else dataset.read('test')
     images, labels = data.some('--testimages', num_images, *whole_split)
     if list(images.shape[1:]) != config['dataset']['image_shape']:
@@ -76,7 +102,7 @@ def load(run, config, *, split, num_images, step, dataset_folder, batch_size, bn
     if with_laplace:
         sample = _laplace_sample(experiment, flags, state, batch_size, train[0])
     posterior = _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, dataset.augment)
-    return Subject(run, flags, progress, folder, images, labels, held_out, posterior)
+    return Subject(run, config, progress, folder, images, labels, held_out, posterior)
 
 
 def _laplace_sample(experiment, flags, state, batch_size, images):
@@ -181,13 +207,18 @@ def tempered(subject, prediction, num_samples, num_bins):
     return results
 
 
+def require_unknown(name, flags):
+    """Raises a DataError if a data set is the one that a run was trained on."""
+    if name == flags['dataset']:
+        raise data.DataError(f'--ood {name}: these are the images that the run knows')
+
+
 def read_ood(subject, name, num_images):
     """The test images of another data set in the shape of the run's, and the shape that they had. Raises DataError.
 
     num_images: that many of them at most, None for all.
     """
-    if name == subject.flags['dataset']:
-        raise data.DataError(f'--ood {name}: these are the images that the run knows')
+    require_unknown(name, subject.flags)
     images, labels = data.dataset(name, subject.dataset_folder).read('test')
     images, _ = data.some('--testimages', num_images and min(num_images, len(images)), images, labels)
     return data.fitted(images, subject.images.shape[1:]), list(images.shape[1:])
@@ -279,10 +310,11 @@ def _means(points, at):
     return {name: float(np.mean([point[at][name] for point in points])) for name in points[0][at]}
 
 
-def write_predictions(path, prediction, labels, num_samples):
+def write_predictions(path, prediction, subject, num_samples):
     """predictions.npz, whose format the README documents. Raises RunError."""
+    progress = subject.progress
     arrays = {
-        'labels': labels.astype(np.int32),
+        'labels': subject.labels.astype(np.int32),
         'logits': prediction.logits.astype(np.float32),
         'probs': prediction.probs.astype(np.float32),
         'log_probs': _log(prediction.probs).astype(np.float32),
@@ -290,6 +322,7 @@ def write_predictions(path, prediction, labels, num_samples):
         'expected_entropy': prediction.expected_entropy.astype(np.float32),
         'votes': prediction.votes,
         'num_samples': np.int32(num_samples),
+        'trained': np.int32([progress.epoch, progress.step]),
     }
     with io.BytesIO() as file:
         np.savez_compressed(file, **arrays)
@@ -302,14 +335,15 @@ def _log(probs):
 
 
 def read_predictions(path):
-    """(labels, Prediction, num_samples) of predictions.npz. Raises RunError."""
+    """(labels, Prediction, num_samples, checkpoints.Progress) of predictions.npz. Raises RunError."""
     try:
         with open(path, 'rb') as opened, np.load(opened) as file:
             held = {name: file[name] for name in _TYPES}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise runs.RunError(f'{path} is missing or damaged ({error}): evaluate the run without --reuse') from error
     n, k = held['logits'].shape if held['logits'].ndim == 2 else (0, 0)
     shapes = {'labels': (n,), 'logits': (n, k), 'log_probs': (n, k), 'expected_entropy': (n,), 'votes': (n, k)}
+    shapes['trained'] = (2,)
     fits = all(
         held[name].shape == shapes.get(name, ()) and held[name].dtype.kind == kind for name, kind in _TYPES.items()
     )
@@ -317,7 +351,10 @@ def read_predictions(path):
         raise runs.RunError(f'{path} is not what test.py writes: evaluate the run without --reuse')
     probs = metrics.softmax(held['log_probs'])
     prediction = posteriors.Prediction(held['logits'], probs, held['expected_entropy'], held['votes'])
-    return held['labels'], prediction, int(held['num_samples'])
+    return held['labels'], prediction, int(held['num_samples']), checkpoints.Progress(*held['trained'].tolist())
 
 
-_TYPES = {'labels': 'i', 'logits': 'f', 'log_probs': 'f', 'expected_entropy': 'f', 'votes': 'i', 'num_samples': 'i'}
+_TYPES = {
+    'labels': 'i', 'logits': 'f', 'log_probs': 'f', 'expected_entropy': 'f', 'votes': 'i', 'num_samples': 'i',
+    'trained': 'i',
+}  # fmt: skip

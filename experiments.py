@@ -120,13 +120,10 @@ def at_once(flags):
 
 
 def lr_factor(flags, epoch):
-    """The learning rate of an epoch, relative to alpha."""
-    constant = (
-        {}
-        if flags['swagstart'] is None
-        else {'constant_from': _first_constant_epoch(flags), 'constant': flags['swagrate']}
-    )
-    return optimizers.lr_factor(epoch, flags['epochs'], flags['warmup'], **constant)
+    """The learning rate of an epoch, relative to alpha; SWAG's is constant from one on."""
+    if flags['swagstart'] is not None and epoch >= _first_constant_epoch(flags):
+        return flags['swagrate']
+    return optimizers.lr_factor(epoch, flags['epochs'], flags['warmup'])
 
 
 def _first_constant_epoch(flags):

@@ -43,9 +43,8 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(args).items() if value is not unset}
 
     def takes_whole_numbers(self, name):
-        """Whether a flag refuses 1.5, but not 1."""
-        kind = next((action.type for action in self._actions if action.dest == name), None)
-        return kind is not None and _accepts(kind, '1') and not _accepts(kind, '1.5')
+        """Whether a flag's type is one of `integer`."""
+        return any(action.dest == name and hasattr(action.type, 'whole') for action in self._actions)
 
     def from_values(self, values, without=()):
         """A Namespace of all flags but those named, from plain values held to the bounds of each. Raises ValueError.
@@ -64,14 +63,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
-def _accepts(kind, text):
-    try:
-        kind(text)
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
-    return True
 
 
 def _checked_value(action, values):
@@ -101,6 +92,7 @@ def use_compilecache(folder):
     """Turns JAX's persistent compilation cache on, unless folder is 'off'."""
     import jax
 
+    jax.config.update('jax_enable_compilation_cache', folder != 'off')
     if folder != 'off':
         jax.config.update('jax_compilation_cache_dir', folder)
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
@@ -152,6 +144,7 @@ def integer(minimum, below=math.inf):
         bound = '' if below == math.inf else f' and less than {below}'
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {minimum} or more{bound}')
 
+    parse.whole = True
     return parse
 
 
@@ -193,9 +186,9 @@ def steps_or_minutes(text):
 def new_file(text):
     """A flag type: the path of a file that can be written, as far as its folder tells."""
     path = pathlib.Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f'{path} is a folder: give the path of a file')
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise argparse.ArgumentTypeError(f'{path.parent} is no folder: make it first')
     if not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f'{path.parent} cannot be written')

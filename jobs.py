@@ -179,14 +179,15 @@ def _trained(call, folder, values):
         return begun
     for left in folder.glob('*/*/run_*'):
         with runs.locked(left):
-            shutil.rmtree(left)
+            pass
+        shutil.rmtree(left)  # not while its lock is open, which NFS would keep in the folder
     call('train.py', [*arguments(values), f'--resultsfolder={folder}'])
     return next(folder.glob('*/*/run_*'))
 
 
 def _tested(call, trained, values, given):
-    folder = arguments({name: value for name, value in values.items() if name == 'datasetfolder'})
-    call('test.py', [f'--resultsfolder={trained}', *folder, *given])
+    folders = arguments({name: value for name, value in values.items() if name in ('datasetfolder', 'compilecache')})
+    call('test.py', [f'--resultsfolder={trained}', *folders, *given])
     return metrics(trained, given)
 
 

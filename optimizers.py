@@ -106,14 +106,11 @@ class IVONState(NamedTuple):
     key: jax.Array
 
 
-def lr_factor(epoch, epochs, warmup, constant_from=math.inf, constant=None):
+def lr_factor(epoch, epochs, warmup):
     """The learning rate of an epoch relative to `learning_rate`: linear warm-up, then half a cosine down to almost 0.
 
-    epoch: 0, 1, ..., epochs (the reference runs epochs + 1 of them); warmup: epochs of warm-up. From the epoch
-    `constant_from` on it is `constant`.
+    epoch: 0, 1, ..., epochs (the reference runs epochs + 1 of them); warmup: epochs of warm-up.
     """
-    if epoch >= constant_from:
-        return constant
     if epoch < warmup:
         return (epoch + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs + 1 - warmup)))

@@ -76,18 +76,21 @@ def begin(args, held):
 def resume(run, args, before, held, step=None):
     """A Session that goes on from a run's newest checkpoint, or that of `step`; locked as by `begin`.
 
-    before: the run's configuration; args may have other paths and more epochs.
+    before: the run's configuration; args may have other paths and other epochs.
     Raises DataError, DeviceError, ModelError and RunError.
     """
     if devices.is_first():
         held.enter_context(runs.locked(run))
     mesh = share(args, flags_hold=True)
+    data.check_description(before.get('dataset'), Path(run) / 'config.json')
     config, augmented, images = _read(args)
-    if config['dataset'] != before.get('dataset'):
-        raise data.DataError(f'{args.datasetfolder} holds other images than those that {run} was begun with')
+    data.require_same(config['dataset'], before['dataset'], args.datasetfolder, run)
     experiment = experiments.create(config)
     init_key, _, _ = experiments.keys(args.randomseed)
     _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, init_key), step)
+    least = progress.epoch if step is None else before['flags']['epochs']  # later checkpoints may be there
+    if args.epochs < least:
+        raise runs.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')
     if devices.is_first():
         runs.write_config(run, before | config)
         runs.write_log(run, progress.log)
@@ -136,7 +139,7 @@ def _read(args):
     images = Images(*train, *(held_out or dataset.read('test')))
     if args.batchsize > len(images.train):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
-    config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train)}
+    config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train, images.train_labels)}
     trained = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
     devices.require_same({'flags': trained, 'data set': config['dataset']})
     some = images.train[:: len(images.train) // 16 + 1]

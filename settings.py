@@ -137,15 +137,13 @@ def continued(args, given, run):
             raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
         if name == 'epochs' and value != held and args.optim == 'swag':
             raise runs.RunError(f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run')
-        if name == 'epochs' and value < held:
-            raise runs.RunError(f'--epochs {value}: {run} was begun with {held}; only more are possible')
     return argparse.Namespace(**vars(args) | given)
 
 
 def create_parser():
     parser = flags.Parser('Train an image classifier and leave a run folder for test.py.')
     add = parser.add_argument
-    help = 'go on with the run in this folder; its flags hold, and --epochs may be more'
+    help = 'go on with the run in this folder; its flags hold, but for --epochs and some others'
     add('--resume', type=Path, metavar='RUN', help=help)
     help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)

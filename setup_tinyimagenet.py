@@ -29,8 +29,8 @@ def main(argv=None):
     root = args.datasetfolder / 'tiny-imagenet-200'
     archive = args.datasetfolder / 'tiny-imagenet-200.zip'
     with flags.one_line_errors('setup_tinyimagenet.py', data.DataError):
-        if not root.exists():
-            if not archive.exists():
+        if not os.path.exists(root):
+            if not os.path.exists(archive):
                 data.download(data.TINYIMAGENET, archive)
             unpack(archive, root)
         try:

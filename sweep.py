@@ -1,18 +1,22 @@
 """Train a grid or random draws of any flags of train.py, and rank the runs by validation metrics.
 
-python sweep.py sweep.toml --output results/sweep
-python sweep.py sweep.toml --output results/sweep --part $SLURM_ARRAY_TASK_ID/8
+python sweep.py sweep.toml --output results/sweep_digits
+python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TASK_ID/8
 
     [flags]                  # of every run; images are kept out of training to choose by
     dataset = 'digits'
+    model = 'lenet'
     validation = 0.2
+    batchsize = 64
+    epochs = 9
+    warmup = 1
 
     [grid]                   # all combinations
     optim = ['sgd', 'bsam']
     randomseed = [0, 1]
 
     [random]                 # so many draws of each combination, log-uniform between two numbers
-    draws = 8
+    draws = 4
     alpha = [0.01, 1.0]
 """
 
@@ -98,6 +102,8 @@ def read(path):
         raise SweepError(f'{path}: each flag in [grid] has a list of values')
     if not isinstance(draws, int) or draws < 1 or not all(map(_is_range, ranges.values())):
         raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
+    if 'random' in sweep and not ranges:
+        raise SweepError(f'{path}: [random] draws nothing: give it flags, each with two numbers')
     rng = random.Random(0)
     whole = {name for name in ranges if settings.create_parser().takes_whole_numbers(name)}
     drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]
@@ -116,7 +122,7 @@ def _require_folder(folder):
 
 def _is_range(bounds):
     numbers = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
-    return numbers and 0 < bounds[0] < bounds[1]
+    return numbers and 0 < bounds[0] < bounds[1] < math.inf
 
 
 def _drawn(rng, bounds, whole):

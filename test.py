@@ -95,8 +95,10 @@ def _require_consistency(args, given):
 
 def _expanded(patterns):
     """Folders of names and patterns, those that a shell left alone; each once."""
-    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
-    return list({path.resolve(): path for path in found}.values())
+    found = []
+    for pattern in patterns:
+        found += [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)) or [pattern]
+    return list({path.resolve(): path for path in map(Path, found)}.values())
 
 
 def main(argv=None):
@@ -142,12 +144,13 @@ def main(argv=None):
 
 def require_comparable(args):
     """Raises a ComparisonError or a RunError for what would otherwise be found out after some runs are evaluated."""
+    import checkpoints
     import comparison
     import devices
     import evaluation
     import runs
 
-    if args.output and devices.is_first() and not args.output.is_dir():
+    if args.output and devices.is_first() and not os.path.isdir(args.output):
         raise runs.RunError(f'--output {args.output} is no folder: make it first')
     if devices.is_first() and not os.access(_common_folder(args), os.W_OK):
         raise runs.RunError(f'{_common_folder(args)} cannot be written: name another --output')
@@ -155,6 +158,10 @@ def require_comparable(args):
     flags_of_runs = [vars(flags_of(config, run)) for config, run in zip(configs, args.resultsfolder, strict=True)]
     comparison.check_flags(flags_of_runs, args.split)
     for run, of_run in zip(args.resultsfolder, flags_of_runs, strict=True):
+        if devices.is_first() and not args.reuse:
+            checkpoints.require_any(run)
+        for name in args.ood:
+            evaluation.require_unknown(name, of_run)
         if args.laplace:
             evaluation.require_place_for_laplace(of_run)
         if args.temperature or args.split == 'validation':
@@ -172,12 +179,10 @@ def evaluate(run, args):
     import evaluation
     import runs
 
-    config = devices.from_first(lambda: runs.read_config(run))
-    config['flags'] = vars(flags_of(config, run))
     subject = evaluation.load(
         run,
-        config,
         split=args.split,
+        with_held_out=args.temperature,
         num_images=args.testimages,
         step=args.checkpoint,
         dataset_folder=args.datasetfolder,
@@ -186,18 +191,18 @@ def evaluate(run, args):
         with_laplace=args.laplace,
     )
     if devices.is_first():
-        warn_if_incomplete(subject, config)
+        warn_if_incomplete(run, subject.config, subject.progress)
         warn_of_batch_statistics(subject, args.bnrefresh)
     prediction, results = measure(subject, args)
     mark = _mark(args.split, args.laplace, args.checkpoint)
     num_samples = args.testmc[-1]
     if devices.is_first():
-        evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject.labels, num_samples)
+        evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject, num_samples)
         runs.write_json(metrics_file(run, args), results | runs.environment())
         if args.plots:
             print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
     return comparison.Result(
-        config['flags'], subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
+        subject.flags, subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
     )
 
 
@@ -208,8 +213,6 @@ def measure(subject, args):
     num_samples = args.testmc[-1]
     ood = {name: evaluation.read_ood(subject, name, args.testimages) for name in args.ood}
     corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
-    if args.temperature:
-        evaluation.require_held_out(subject.run, subject.flags)
     predictions = list(subject.posterior.predict(subject.images, args.testmc))
     prediction = predictions[-1]
     measured = evaluation.measure(prediction, subject.labels, args.bins)
@@ -268,10 +271,11 @@ def end_of_training(config, epochs):
     return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
 
 
-def warn_if_incomplete(subject, config):
-    if _trained(subject.progress) != end_of_training(config, subject.flags['epochs']):
-        where = f'epoch {subject.progress.epoch + 1} of {subject.flags["epochs"] + 1}'
-        print(f'test.py: warning: {subject.run} is evaluated in {where}', file=sys.stderr)
+def warn_if_incomplete(run, config, progress):
+    epochs = config['flags']['epochs']
+    if _trained(progress) != end_of_training(config, epochs):
+        where = f'epoch {progress.epoch + 1} of {epochs + 1}'
+        print(f'test.py: warning: {run} is evaluated in {where}', file=sys.stderr)
 
 
 def warn_of_batch_statistics(subject, bn_refresh):
@@ -288,14 +292,15 @@ def read_again(run, args):
     import runs
 
     config = runs.read_config(run)
-    run_flags = vars(flags_of(config, run))
+    config['flags'] = vars(flags_of(config, run))
     files = {laplace: run / f'predictions{_mark(args.split, laplace)}.npz' for laplace in (False, True)}
     results = []
     for laplace, path in files.items():
         if path.exists() or not any(other.exists() for other in files.values()):
-            labels, prediction, num_samples = evaluation.read_predictions(path)
+            labels, prediction, num_samples, progress = evaluation.read_predictions(path)
+            warn_if_incomplete(run, config, progress)
             probs = prediction.probs_at_mean, prediction.probs
-            results.append(comparison.Result(run_flags, labels, *probs, num_samples, laplace))
+            results.append(comparison.Result(config['flags'], labels, *probs, num_samples, laplace))
     return results
 
 

@@ -6,6 +6,7 @@ python train.py --resume results/cifar10_resnet18/bsam/run_0
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 
@@ -30,7 +31,8 @@ def main(argv=None):
         import runs
         import sessions
 
-        flags.use_compilecache(args.compilecache)
+        if not args.resume:  # which has one of its own
+            flags.use_compilecache(args.compilecache)
         errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError
         held.enter_context(devices.ended_together('train.py', 'go on with --resume when all are back'))
         held.enter_context(flags.one_line_errors('train.py', *errors))
@@ -57,7 +59,7 @@ def main(argv=None):
             all_saved = trainer.run()
         exit_unless_complete(session, stop, all_saved)
         samples = ' --testmc 32' if session.args.optim in WITH_POSTERIOR else ''
-        print(f'evaluate it with: python test.py --resultsfolder {session.run}{samples}')
+        print(f'evaluate it with: python test.py --resultsfolder {shlex.quote(str(session.run))}{samples}')
     return session.run
 
 
@@ -71,6 +73,7 @@ def resumed(run, checkpoint, given, held):
     if 'coordinator' in given:
         given.setdefault('devices', None)
     args = continued(flags_of(config, run), given, run)
+    flags.use_compilecache(args.compilecache)
     return sessions.resume(run, args, config, held, checkpoint)
 
 
@@ -98,7 +101,7 @@ def exit_unless_complete(session, stop, all_saved):
         sys.exit(128 + stop.signal if stop.signal else 1)
     if stop.signal:
         if devices.is_first():
-            print(f'saved; go on with: python train.py --resume {session.run}', file=sys.stderr)
+            print(f'saved; go on with: python train.py --resume {shlex.quote(str(session.run))}', file=sys.stderr)
         sys.exit(128 + stop.signal)
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +291,12 @@ def test_bad_evaluations(flags_of, tmp_path, capsys):
     error = evaluation_error([f'--resultsfolder={run}'], capsys)
     assert 'holds no checkpoint: no epoch of it was completed' in error
     assert not (run / 'metrics.json').exists()
+
+
+def test_commands_that_are_printed_have_quotes(flags_of, tmp_path, capsys):
+    run = train.main(flags_of(resultsfolder=tmp_path / 'my runs'))
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix('evaluate it with: python test.py'))
+    assert evaluate.parse_args(command).resultsfolder == [run]
 
 
 def test_evaluation_where_the_data_moved(flags_of, datasets, tmp_path, capsys):

@@ -143,7 +143,7 @@ def test_absurd_config(part, name, value, message, run, capsys):
     ('main', 'flag', 'message'),
     [
         (evaluate.main, 'resultsfolder', 'does not describe images'),
-        (train.main, 'resume', 'holds other images than those'),
+        (train.main, 'resume', 'does not describe images'),
     ],
 )
 def test_config_without_a_part(main, flag, message, run, capsys):
@@ -157,8 +157,10 @@ def test_config_from_before_a_flag_was_there(run):
     """A flag that is missing has its default, which is what was done then."""
     config = runs.read_config(run)
     del config['flags']['validation'], config['flags']['bnupdate'], config['flags']['eta']
+    del config['dataset']['labels_crc32']
     runs.write_config(run, config)
     evaluate.main([f'--resultsfolder={run}'])
+    train.main([f'--resume={run}'])
     args = settings.flags_of(runs.read_config(run), run)
     assert (args.validation, args.bnupdate, args.eta) == (0.0, 'both', None)
 

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -313,7 +314,7 @@ def test_tfds(channels, tmp_path):
     assert sorted(levels) == [0, 10, 20, 30, 40, 50] and np.array_equal(levels // 10 % 3, labels)
     assert sorted(dataset.read('test')[1]) == [0, 1, 2]
     assert dataset.num_classes == 3 and dataset.augment == (channels == 3)
-    description = data.describe(dataset, images)
+    description = data.describe(dataset, images, labels)
     np.testing.assert_allclose(description['mean'], [25 / 255] * channels)
     np.testing.assert_allclose(description['std'], [np.std([0, 10, 20, 30, 40, 50]) / 255] * channels)
 
@@ -323,6 +324,17 @@ def test_tfds_images_of_different_sizes(tmp_path):
     prepare_tfds(tmp_path, sizes=(8, 9))
     with pytest.raises(data.DataError, match=r'has images of different sizes, \(\d, 8, 3\) and \(\d, 8, 3\)'):
         data.dataset('tfds/toy', tmp_path).read('train')
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
+def test_tfds_of_texts(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {'text': tfds.features.Text(), 'label': tfds.features.ClassLabel(num_classes=2)}
+    info = SimpleNamespace(supervised_keys=('text', 'label'), features=features, splits={'train': None})
+    monkeypatch.setattr('data._tfds_builder', lambda *args: SimpleNamespace(info=info))
+    with pytest.raises(data.DataError, match='tfds/news is no image classification set'):
+        data.dataset('tfds/news', tmp_path)
 
 
 def test_tfds_that_is_not_prepared(tmp_path, monkeypatch):

@@ -1,12 +1,18 @@
 """test.py on small runs: every flag, its files, what it refuses."""
 
+import io
 import json
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import data
+import evaluation
 import metrics
+import runs
 import test as evaluate
 import train
 
@@ -119,6 +125,25 @@ def test_what_is_refused(trained, flags_of, capsys):
     assert '--validation 0.001 of 40 training images leaves none' in capsys.readouterr().err
 
 
+def test_images_in_another_order(flags_of, monkeypatch, capsys):
+    """Others would be held out of training than were; the test set is read without training images."""
+    run = train.main(flags_of(validation=0.25, batchsize=10))
+    row = data.DATASETS['mnist']
+
+    def backwards(folder, split):
+        images, labels = row.read(folder, split)
+        return images[::-1], labels[::-1]
+
+    monkeypatch.setitem(data.DATASETS, 'mnist', row._replace(read=backwards))
+    for flag in ('--split=validation', '--temperature'):
+        assert 'holds other images than those that' in error_of([f'--resultsfolder={run}', flag], capsys)
+    with pytest.raises(SystemExit) as stop:
+        train.main([f'--resume={run}'])
+    assert stop.value.code == 2 and 'holds other images than those that' in capsys.readouterr().err
+    monkeypatch.setattr('data.read_train', None)
+    evaluate.main([f'--resultsfolder={run}'])
+
+
 @pytest.mark.parametrize('optim', ['bsam', 'swag'])
 def test_batch_statistics_over_training_batches(optim, flags_of, small_resnet18, capsys):
     """Without them, only SWAG's weights have those of others."""
@@ -191,6 +216,7 @@ def test_several_runs(trained, tmp_path, capsys):
     [
         (['--laplace'], '--laplace: bsam has a posterior of its own'),
         (['--temperature'], 'kept no training images out: train with --validation 0.1'),
+        (['--ood=mnist'], '--ood mnist: these are the images that the run knows'),
     ],
 )
 def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, capsys):
@@ -210,3 +236,37 @@ def test_an_earlier_checkpoint(trained, capsys):
     assert f'{run} is evaluated in epoch 1 of 2' in capsys.readouterr().err
     assert results_of(run, 'metrics-3')['trained'] == {'epoch': 0, 'steps_of_epoch': 3}
     assert (run / 'metrics.json').read_text() == before
+
+
+def test_one_of_several_runs_without_a_checkpoint(flags_of, capsys):
+    complete, begun = (train.main(flags_of(randomseed=seed)) for seed in (0, 1))
+    shutil.rmtree(begun / 'checkpoints')
+    assert f'{begun} holds no checkpoint' in error_of([f'--resultsfolder={complete.parent}/*'], capsys)
+    assert not (complete / 'metrics.json').exists()
+
+
+def test_reused_predictions_of_an_earlier_state(flags_of, capsys):
+    first, *_ = (train.main(flags_of(randomseed=seed)) for seed in (0, 1))
+    both = [f'--resultsfolder={first.parent}/run_*']
+    evaluate.main(both)
+    train.main([f'--resume={first}', '--epochs=2'])
+    capsys.readouterr()
+    evaluate.main([*both, '--reuse'])
+    assert capsys.readouterr().err == f'test.py: warning: {first} is evaluated in epoch 2 of 3\n'
+
+
+def test_predictions_that_claim_to_be_large(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (10**13, 10)})
+    with zipfile.ZipFile(tmp_path / 'predictions.npz', 'w') as file:
+        for name in ('labels', 'logits', 'log_probs', 'expected_entropy', 'votes', 'num_samples', 'trained'):
+            file.writestr(f'{name}.npy', header.getvalue())
+    with pytest.raises(runs.RunError, match='is missing or damaged'):
+        evaluation.read_predictions(tmp_path / 'predictions.npz')
+
+
+def test_folders_whose_names_look_like_patterns(tmp_path):
+    for name in ('lr[1]', 'lr1'):
+        (tmp_path / name).mkdir()
+    assert evaluate.parse_args([f'--resultsfolder={tmp_path}/lr[1]']).resultsfolder == [tmp_path / 'lr[1]']
+    assert evaluate.parse_args([f'--resultsfolder={tmp_path}/lr[12]']).resultsfolder == [tmp_path / 'lr1']

@@ -15,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
 import checkpoints
 import devices
+import flags
 import runs
 import settings
 import signals
@@ -165,6 +167,41 @@ def test_best_checkpoint_is_kept_where_asked(flags_of):
     evaluate.main([f'--resultsfolder={run}', '--checkpoint=4'])
 
 
+def test_best_checkpoint_of_those_that_are_there(flags_of):
+    """A run that begins to keep it cannot keep what was removed before; its last epoch is evaluated again."""
+    accuracies = iter([0.9, 0.1, 0.2, 0.2, 0.15, 0.1, 0.1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('metrics.accuracy', lambda probs, labels: next(accuracies))
+        run = train.main(flags_of(epochs=2))
+        train.main([f'--resume={run}', '--epochs=5', '--keepbest'])
+    assert checkpoints.all_steps(run / 'checkpoints') == [6, 10, 12]
+
+
+def test_fewer_epochs(flags_of, signal_after, tmp_path, capsys):
+    """Not fewer than are begun, nor where a later checkpoint would stay."""
+    signal_after(5)
+    stopped(flags_of(epochs=200))
+    run = tmp_path / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
+    for given in (['--epochs=1'], ['--checkpoint=4', '--epochs=3']):
+        with pytest.raises(SystemExit) as stop:
+            train.main([f'--resume={run}', *given])
+        assert stop.value.code == 2 and f'{given[-1].replace("=", " ")} is too few' in capsys.readouterr().err
+    train.main([f'--resume={run}', '--epochs=2'])
+    assert len(read_log(run)) == 3 and runs.read_config(run)['flags']['epochs'] == 2
+
+
+def test_compilecache_is_that_of_the_run(flags_of, tmp_path, compilecache):
+    run = train.main(flags_of(compilecache=tmp_path / 'cache'))
+    flags.use_compilecache('off')
+    assert not jax.config.jax_enable_compilation_cache
+    try:
+        train.main([f'--resume={run}'])
+        assert jax.config.jax_enable_compilation_cache
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'cache')
+    finally:
+        flags.use_compilecache(str(compilecache))
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -173,7 +210,7 @@ def test_best_checkpoint_is_kept_where_asked(flags_of):
         (['--alpha=0.2'], '--alpha 0.2: {run} was begun with 0.1; leave it out'),
         (['--optim=sgd'], '--optim sgd: {run} was begun with bsam'),
         (['--noaugment'], '--noaugment True: {run} was begun with False'),
-        (['--epochs=0'], '--epochs 0: {run} was begun with 1; only more are possible'),
+        (['--epochs=0'], '--epochs 0 is too few to go on with {run}: take 1 or more'),
         (['--checkpoint=7'], 'holds no checkpoint 7; there are 2, 4'),
         (['--datasetfolder=/nowhere'], 'could not be fetched'),
     ],

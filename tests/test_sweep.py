@@ -136,6 +136,8 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
         ('validation = 0.25', '', 'keeps no images out to choose by'),
         ("['sgd', 'adam']", "'sgd'", 'each flag in [grid] has a list of values'),
         ('[0.001, 0.1]', '[0.1, 0.001]', 'two numbers, 0 < low < high'),
+        ('[0.001, 0.1]', '[0.1, inf]', 'two numbers, 0 < low < high'),
+        ('alpha = [0.001, 0.1]', '', '[random] draws nothing'),
         ('[flags]', '[flags', 'cannot be read'),
         ("optim = ['sgd', 'adam']", 'rho = [0.1]', '--rho is no flag of sgd'),
         ('epochs = 0', 'epoch = 0', 'unrecognized arguments: --epoch=0'),
