@@ -375,10 +375,8 @@ def from_csv(row, metric):
     return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
 
-# The columns of the README's tables of speed: what run.py wrote, and where.
-MACHINES = {
-    'benchmark': 'A, JAX 0.12.0.1', 'benchmark_jax0.10': 'A, JAX 0.10.2', 'benchmark_older_machine': 'B, JAX 0.10.2',
-}  # fmt: skip
+# The columns of the README's tables of speed: what run.py wrote, and with what.
+VERSIONS = {'benchmark': 'JAX 0.12.0.1', 'benchmark_jax0.10': 'JAX 0.10.2'}
 
 
 # The rows of its table of a GPU.
@@ -397,7 +395,7 @@ def with_tables(readme):
         ),
         'speed': '\n'.join(map(performance_table, ('resnet18', 'resnet20'))),
         'convolutions': convolutions_table(),
-        'loading': tables.markdown(['', MACHINES['benchmark']], loading.rows(kept('loading'))),
+        'loading': tables.markdown(['', VERSIONS['benchmark']], loading.rows(kept('loading'))),
     }
     for name, table in made.items():
         begin, end = f'<!-- {name}: made by benchmarks/report.py -->\n\n', '\n<!-- until here -->'
@@ -452,13 +450,13 @@ def convolutions_table():
 
 
 def performance_table(model):
-    results = [kept(name) for name in MACHINES]
+    results = [kept(name) for name in VERSIONS]
     columns = [run.rows(of_machine['machine'], has_baseline=True) for of_machine in results]
     rows = [
         [label, *(column[i][1](of_machine[model]) for column, of_machine in zip(columns, results, strict=True))]
         for i, (label, _) in enumerate(columns[0])
     ]
-    return tables.markdown([{'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}[model], *MACHINES.values()], rows)
+    return tables.markdown([{'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}[model], *VERSIONS.values()], rows)
 
 
 def speed_table():

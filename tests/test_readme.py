@@ -8,15 +8,27 @@ import jax
 import numpy as np
 
 import settings
+import train
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
+OF_A_RUN, OF_OPTIMIZERS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+
+
+def test_example_of_a_trained_run(flags_of):
+    """Probabilities, which depend on the samples."""
+    run = train.main(flags_of())
+    names = {}
+    exec(OF_A_RUN.replace('results/digits_lenet/bsam/run_0', str(run)), names)
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), np.uint8)
+    average = names['average'](images, 2)
+    np.testing.assert_allclose(average.sum(axis=1), np.ones(3), rtol=1e-6)
+    assert average.shape == (3, 10) and not np.array_equal(average, names['average'](images, 2, seed=1))
 
 
 def test_example_of_the_optimizers():
     """Runs, and finds the line that its data lie on."""
-    (code,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(OF_OPTIMIZERS, names)
     np.testing.assert_allclose(names['state'].params['w'], [1.0, -2.0, 0.5], atol=0.02)
     np.testing.assert_allclose(names['state'].params['b'], 3.0, atol=0.02)
     assert jax.tree.map(np.shape, names['sampled']) == {'w': (3,), 'b': ()}
@@ -26,7 +38,7 @@ def test_published_commands_are_understood():
     """Every set of flags in a table, and every whole command of train.py."""
     tables = re.findall(r'\| `(--[^`]*--optim [^`]*|--optim [^`]*)` \|', README)
     whole = re.findall(r'python train\.py (--dataset [^`\n]*)', README.replace('\\\n', ' '))
-    assert len(tables) == 7 and len(whole) == 2
+    assert len(tables) == 7 and len(whole) == 3
     for flags in [*tables, *whole]:
         assert settings.parse_args(shlex.split(flags)).optim in settings.OPTIMIZERS
 
