@@ -6,18 +6,21 @@ python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TAS
     [flags]                  # of every run; images are kept out of training to choose by
     dataset = 'digits'
     model = 'lenet'
-    validation = 0.2
-    batchsize = 64
-    epochs = 9
+    optim = 'bsam'
+    priorprec = 1
+    batchsize = 50
+    batchsplit = 5
+    epochs = 19
     warmup = 1
+    validation = 0.2
 
     [grid]                   # all combinations
-    optim = ['sgd', 'bsam']
+    rho = [0.01, 0.05]
     randomseed = [0, 1]
 
     [random]                 # so many draws of each combination, log-uniform between two numbers
-    draws = 4
-    alpha = [0.01, 1.0]
+    draws = 2
+    alpha = [0.1, 1.0]
 """
 
 import itertools
