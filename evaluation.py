@@ -40,7 +40,7 @@ class Trained(NamedTuple):
 class Subject(NamedTuple):
     """A run that is evaluated: its images uint8 [N, H, W, C] and int32 [N] of the split, and its posterior.
 
-    held_out has the images and labels that the run kept out of training, None if it kept none.
+    held_out has the images and labels that the run kept out of training, None where they are not wanted.
     """
 
     run: Path

@@ -10,7 +10,6 @@ import itertools
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -47,12 +46,12 @@ def main(argv=None):
     args = parse_args(argv)
     results = runs.provenance('benchmarks/run.py', argv) | {'machine': machine()}
     for model in args.models:
-        turns = Turns(args.repeats, args.seconds)
-        results[model] = step_times(model, args.precision, turns)
-        results[model] |= evaluation_times(model, args.precision, turns, args.testimages, args.testmc)
+        turns = partial(lasting, args.repeats, args.seconds)
+        results[model] = step_times(model, args.precision, turns())
+        results[model] |= evaluation_times(model, args.precision, turns(), args.testimages, args.testmc)
         results[model]['memory'] = step_memory(model, args.precision)
         if args.baselinerepeats:
-            turns = Turns(args.baselinerepeats, args.seconds)
+            turns = lasting(args.baselinerepeats, args.seconds)
             results[model]['baseline'] = baseline_times(model, args.precision, turns)
         report(f'{model} is done')
     results['metrics'] = metric_times()
@@ -89,23 +88,17 @@ def seconds(function, *args, calls=1):
     return (time.perf_counter() - start) / calls
 
 
-@dataclass(frozen=True)
-class Turns:
-    """How many turns a comparison takes: at least `repeats`, and more until `seconds` have passed."""
-
-    repeats: int
-    seconds: float = 0
-
-    def __iter__(self):
-        began = time.perf_counter()
-        for turn in itertools.count():
-            if turn >= self.repeats and time.perf_counter() - began >= self.seconds:
-                return
-            yield turn
+def lasting(repeats, least_seconds):
+    """The turns of a comparison: so many at least, and more until so much time has passed."""
+    began = time.perf_counter()
+    for turn in itertools.count():
+        if turn >= repeats and time.perf_counter() - began >= least_seconds:
+            return
+        yield turn
 
 
 def in_turns(turns, functions, calls=1):
-    """Seconds of functions of no arguments, {name: [one a turn]}, and those of a first call, which compiles.
+    """Seconds of functions of no arguments, {name: [one of each of `turns`]}, and of a first call, which compiles.
 
     Each is called once more in a turn before its calls are timed: what comes before frees memory meanwhile.
     """

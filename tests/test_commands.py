@@ -320,12 +320,19 @@ def test_animation(tmp_path, capsys):
     assert not jax.config.jax_enable_x64
 
 
-@pytest.mark.parametrize('output', ['nowhere/a.gif', 'a.png'])
-def test_animation_that_cannot_be_written(output, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ('output', 'message'),
+    [
+        ('nowhere/a.gif', 'nowhere is no folder: make it first'),
+        ('a.png', 'a.png is not the name of a .gif'),
+        ('.', 'is a folder: give the path of a file'),
+    ],
+)
+def test_animation_that_cannot_be_written(output, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         demo2d.main([f'--output={tmp_path / output}'])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count('\n') == 1 and output in error
+    assert stop.value.code == 2 and error.count('\n') == 1 and message in error
 
 
 @pytest.mark.parametrize('command', [['train.py'], ['test.py', '--resultsfolder=run_0']])
