@@ -189,6 +189,48 @@ def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, 
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
+def plain_batch_norm(x, scale, bias, epsilon, relu):
+    scale, bias = (v.reshape(1, 1, 1, -1) for v in (scale, bias))
+    mean, var = (f(x, axis=(0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+    y = scale * (x - mean) / jnp.sqrt(var + epsilon) + bias
+    return jnp.where(y > 0, y, 0) if relu else y
+
+
+@pytest.mark.parametrize('relu', [False, True])
+def test_gradient_of_batch_norm(relu, x64):
+    """That of the equations in JAX, under `vmap` over parameters of their own too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = 2 + jax.random.normal(keys[0], (2, 3, 5, 6, 4))
+    scale, bias = (jax.random.normal(key, (2, 4)) for key in keys[1:])
+
+    def results(function):
+        def of_images(*arrays):
+            value, gradient = jax.vjp(lambda *arrays: function(*arrays, 1e-5, relu), *arrays)
+            return value, gradient(jnp.sin(3 * value))
+
+        return jax.vmap(of_images)(x, scale, bias)
+
+    expected, found = results(plain_batch_norm), results(lambda *args: models.batch_norm(*args)[0])
+    for ours, jaxs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
+
+
+def test_batch_norm_in_bfloat16():
+    """Sums and the normalised values are float32: outputs and gradients are off by their own rounding only."""
+    x = (3 + jax.random.normal(jax.random.key(0), (50, 8, 8, 3))).astype(jnp.bfloat16)
+    scale, bias = jnp.asarray([0.5, 1, 2], jnp.bfloat16), jnp.asarray([-1, 0.25, 1], jnp.bfloat16)
+
+    def results(*arrays):
+        value, gradient = jax.vjp(lambda *arrays: models.batch_norm(*arrays, 1e-5, True)[0], *arrays)
+        return value, *gradient(jnp.ones_like(value).at[::2].set(-2))
+
+    found = results(x, scale, bias)
+    expected = results(*(array.astype(jnp.float32) for array in (x, scale, bias)))
+    for ours, wide in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), wide, rtol=2**-8, atol=2**-8 * np.abs(wide).max())
+
+
 def plain_filter_response_norm(x, scale, bias, threshold, epsilon):
     scale, bias, threshold = (v.reshape(1, 1, 1, -1) for v in (scale, bias, threshold))
     normalised = x / jnp.sqrt(jnp.mean(x**2, axis=(1, 2), keepdims=True) + epsilon)
