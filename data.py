@@ -605,8 +605,10 @@ def _decoders(num_blocks):
 
 
 def _tfds_dataset(name, folder):
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise DataError(f'tfds/{name}: there is no {error.name}, run pip install -r requirements.txt') from error
     try:
         builder = _tfds_builder(tfds, name, folder)
     except DataError:

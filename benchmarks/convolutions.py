@@ -29,6 +29,8 @@ def main(argv=None):
     parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     args = parser.parse_args(argv)
     os.environ['PJRT_NPROC'] = '1'
+    if jax.default_backend() != 'cpu':
+        parser.error('profiles of CPUs alone are understood here: set JAX_PLATFORMS=cpu')
     gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)
     compiled = gradient.lower(*arguments).compile()
     run.seconds(compiled, *arguments)

@@ -8,7 +8,6 @@ Images are synthetic. Steps are sent one after another without waiting, as in tr
 import contextlib
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -68,8 +67,8 @@ def main(argv=None):
         for way in args.ways:
             _, optim, given, has_mesh = WAYS[way]
             trainers[precision, way] = Trainer(has_mesh, args.model, optim, precision, args.batchsize, **given)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(Trainer.compile, trainers.values()))
+    for trainer in trainers.values():  # in threads they would time each other's kernels while XLA chooses some
+        trainer.compile()
     times, _ = run.in_turns(range(args.repeats), trainers, args.steps)
     for (precision, way), turns in times.items():
         rate = args.batchsize / statistics.median(turns)

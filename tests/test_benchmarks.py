@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
 import pytest
 
 import conftest
@@ -106,6 +107,7 @@ def test_loading(benchmark, tmp_path):
     assert figures['decoded_per_second'] > 0 and figures['setup_seconds'] > 0
 
 
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='a profile of CPUs')
 def test_convolutions(benchmark, tmp_path, monkeypatch):
     """The operations of each kind are 2·9·3·4 a pixel of 25 images of 32×32, and take time."""
     path = tmp_path / 'convolutions.json'

@@ -343,6 +343,12 @@ def test_tfds_that_is_not_prepared(tmp_path, monkeypatch):
         data.dataset('tfds/mnist', tmp_path)
 
 
+def test_tfds_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+    with pytest.raises(data.DataError, match='tfds/mnist: there is no tensorflow_datasets, run pip install'):
+        data.dataset('tfds/mnist', tmp_path)
+
+
 def test_shuffled_batches_hold_every_image_at_most_once():
     batches = np.asarray(data.shuffled_batches(jax.random.key(0), 23, 5))
     assert batches.shape == (4, 5)
