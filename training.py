@@ -48,13 +48,6 @@ def all_finite(arrays):
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
-# XLA's default and CONVOLUTION: a GPU gets a step's kernels as CUDA graphs, those of convolutions too. Sent one by one,
-# they come more slowly than it computes them.
-_COMPILER_OPTIONS = {
-    'xla_gpu_enable_command_buffer': 'FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION',
-}
-
-
 @cache
 def step_function(optimizer, normalise, augmented=False, choose=feeds.Resident.choose):
     """The jitted step(state, epoch, images, labels, lr_factor) -> (state, epoch, loss), which reuses the first two.
@@ -63,7 +56,7 @@ def step_function(optimizer, normalise, augmented=False, choose=feeds.Resident.c
     which stay on the device, or what was sent for the step. normalise(images) returns what the network takes.
     """
 
-    @partial(jax.jit, donate_argnames=('state', 'epoch'), compiler_options=_COMPILER_OPTIONS)
+    @partial(jax.jit, donate_argnames=('state', 'epoch'))
     def step(state, epoch, images, labels, lr_factor):
         images, labels = choose(epoch, images, labels)
         if augmented:
