@@ -380,7 +380,7 @@ VERSIONS = {'benchmark': 'JAX 0.12.0.1', 'benchmark_jax0.10': 'JAX 0.10.2'}
 
 
 # The rows of its table of a GPU.
-THROUGHPUT = ('sgd', 'sam', 'bsam', 'bsam_on_a_mesh_of_one_device')
+THROUGHPUT = ('sgd', 'sam', 'bsam')
 
 
 def with_tables(readme):
