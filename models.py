@@ -238,6 +238,7 @@ class BatchNorm(nn.Module):
     The running average after t updates is Σ 0.9^(t−i) x_i / Σ 0.9^(t−i), so the first update replaces
     the initial value, where Flax's own starts at mean 0 and variance 1 and forgets them slowly.
     `batch_stats`: mean [C], var [C] (the debiased averages) and count [], the number of updates.
+    ReLU follows if `relu`.
     """
 
     decay: float = 0.9
@@ -254,7 +255,7 @@ class BatchNorm(nn.Module):
         count = self.variable('batch_stats', 'count', jnp.zeros, ())
 
         if not train:
-            y = _normalised(x, running_mean.value, running_var.value, scale, bias, self.epsilon)
+            y = _shifted_and_scaled(x, running_mean.value, running_var.value, scale, bias, self.epsilon)
             return nn.relu(y) if self.relu else y
         y, mean, var = batch_norm(x, scale, bias, self.epsilon, self.relu)
         if not self.is_initializing():
@@ -269,9 +270,10 @@ class BatchNorm(nn.Module):
 def batch_norm(x, scale, bias, epsilon, relu):
     """γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), of each channel over all images and pixels; then ReLU if `relu`.
 
-    x: [B, H, W, C]; scale γ and bias β: [C]. Returns the outputs [B, H, W, C] in the precision of x, the mean μ and the
-    variance σ² [C]; these two are not to be differentiated. If d is the gradient by γ x̂ + β, that by x is
-    γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own takes more passes over the images, where GPUs spend much of their time.
+    x: [B, H, W, C]; scale γ and bias β: [C]. Returns the outputs [B, H, W, C] in the precision of x, and the mean μ and
+    the variance σ² [C], float32 at least; these two are not to be differentiated. If d is the gradient by γ x̂ + β, that
+    by x is γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own takes more passes over the images, where GPUs spend much of their
+    time.
     """
     return _batch_forward(x, scale, bias, epsilon, relu)[0]
 
@@ -280,18 +282,19 @@ def _batch_forward(x, scale, bias, epsilon, relu):
     wide = _at_least_float32(x)
     mean, mean_square = _means_of_channels(wide, jnp.square(wide))
     var = jnp.maximum(mean_square - jnp.square(mean), 0)
-    y = _normalised(x, mean, var, scale, bias, epsilon)
+    y = _shifted_and_scaled(x, mean, var, scale, bias, epsilon)
     return (nn.relu(y) if relu else y, mean, var), (x, mean, var, scale, bias)
 
 
 def _batch_backward(epsilon, relu, residuals, grads):
     x, mean, var, scale, bias = residuals
     y_grads, r = _at_least_float32(grads[0]), lax.rsqrt(var + epsilon)
-    normalised = (x - _channels(mean)) * _channels(r)
     if relu:
-        y_grads = jnp.where(_channels(scale) * normalised + _channels(bias) > 0, y_grads, 0)
+        y_grads = jnp.where(_shifted_and_scaled(x, mean, var, scale, bias, epsilon) > 0, y_grads, 0)
+    normalised = (x - _channels(mean)) * _channels(r)
     of_bias, of_scale = _means_of_channels(y_grads, y_grads * normalised)
-    x_grads = _channels(scale * r) * (y_grads - _channels(of_bias) - normalised * _channels(of_scale))
+    of_var = jnp.where(var > 0, of_scale, 0)  # rounding can make the variance negative, and then it is a constant
+    x_grads = _channels(scale * r) * (y_grads - _channels(of_bias) - normalised * _channels(of_var))
     size = x.size // x.shape[-1]
     return x_grads.astype(x.dtype), (size * of_scale).astype(scale.dtype), (size * of_bias).astype(bias.dtype)
 
@@ -299,15 +302,16 @@ def _batch_backward(epsilon, relu, residuals, grads):
 batch_norm.defvjp(_batch_forward, _batch_backward)
 
 
-def _normalised(x, mean, var, scale, bias, epsilon):
+def _shifted_and_scaled(x, mean, var, scale, bias, epsilon):
     factor = scale * lax.rsqrt(var + epsilon)
     return ((x - _channels(mean)) * _channels(factor) + _channels(bias)).astype(x.dtype)
 
 
 def _means_of_channels(*arrays):
-    """Of arrays [B, H, W, C] over images and pixels, [C] each.
+    """Of arrays [B, H, W, C] over images and pixels: a list of [C].
 
-    An image's pixels are summed first: a GPU would be idle for the most part with a few hundred sums at once.
+    An image's pixels are summed first: a GPU would be idle for the most part with a few hundred sums at once. Without
+    the barrier XLA makes one sum of the two.
     """
     of_images = lax.optimization_barrier([x.sum(axis=(1, 2)) for x in arrays])
     return [totals.sum(axis=0) / (x.size // x.shape[-1]) for x, totals in zip(arrays, of_images, strict=True)]

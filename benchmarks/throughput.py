@@ -67,7 +67,7 @@ def main(argv=None):
         for way in args.ways:
             _, optim, given, has_mesh = WAYS[way]
             trainers[precision, way] = Trainer(has_mesh, args.model, optim, precision, args.batchsize, **given)
-    for trainer in trainers.values():  # in threads they would time each other's kernels while XLA chooses some
+    for trainer in trainers.values():  # in threads they would disturb XLA's choice of kernels, which it times
         trainer.compile()
     times, _ = run.in_turns(range(args.repeats), trainers, args.steps)
     for (precision, way), turns in times.items():
@@ -118,8 +118,8 @@ def table(results, precisions, ways):
         (measured,) = [found for found in results if precision in found]
         header += [precision, f'of {measured["machine"][f"{precision}_matrix_tflops"]:.3g} TFLOP/s']
         for way, row in zip(ways, rows, strict=True):
-            step = measured[precision].get(way)
-            row += [f'{step["images_per_second"]:.0f}', f'{step["share_of_matrix_rate"]:.0%}'] if step else ['', '']
+            step = measured[precision][way]
+            row += [f'{step["images_per_second"]:.0f}', f'{step["share_of_matrix_rate"]:.0%}']
     return tables.markdown(header, rows)
 
 

@@ -83,7 +83,7 @@ class SmallResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, train):
-        x = nn.relu(models._ConvNorm(4, name='stem')(images, train))
+        x = models._ConvNorm(4, relu=True, name='stem')(images, train)
         return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
 
 

@@ -206,7 +206,7 @@ def test_gradient_of_batch_norm(relu, x64):
     def results(function):
         def of_images(*arrays):
             value, gradient = jax.vjp(lambda *arrays: function(*arrays, 1e-5, relu), *arrays)
-            return value, gradient(jnp.sin(3 * value))
+            return value, gradient(jnp.cos(3 * value))
 
         return jax.vmap(of_images)(x, scale, bias)
 
@@ -228,7 +228,18 @@ def test_batch_norm_in_bfloat16():
     expected = results(*(array.astype(jnp.float32) for array in (x, scale, bias)))
     for ours, wide in zip(found, expected, strict=True):
         assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(ours.astype(jnp.float32), wide, rtol=2**-8, atol=2**-8 * np.abs(wide).max())
+        np.testing.assert_allclose(ours.astype(jnp.float32), wide, rtol=2**-8, atol=1e-5)
+
+
+def test_gradient_of_batch_norm_of_a_variance_that_was_negative(x64):
+    """Then the variance is 0 and does not depend on x: the gradient is γ r (d − mean(d))."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, grads = (jax.random.normal(key, (3, 5, 6, 4)) for key in keys[:2])
+    scale = jax.random.normal(keys[2], (4,))
+    residuals = x, x.mean(axis=(0, 1, 2)), jnp.zeros(4), scale, jnp.zeros(4)
+    x_grads, *_ = models._batch_backward(1e-5, False, residuals, (grads, None, None))
+    expected = scale.reshape(1, 1, 1, 4) / jnp.sqrt(1e-5) * (grads - grads.mean(axis=(0, 1, 2), keepdims=True))
+    np.testing.assert_allclose(x_grads, expected, rtol=1e-9)
 
 
 def plain_filter_response_norm(x, scale, bias, threshold, epsilon):
