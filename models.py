@@ -255,8 +255,7 @@ class BatchNorm(nn.Module):
         count = self.variable('batch_stats', 'count', jnp.zeros, ())
 
         if not train:
-            y = _shifted_and_scaled(x, running_mean.value, running_var.value, scale, bias, self.epsilon)
-            return nn.relu(y) if self.relu else y
+            return _outputs(x, running_mean.value, running_var.value, scale, bias, self.epsilon, self.relu)
         y, mean, var = batch_norm(x, scale, bias, self.epsilon, self.relu)
         if not self.is_initializing():
             count.value += 1
@@ -282,15 +281,14 @@ def _batch_forward(x, scale, bias, epsilon, relu):
     wide = _at_least_float32(x)
     mean, mean_square = _means_of_channels(wide, jnp.square(wide))
     var = jnp.maximum(mean_square - jnp.square(mean), 0)
-    y = _shifted_and_scaled(x, mean, var, scale, bias, epsilon)
-    return (nn.relu(y) if relu else y, mean, var), (x, mean, var, scale, bias)
+    return (_outputs(x, mean, var, scale, bias, epsilon, relu), mean, var), (x, mean, var, scale, bias)
 
 
 def _batch_backward(epsilon, relu, residuals, grads):
     x, mean, var, scale, bias = residuals
     y_grads, r = _at_least_float32(grads[0]), lax.rsqrt(var + epsilon)
     if relu:
-        y_grads = jnp.where(_shifted_and_scaled(x, mean, var, scale, bias, epsilon) > 0, y_grads, 0)
+        y_grads = jnp.where(_outputs(x, mean, var, scale, bias, epsilon, relu) > 0, y_grads, 0)
     normalised = (x - _channels(mean)) * _channels(r)
     of_bias, of_scale = _means_of_channels(y_grads, y_grads * normalised)
     of_var = jnp.where(var > 0, of_scale, 0)  # rounding can make the variance negative, and then it is a constant
@@ -302,9 +300,10 @@ def _batch_backward(epsilon, relu, residuals, grads):
 batch_norm.defvjp(_batch_forward, _batch_backward)
 
 
-def _shifted_and_scaled(x, mean, var, scale, bias, epsilon):
+def _outputs(x, mean, var, scale, bias, epsilon, relu):
     factor = scale * lax.rsqrt(var + epsilon)
-    return ((x - _channels(mean)) * _channels(factor) + _channels(bias)).astype(x.dtype)
+    y = ((x - _channels(mean)) * _channels(factor) + _channels(bias)).astype(x.dtype)
+    return nn.relu(y) if relu else y
 
 
 def _means_of_channels(*arrays):

@@ -52,10 +52,10 @@ def with_jax_gradients(loss):
     """The same loss, of a network whose layers have JAX's own gradients, under `vmap` too."""
 
     def batch_norm(x, scale, bias, epsilon, relu):
-        mean = x.mean(axis=(0, 1, 2))
-        var = jnp.maximum(jnp.square(x).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
-        y = models._shifted_and_scaled(x, mean, var, scale, bias, epsilon)
-        return jax.nn.relu(y) if relu else y, mean, var
+        wide = models._at_least_float32(x)
+        mean = wide.mean(axis=(0, 1, 2))
+        var = jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
+        return models._outputs(x, mean, var, scale, bias, epsilon, relu), mean, var
 
     def filter_response_norm(*args):
         return models._response_forward(*args)[0]

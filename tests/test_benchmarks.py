@@ -119,6 +119,14 @@ def test_convolutions(benchmark, tmp_path, monkeypatch):
         assert gflop == pytest.approx(2 * 9 * 3 * 4 * 25 * 32 * 32 / 1e9) and milliseconds > 0
 
 
+def test_convolutions_of_a_gpu(benchmark, monkeypatch, capsys):
+    monkeypatch.setenv('PJRT_NPROC', '1')
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    with pytest.raises(SystemExit, match='2'):
+        benchmark('convolutions').main([])
+    assert 'set JAX_PLATFORMS=cpu' in capsys.readouterr().err
+
+
 def test_throughput(benchmark, tmp_path, capsys):
     path = tmp_path / 'throughput.json'
     ways = ['sgd', 'bsam_on_a_mesh_of_one_device']

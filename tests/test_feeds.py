@@ -57,8 +57,9 @@ def test_streamed_run_is_the_resident_one(flags_of, monkeypatch):
     ]
     assert sizes == [12, 8] * 2  # the 20 test images of two epochs, two batches of 6 at once
     monkeypatch.setattr(feeds, '_too_large', lambda images: True)
+    rounding = 0 if jax.default_backend() == 'cpu' else 1e-6  # GPUs sum batches of other sizes in another order
     for found, expected in zip(evaluated(other), measured, strict=True):
-        assert found == pytest.approx(expected, rel=1e-6)
+        assert found == pytest.approx(expected, rel=rounding, abs=0)
     assert sizes == [12, 8] * (2 + 1 + 3)  # at the mean, and three samples
 
 
