@@ -499,11 +499,38 @@ def _input_gradient(x, grads, kernel, strides, padding):
 
 
 def _kernel_gradient(x, grads, kernel, strides, padding):
-    """The gradient by the kernel, as for the input; the batch is what is summed over."""
+    """The gradient by the kernel, as for the input; the batch is what is summed over.
+
+    On CPUs it is the sum of those of small blocks of images, as XLA's convolution takes up to six times as long over
+    200 at once.
+    """
     kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
-    batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
-    kernel_grads = _nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
-    return kernel_grads.transpose(1, 2, 0, 3)
+
+    def of_images(x, grads):
+        batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
+        kernel_grads = _nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
+        return kernel_grads.transpose(1, 2, 0, 3)
+
+    def of_blocks(x, grads):
+        blocks = [_blocks(_at_least_float32(array), _IMAGES_OF_A_BLOCK) for array in (x, grads)]
+        zeros = _at_least_float32(jnp.zeros_like(kernel))
+        total, _ = lax.scan(lambda total, block: (total + of_images(*block), None), zeros, blocks)
+        return total.astype(kernel.dtype)
+
+    if len(x) <= _IMAGES_OF_A_BLOCK:
+        return of_images(x, grads)
+    return lax.platform_dependent(x, grads, cpu=of_blocks, default=of_images)
+
+
+_IMAGES_OF_A_BLOCK = 25
+
+
+def _blocks(x, limit):
+    """[B, ...] as the fewest equal blocks of at most `limit`, [M, B', ...]; zeros fill up the last one."""
+    number = -(-len(x) // limit)
+    size = -(-len(x) // number)
+    filled = jnp.pad(x, [(0, number * size - len(x))] + [(0, 0)] * (x.ndim - 1))
+    return filled.reshape(number, size, *x.shape[1:])
 
 
 def _sides(x, grads, kernel, strides, padding):

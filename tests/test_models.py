@@ -161,6 +161,30 @@ def test_convolution_gradient(pixels, size, stride, features, padding, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('images', [50, 53])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_convolution_gradient_of_many_images(images, stride, x64):
+    """More than a block of them, and no number of whole blocks: the gradient is that of JAX, and in bfloat16 too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (images, 6, 7, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
+    cotangent = jax.random.normal(keys[2], (images, -(-6 // stride), -(-7 // stride), 4))
+
+    def gradient(convolution, *arrays):
+        return jax.jit(lambda x, k, cotangent: jax.vjp(convolution, x, k)[1](cotangent))(*arrays)
+
+    def ours(x, kernel):
+        return models.convolution(x, kernel, (stride, stride), 'SAME')
+
+    expected = gradient(lambda x, k: jax_convolution(x, k, stride, 'SAME'), x, kernel, cotangent)
+    for found, jaxs in zip(gradient(ours, x, kernel, cotangent), expected, strict=True):
+        np.testing.assert_allclose(found, jaxs, rtol=1e-9, atol=1e-12)
+    coarse = [array.astype(jnp.bfloat16) for array in (x, kernel, cotangent)]
+    wide = gradient(ours, *(array.astype(jnp.float64) for array in coarse))
+    for found, exact in zip(gradient(ours, *coarse), wide, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float64), exact, rtol=2**-8, atol=1e-2)
+
+
 @pytest.mark.parametrize('axes', [(0, None), (None, 0), (0, 0)])
 @pytest.mark.parametrize(
     ('size', 'stride', 'channels', 'padding'),
