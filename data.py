@@ -12,6 +12,7 @@ import http.client
 import importlib.util
 import io
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -513,7 +514,7 @@ def _read_tinyimagenet(folder, split):
         raise DataError(f'{split_folder} holds images of {len(set(labels))} of {len(classes)} classes, not of 200')
     cache = root / f'{split}-{fingerprint}.npy'
     with contextlib.suppress(OSError, ValueError, EOFError):  # no cache, or a damaged one
-        images = np.load(cache, mmap_mode='r')
+        images = _mapped(cache)
         if images.shape == (len(paths), 64, 64, 3) and images.dtype == np.uint8:
             return images, labels
     try:
@@ -549,7 +550,7 @@ def _decoded(paths, shape, cache):
     """
     try:
         _write_decoded(paths, shape, cache)
-        return np.load(cache, mmap_mode='r')
+        return _mapped(cache)
     except OSError as error:
         print(f'{cache} could not be written ({error.strerror}): images are decoded at every start', file=sys.stderr)
     images = np.empty((len(paths), *shape), np.uint8)
@@ -557,6 +558,13 @@ def _decoded(paths, shape, cache):
     for start, block in zip(starts, _in_blocks(partial(jpegs.decode, shape), paths), strict=True):
         images[start : start + len(block)] = block
     return images
+
+
+def _mapped(path):
+    """The array of an .npy file, mapped; the system is told to read all of it ahead, not each page when it is due."""
+    array = np.load(path, mmap_mode='r')
+    array.base.madvise(mmap.MADV_WILLNEED)
+    return array
 
 
 def _write_decoded(paths, shape, cache):

@@ -15,19 +15,23 @@ class DamagedError(Exception):
 
 
 def decode(shape, paths):
-    """Image files as one array uint8 [N, *shape], grey ones as RGB. Raises DamagedError."""
-    images = np.empty((len(paths), *shape), np.uint8)
+    """Image files as one array uint8 [N, *shape], grey ones as RGB. Raises DamagedError.
+
+    They are pasted into one tall image: a conversion to an array has its price, whatever is converted.
+    """
+    height, width, _ = shape
+    tall = Image.new('RGB', (width, len(paths) * height))
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         for i, path in enumerate(paths):
             try:
                 with Image.open(path, formats=('JPEG',)) as image:
-                    if image.size != (shape[1], shape[0]):
-                        raise ValueError(f'{image.size[0]}×{image.size[1]} pixels instead of {shape[1]}×{shape[0]}')
-                    images[i] = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+                    if image.size != (width, height):
+                        raise ValueError(f'{image.size[0]}×{image.size[1]} pixels instead of {width}×{height}')
+                    tall.paste(image, (0, i * height))
             except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
                 raise DamagedError(path, str(error)) from error
-    return images
+    return np.asarray(tall).reshape(-1, *shape)
 
 
 def decode_into(path, shape, paths, offset):
