@@ -118,6 +118,20 @@ def shard(x, axis=0):
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS))
 
 
+def sum_over_shares(function, *arrays):
+    """In a jitted function: function(*arrays), which is a sum over the rows of arrays [B, ...].
+
+    The devices of the mesh that is set each take the sum over their share of rows, if they can share them out equally.
+    """
+    if num_devices() == 1 or len(arrays[0]) % num_devices():
+        return function(*arrays)
+
+    def sum_over_devices(*shares):
+        return jax.lax.psum(function(*shares), AXIS)
+
+    return jax.shard_map(sum_over_devices, in_specs=P(AXIS), out_specs=P(), check_vma=False)(*arrays)
+
+
 def gather(arrays):
     """In a jitted function: gives all of a pytree of arrays to every device of the mesh that is set."""
     return arrays if num_devices() == 1 else jax.lax.with_sharding_constraint(arrays, P())

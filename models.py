@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+import devices
+
 
 class ModelError(ValueError):
     """A network that does not exist, or that does not fit the images."""
@@ -512,22 +514,22 @@ def _kernel_gradient(x, grads, kernel, strides, padding):
         return kernel_grads.transpose(1, 2, 0, 3)
 
     def of_blocks(x, grads):
-        blocks = [_blocks(_at_least_float32(array), _IMAGES_OF_A_BLOCK) for array in (x, grads)]
-        zeros = _at_least_float32(jnp.zeros_like(kernel))
+        zeros = _at_least_float32(jnp.zeros(kernel.shape, kernel.dtype))
+        blocks = [_blocks(_at_least_float32(array)) for array in (x, grads)]
         total, _ = lax.scan(lambda total, block: (total + of_images(*block), None), zeros, blocks)
         return total.astype(kernel.dtype)
 
     if len(x) <= _IMAGES_OF_A_BLOCK:
         return of_images(x, grads)
-    return lax.platform_dependent(x, grads, cpu=of_blocks, default=of_images)
+    return lax.platform_dependent(x, grads, cpu=partial(devices.sum_over_shares, of_blocks), default=of_images)
 
 
 _IMAGES_OF_A_BLOCK = 25
 
 
-def _blocks(x, limit):
-    """[B, ...] as the fewest equal blocks of at most `limit`, [M, B', ...]; zeros fill up the last one."""
-    number = -(-len(x) // limit)
+def _blocks(x):
+    """[B, ...] as the fewest equal blocks of at most 25, [M, B', ...]; zeros fill up the last one."""
+    number = -(-len(x) // _IMAGES_OF_A_BLOCK)
     size = -(-len(x) // number)
     filled = jnp.pad(x, [(0, number * size - len(x))] + [(0, 0)] * (x.ndim - 1))
     return filled.reshape(number, size, *x.shape[1:])

@@ -88,6 +88,37 @@ def test_eight_devices_train_as_one(compilecache):
     assert differences['ivon resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one
 
 
+# The gradient by a kernel of more images than one block on each of four devices, against that on one.
+KERNEL_GRADIENT = """if True:
+    import re, sys
+    sys.path[:0] = ['.']
+    import jax, jax.numpy as jnp, numpy as np
+    import devices, models
+    images = jax.random.normal(jax.random.key(0), (108, 6, 6, 2))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2, 4))
+
+    @jax.jit
+    def gradient(images, kernel):
+        def loss(kernel):
+            return jnp.square(models.convolution(devices.shard(images), kernel, (1, 1), 'SAME')).sum()
+        return devices.gather(jax.grad(loss)(kernel))
+
+    mesh = devices.create_mesh()
+    with jax.set_mesh(mesh):
+        compiled = gradient.lower(*devices.replicate((images, kernel), mesh)).compile()
+        shared = compiled(*devices.replicate((images, kernel), mesh))
+    np.testing.assert_allclose(shared, gradient(images, kernel), rtol=1e-4)
+    print(*re.findall(' (all-gather|all-reduce|all-to-all|collective-permute|while)\\(', compiled.as_text()))
+"""
+
+
+def test_blocks_of_images_stay_on_their_devices():
+    """Each device goes through blocks of its own share; then one sum is taken over devices."""
+    done = run_on_devices(4, KERNEL_GRADIENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split()) == ['all-reduce', 'while']
+
+
 # Trains and evaluates a run on all of four devices, then goes on with it on one; a group of four samples has a device
 # each, two more share all, in batches of 8 as 6 cannot be shared.
 COMMANDS = """if True:
