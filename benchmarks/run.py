@@ -67,8 +67,8 @@ def parse_args(argv):
     add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
     add('--repeats', type=flags.integer(1), default=5, help='turns at least in which steps and evaluation are timed')
     add('--seconds', type=flags.integer(0), default=60, help='more turns of each comparison until it has taken so long')
-    add('--testimages', type=flags.integer(1), default=200, help='images that are evaluated, twice')
-    add('--testmc', type=flags.integer(1), default=32, help='samples over which their predictions are averaged')
+    add('--testimages', type=flags.integer(1), default=1000, help='images that are evaluated, twice')
+    add('--testmc', type=flags.integer(1), default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation at least, minutes each on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=flags.integer(0), default=2, help=help)
     add('--json', type=flags.new_file, help='write all figures here')
