@@ -503,8 +503,8 @@ def _input_gradient(x, grads, kernel, strides, padding):
 def _kernel_gradient(x, grads, kernel, strides, padding):
     """The gradient by the kernel, as for the input; the batch is what is summed over.
 
-    On CPUs it is the sum of those of small blocks of images, as XLA's convolution takes up to six times as long over
-    200 at once.
+    On CPUs it is the sum of those of small blocks of images: XLA's convolution over a few hundred at once takes several
+    times as long.
     """
     kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
 
@@ -515,8 +515,11 @@ def _kernel_gradient(x, grads, kernel, strides, padding):
 
     def of_blocks(x, grads):
         zeros = _at_least_float32(jnp.zeros(kernel.shape, kernel.dtype))
-        blocks = [_blocks(_at_least_float32(array)) for array in (x, grads)]
-        total, _ = lax.scan(lambda total, block: (total + of_images(*block), None), zeros, blocks)
+
+        def add(total, block):
+            return total + of_images(*map(_at_least_float32, block)), None
+
+        total, _ = lax.scan(add, zeros, (_blocks(x), _blocks(grads)))
         return total.astype(kernel.dtype)
 
     if len(x) <= _IMAGES_OF_A_BLOCK:
@@ -528,7 +531,7 @@ _IMAGES_OF_A_BLOCK = 25
 
 
 def _blocks(x):
-    """[B, ...] as the fewest equal blocks of at most 25, [M, B', ...]; zeros fill up the last one."""
+    """[B, ...] as the fewest equal blocks of at most _IMAGES_OF_A_BLOCK, [M, B', ...]; zeros fill up the last one."""
     number = -(-len(x) // _IMAGES_OF_A_BLOCK)
     size = -(-len(x) // number)
     filled = jnp.pad(x, [(0, number * size - len(x))] + [(0, 0)] * (x.ndim - 1))
