@@ -501,41 +501,52 @@ def _input_gradient(x, grads, kernel, strides, padding):
 
 
 def _kernel_gradient(x, grads, kernel, strides, padding):
-    """The gradient by the kernel, as for the input; the batch is what is summed over.
+    """The gradient by the kernel: a convolution as for the input; the batch is what is summed over.
 
-    On CPUs it is the sum of those of small blocks of images: XLA's convolution over a few hundred at once takes several
-    times as long.
+    On CPUs XLA's convolution takes several times as long where its images leave a core's caches: there the gradient is
+    summed over blocks of images, and is a product of matrices for each weight, the pixels under it and `grads`, if
+    there are channels enough for that.
     """
-    kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
+    channels, features = kernel.shape[2:]
 
-    def of_images(x, grads):
+    def by_convolution(x, grads):
+        kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
         batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
         kernel_grads = _nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
         return kernel_grads.transpose(1, 2, 0, 3)
 
-    def of_blocks(x, grads):
-        zeros = _at_least_float32(jnp.zeros(kernel.shape, kernel.dtype))
+    def by_products(x, grads):
+        rows = grads.reshape(-1, features)
+        products = [pixels.reshape(-1, channels).T @ rows for pixels in _under_weights(x, kernel, strides, padding)]
+        return jnp.stack(products).reshape(kernel.shape)
 
-        def add(total, block):
-            return total + of_images(*map(_at_least_float32, block)), None
-
-        total, _ = lax.scan(add, zeros, (_blocks(x), _blocks(grads)))
-        return total.astype(kernel.dtype)
-
-    if len(x) <= _IMAGES_OF_A_BLOCK:
-        return of_images(x, grads)
-    return lax.platform_dependent(x, grads, cpu=partial(devices.sum_over_shares, of_blocks), default=of_images)
+    of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
+    on_cpus = partial(devices.sum_over_shares, partial(_sum_over_blocks, of_block))
+    return lax.platform_dependent(x, grads, cpu=on_cpus, default=by_convolution)
 
 
-_IMAGES_OF_A_BLOCK = 25
+def _sum_over_blocks(function, *arrays):
+    """The sum, added up in float32, of function(*blocks) over equal blocks of the images of arrays [B, H, W, C].
+
+    A block of the first array has _IMAGES_OF_A_BLOCK and _NUMBERS_OF_A_BLOCK at most, or one image.
+    """
+    images, numbers = len(arrays[0]), arrays[0][0].size
+    largest = min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // numbers)
+    size = max(n for n in range(1, images + 1) if images % n == 0 and n <= max(largest, 1))
+    blocks = [x.reshape(-1, size, *x.shape[1:]) for x in arrays]
+
+    def of_block(blocks):
+        return function(*map(_at_least_float32, blocks))
+
+    def add(total, blocks):
+        return total + of_block(blocks), None
+
+    result = jax.eval_shape(of_block, [x[0] for x in blocks])
+    total, _ = lax.scan(add, jnp.zeros(result.shape, result.dtype), blocks)
+    return total.astype(arrays[0].dtype)
 
 
-def _blocks(x):
-    """[B, ...] as the fewest equal blocks of at most _IMAGES_OF_A_BLOCK, [M, B', ...]; zeros fill up the last one."""
-    number = -(-len(x) // _IMAGES_OF_A_BLOCK)
-    size = -(-len(x) // number)
-    filled = jnp.pad(x, [(0, number * size - len(x))] + [(0, 0)] * (x.ndim - 1))
-    return filled.reshape(number, size, *x.shape[1:])
+_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK, _FEWEST_CHANNELS_OF_PRODUCTS = 25, 420_000, 64
 
 
 def _sides(x, grads, kernel, strides, padding):
@@ -587,10 +598,15 @@ def _by_product(x, kernel, strides, padding):
 
     Without the barrier XLA may fuse the windows into the product, and fails at that (JAX 0.11.2 on an H100).
     """
-    height, width, _, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), *lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding), (0, 0)))
-    down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
-    shifted = [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(height) for j in range(width)]
-    windows = jnp.concatenate(shifted, axis=-1)
+    windows = jnp.concatenate(_under_weights(x, kernel, strides, padding), axis=-1)
+    features = kernel.shape[-1]
     rows = lax.optimization_barrier(windows.reshape(-1, windows.shape[-1]))
     return (rows @ kernel.reshape(-1, features)).reshape(*windows.shape[:3], features)
+
+
+def _under_weights(x, kernel, strides, padding):
+    """For each of the h·w weights of a kernel [h, w, C, D] the pixels that it multiplies, [B, H', W', C]."""
+    height, width = kernel.shape[:2]
+    x = jnp.pad(x, ((0, 0), *lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding), (0, 0)))
+    down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
+    return [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(height) for j in range(width)]

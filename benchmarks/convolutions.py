@@ -38,8 +38,8 @@ def main(argv=None):
     hlo = compiled.as_text()
     convolutions = dict(find_convolutions(hlo))
     names = {name for name in re.findall(r'%([\w.\-]+) = ', hlo) if not name.startswith('while')}
-    times = operation_times(partial(compiled, *arguments), names)
-    table, other = by_kind(times, convolutions, hlo)
+    times, calls = operation_times(partial(compiled, *arguments), names)
+    table, other = by_kind(times, calls, convolutions, hlo)
     matrix_rate = run.machine()['matrix_gflops']
     flops = 6 * run.MULTIPLY_ADDS[args.model] * SUB_BATCH / 1e9
     print(f'a gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
@@ -62,29 +62,30 @@ def main(argv=None):
 
 
 def operation_times(call, names):
-    """Milliseconds a sub-batch of the compiled operations of these names."""
+    """Milliseconds and calls a sub-batch of the compiled operations of these names."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
         (path,) = Path(folder).rglob('*.xplane.pb')
         profile = jax.profiler.ProfileData.from_file(str(path))
-    times = collections.Counter()
+    times, calls = collections.Counter(), collections.Counter()
     for plane in profile.planes:
         for line in plane.lines:
             for event in line.events:
                 if event.name in names:
                     times[event.name] += event.duration_ns / 1e6 / SUB_BATCHES
-    return times
+                    calls[event.name] += 1 / SUB_BATCHES
+    return times, calls
 
 
-def by_kind(times, convolutions, hlo):
+def by_kind(times, calls, convolutions, hlo):
     """{kind and stage: [milliseconds, GFLOP]} of the convolutions in a compiled module, and all other milliseconds."""
     table = collections.defaultdict(lambda: [0.0, 0.0])
     for name, line in convolutions.items():
         if times[name]:
             row = table[label_of(line)]
             row[0] += times[name]
-            row[1] += gflop_of(line, hlo)
+            row[1] += gflop_of(line, hlo) * calls[name]
     return dict(sorted(table.items())), sum(time for name, time in times.items() if name not in convolutions)
 
 

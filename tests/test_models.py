@@ -161,12 +161,16 @@ def test_convolution_gradient(pixels, size, stride, features, padding, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize('images', [50, 53])
+@pytest.mark.parametrize(('images', 'numbers_of_a_block'), [(50, 420_000), (50, 7000), (53, 420_000), (4, 1)])
+@pytest.mark.parametrize('channels', [3, 64])
 @pytest.mark.parametrize('stride', [1, 2])
-def test_convolution_gradient_of_many_images(images, stride, x64):
-    """More than a block of them, and no number of whole blocks: the gradient is that of JAX, and in bfloat16 too."""
+def test_convolution_gradient_of_blocks(images, numbers_of_a_block, channels, stride, monkeypatch, x64):
+    """Blocks of 25, of fewer and of one image, by convolutions and by products: JAX's gradient, in bfloat16 too."""
+    monkeypatch.setattr(models, '_NUMBERS_OF_A_BLOCK', numbers_of_a_block)
     keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (images, 6, 7, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
+    x, kernel = (
+        jax.random.normal(keys[i], shape) for i, shape in enumerate([(images, 6, 7, channels), (3, 3, channels, 4)])
+    )
     cotangent = jax.random.normal(keys[2], (images, -(-6 // stride), -(-7 // stride), 4))
 
     def gradient(convolution, *arrays):
