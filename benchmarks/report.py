@@ -1,4 +1,4 @@
-"""Makes results/README.md and its pictures, and the README's tables, from what is kept in results/.
+"""Makes results/README.md and its pictures, and the tables of the other pages, from what is kept in results/.
 
     python benchmarks/report.py
 
@@ -7,6 +7,7 @@ The prose is report.md; here are its tables, verdicts and pictures.
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -85,8 +86,8 @@ CLAIMS = [
 def main():
     found = all_records()
     (RESULTS / 'README.md').write_text(page(**found))
-    readme = ROOT / 'README.md'
-    readme.write_text(with_tables(readme.read_text()))
+    for path in PAGES_WITH_TABLES:
+        path.write_text(with_tables(path.read_text()))
     pictures = {
         'reliability': reliability(found['cifar10_few']),
         'few_samples': over_samples(found['cifar10_few']),
@@ -375,33 +376,15 @@ def from_csv(row, metric):
     return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
 
-# The columns of the README's tables of speed: what run.py wrote, and with what.
+PAGES_WITH_TABLES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md', ROOT / 'docs' / 'hosts.md']
+
+
+# The columns of the tables of speed: what run.py wrote, and with what.
 VERSIONS = {'benchmark': 'JAX 0.12.0.1', 'benchmark_jax0.10': 'JAX 0.10.2'}
 
 
-# The rows of its table of a GPU.
+# The rows of the table of a GPU.
 THROUGHPUT = ('sgd', 'sam', 'bsam')
-
-
-def with_tables(readme):
-    """The README with every table that stands between its marks made again."""
-    made = {
-        'headline': published_intervals(records('published')),
-        'few': few_table(records('cifar10_few')),
-        'processes': measured_scaling_table(),
-        'devices': predicted_scaling_table(),
-        'gpu': throughput.table(
-            [kept('throughput_bfloat16'), kept('throughput_float32')], settings.PRECISIONS, THROUGHPUT
-        ),
-        'speed': '\n'.join(map(performance_table, ('resnet18', 'resnet20'))),
-        'convolutions': convolutions_table(),
-        'loading': tables.markdown(['', VERSIONS['benchmark']], loading.rows(kept('loading'))),
-    }
-    for name, table in made.items():
-        begin, end = f'<!-- {name}: made by benchmarks/report.py -->\n\n', '\n<!-- until here -->'
-        before, rest = readme.split(begin)
-        readme = before + begin + table + rest[rest.index(end) :]
-    return readme
 
 
 def few_table(found):
@@ -457,6 +440,36 @@ def performance_table(model):
         for i, (label, _) in enumerate(columns[0])
     ]
     return tables.markdown([{'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}[model], *VERSIONS.values()], rows)
+
+
+def with_tables(page):
+    """A page with every table that stands between its marks made again."""
+
+    def made_again(table):
+        begin, name, end = table.groups()
+        return begin + TABLES[name]() + end
+
+    return re.sub(
+        r'(<!-- (\w+): made by benchmarks/report\.py -->\n\n).*?(\n<!-- until here -->)',
+        made_again,
+        page,
+        flags=re.DOTALL,
+    )
+
+
+# Of the names that stand in the marks.
+TABLES = {
+    'headline': lambda: published_intervals(records('published')),
+    'few': lambda: few_table(records('cifar10_few')),
+    'processes': measured_scaling_table,
+    'devices': predicted_scaling_table,
+    'gpu': lambda: throughput.table(
+        [kept('throughput_bfloat16'), kept('throughput_float32')], settings.PRECISIONS, THROUGHPUT
+    ),
+    'speed': lambda: '\n'.join(map(performance_table, ('resnet18', 'resnet20'))),
+    'convolutions': convolutions_table,
+    'loading': lambda: tables.markdown(['', VERSIONS['benchmark']], loading.rows(kept('loading'))),
+}
 
 
 def speed_table():

@@ -1,4 +1,4 @@
-"""What the README shows works."""
+"""What the README and the other pages show works."""
 
 import re
 import shlex
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import settings
 import train
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md', ROOT / 'docs' / 'hosts.md']
+README = PAGES[0].read_text()
 OF_A_RUN, OF_OPTIMIZERS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
@@ -45,11 +48,27 @@ def test_published_commands_are_understood():
 
 def test_tests_that_are_named_exist():
     tests = ''.join(path.read_text() for path in Path(__file__).parent.glob('test_*.py'))
-    named = set(re.findall(r'`(test_\w+)`', README))
+    named = {name for page in PAGES for name in re.findall(r'`(test_\w+)`', page.read_text())}
     assert named and named <= set(re.findall(r'^def (test_\w+)\(', tests, re.MULTILINE))
 
 
 def test_files_are_all_listed():
-    root = Path(__file__).parent.parent
     listed = set(re.findall(r'^    (\w+\.py) ', README, re.MULTILINE))
-    assert listed == {path.name for path in root.glob('*.py')}
+    assert listed == {path.name for path in ROOT.glob('*.py')}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_somewhere(page):
+    """To files that are there, and to headings of pages."""
+    links = re.findall(r'\]\(((?!https?:)[^)]*)\)', page.read_text())
+    assert links
+    for link in links:
+        name, _, anchor = link.partition('#')
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        headings = (
+            [line.lstrip('# ').lower() for line in target.read_text().splitlines() if line.startswith('#')]
+            if anchor
+            else []
+        )
+        assert not anchor or anchor in {re.sub(r'[^\w -]', '', heading).replace(' ', '-') for heading in headings}, link
