@@ -66,9 +66,10 @@ def test_links_lead_somewhere(page):
         name, _, anchor = link.partition('#')
         target = page.parent / name if name else page
         assert target.exists(), link
-        headings = (
-            [line.lstrip('# ').lower() for line in target.read_text().splitlines() if line.startswith('#')]
-            if anchor
-            else []
-        )
-        assert not anchor or anchor in {re.sub(r'[^\w -]', '', heading).replace(' ', '-') for heading in headings}, link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.*)', page.read_text(), re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
