@@ -49,7 +49,8 @@ SCRIPT = """if True:
             held = devices.replicate((images, labels, jnp.float32(1)), mesh)
             for number in (0, 1):
                 epoch = devices.replicate(training.start_epoch(jax.random.key(1), jnp.int32(number), 160, 16), mesh)
-                assert step.lower(state, epoch, *held).as_text().count('stablehlo.all_reduce') == is_shared
+                reductions = step.lower(state, epoch, *held).as_text().count('stablehlo.all_reduce')
+                assert reductions == is_shared or mesh.size > 1 and not split
                 for _ in range(10):
                     state, epoch, _ = step(state, epoch, *held)
             probs = experiment.probs(state.params, state.batch_stats, held[:1], 40)
