@@ -161,7 +161,7 @@ def test_convolution_gradient(pixels, size, stride, features, padding, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(('images', 'numbers_of_a_block'), [(50, 420_000), (50, 7000), (53, 420_000), (4, 1)])
+@pytest.mark.parametrize(('images', 'numbers_of_a_block'), [(50, 420_000), (50, 7000), (53, 420_000)])
 @pytest.mark.parametrize('channels', [3, 64])
 @pytest.mark.parametrize('stride', [1, 2])
 def test_convolution_gradient_of_blocks(images, numbers_of_a_block, channels, stride, monkeypatch, x64):
