@@ -521,28 +521,23 @@ def _kernel_gradient(x, grads, kernel, strides, padding):
         return jnp.stack(products).reshape(kernel.shape)
 
     of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
-    on_cpus = partial(devices.sum_over_shares, partial(_sum_over_blocks, of_block))
+    on_cpus = partial(devices.sum_over_shares, partial(_sum_over_blocks, of_block, kernel.shape))
     return lax.platform_dependent(x, grads, cpu=on_cpus, default=by_convolution)
 
 
-def _sum_over_blocks(function, *arrays):
-    """The sum, added up in float32, of function(*blocks) over equal blocks of the images of arrays [B, H, W, C].
+def _sum_over_blocks(function, shape, *arrays):
+    """The sum, added up in float32, of function(*blocks), of this shape, over equal blocks of images [B, H, W, C].
 
     A block of the first array has _IMAGES_OF_A_BLOCK and _NUMBERS_OF_A_BLOCK at most, or one image.
     """
-    images, numbers = len(arrays[0]), arrays[0][0].size
-    largest = min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // numbers)
-    size = max(n for n in range(1, images + 1) if images % n == 0 and n <= max(largest, 1))
-    blocks = [x.reshape(-1, size, *x.shape[1:]) for x in arrays]
-
-    def of_block(blocks):
-        return function(*map(_at_least_float32, blocks))
+    largest = max(1, min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // arrays[0][0].size))
+    size = max(n for n in range(1, largest + 1) if len(arrays[0]) % n == 0)
 
     def add(total, blocks):
-        return total + of_block(blocks), None
+        return total + function(*map(_at_least_float32, blocks)), None
 
-    result = jax.eval_shape(of_block, [x[0] for x in blocks])
-    total, _ = lax.scan(add, jnp.zeros(result.shape, result.dtype), blocks)
+    zeros = _at_least_float32(jnp.zeros(shape, arrays[0].dtype))
+    total, _ = lax.scan(add, zeros, [x.reshape(-1, size, *x.shape[1:]) for x in arrays])
     return total.astype(arrays[0].dtype)
 
 

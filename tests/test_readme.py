@@ -12,7 +12,7 @@ import settings
 import train
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md', ROOT / 'docs' / 'hosts.md']
+PAGES = [ROOT / name for name in ('README.md', 'benchmarks/README.md', 'docs/hosts.md', 'results/README.md')]
 README = PAGES[0].read_text()
 OF_A_RUN, OF_OPTIMIZERS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
