@@ -37,7 +37,7 @@ def contents(folder):
 
 @pytest.mark.parametrize(
     ('optim', 'model'),
-    [*((optim, 'mlp') for optim in optimizers.OPTIMIZERS), ('bsam', 'lenet'), ('sgd', 'resnet18')],
+    [*((optim, 'mlp') for optim in optimizers.OPTIMIZERS), ('sgd', 'lenet'), ('bsam', 'resnet18')],
 )
 def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
     dataset = 'cifar10' if model.startswith('resnet') else 'mnist'
