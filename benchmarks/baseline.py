@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree
 
+import convolution
 import models
 
 
@@ -62,7 +63,7 @@ def with_jax_gradients(loss):
 
     def wrapped(*args):
         with (
-            mock.patch.object(models, 'convolution', models._nhwc_convolution),
+            mock.patch.object(convolution, 'convolve', convolution.nhwc_convolution),
             mock.patch.object(models, 'batch_norm', batch_norm),
             mock.patch.object(models, 'filter_response_norm', filter_response_norm),
         ):

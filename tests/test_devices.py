@@ -95,7 +95,7 @@ KERNEL_GRADIENT = """if True:
     import re, sys
     sys.path[:0] = ['.']
     import jax, jax.numpy as jnp, numpy as np
-    import devices, models
+    import convolution, devices
     channels = int(sys.argv[1])
     images = jax.random.normal(jax.random.key(0), (120, 6, 6, channels))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, 4))
@@ -103,7 +103,7 @@ KERNEL_GRADIENT = """if True:
     @jax.jit
     def gradient(images, kernel):
         def loss(kernel):
-            return jnp.square(models.convolution(devices.shard(images), kernel, (1, 1), 'SAME')).sum()
+            return jnp.square(convolution.convolve(devices.shard(images), kernel, (1, 1), 'SAME')).sum()
         return devices.gather(jax.grad(loss)(kernel))
 
     mesh = devices.create_mesh()
