@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import devices
@@ -50,7 +51,9 @@ def _forward(strides, padding):
     @jax.custom_batching.custom_vmap
     def forward(x, kernel):
         formulation = _by_product if _outweighs(kernel, x) else nhwc_convolution
-        return formulation(x, kernel, strides, padding)
+        elsewhere = partial(formulation, strides=strides, padding=padding)
+        on_cpus = _in_tiles if _suits_tiles(kernel, strides, padding) else elsewhere
+        return lax.platform_dependent(x, kernel, cpu=on_cpus, default=elsewhere)
 
     @forward.def_vmap
     def of_several(number, batched, x, kernel):
@@ -66,12 +69,8 @@ def _backward(strides, padding):
     """A function of x, kernel and the outputs' gradient, that returns those of both, with a rule for `vmap`."""
 
     @jax.custom_batching.custom_vmap
-    def backward(x, kernel, grads):
-        if _outweighs(kernel, x):
-            _, gradients = jax.vjp(partial(_by_product, strides=strides, padding=padding), x, kernel)
-            return gradients(grads)
-        x_grads = _input_gradient(x, grads, kernel, strides, padding)
-        return x_grads, _kernel_gradient(x, grads, kernel, strides, padding)
+    def backward(*arrays):
+        return _input_gradient(*arrays, strides, padding), _kernel_gradient(*arrays, strides, padding)
 
     @backward.def_vmap
     def of_several(number, batched, x, kernel, grads):
@@ -83,7 +82,7 @@ def _backward(strides, padding):
             _, by_input = jax.vjp(lambda x: outputs(x, kernel), x)
             (x_grads,) = by_input(grads)
         else:
-            x_grads = _in_one_batch(partial(_input_gradient, kernel=shared, strides=strides, padding=padding), x, grads)
+            x_grads = _in_one_batch(lambda x, grads: _input_gradient(x, shared, grads, strides, padding), x, grads)
         return (x_grads, *by_kernel(grads)), (True, True)
 
     return backward
@@ -95,14 +94,30 @@ def _outweighs(kernel, x):
     return kernel.size > 2 * x.size
 
 
-def _input_gradient(x, grads, kernel, strides, padding):
+@jax.named_scope('by_input')
+def _input_gradient(x, kernel, grads, strides, padding):
     """The gradient by x: a convolution with strides turned into dilations, padded to the size that it must have."""
-    x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return nhwc_convolution(grads, flipped, (1, 1), x_padding, lhs_dilation=strides)
+
+    def by_convolution(x, kernel, grads):
+        x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
+        return nhwc_convolution(grads, turned(kernel), (1, 1), x_padding, lhs_dilation=strides)
+
+    def turned(kernel):
+        return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+
+    def by_product(x, kernel, grads):
+        return jax.vjp(lambda x: _by_product(x, kernel, strides, padding), x)[1](grads)[0]
+
+    def in_tiles(x, kernel, grads):
+        return _in_tiles(grads, turned(kernel))
+
+    elsewhere = by_product if _outweighs(kernel, x) else by_convolution
+    on_cpus = in_tiles if _suits_tiles(kernel, strides, padding) else elsewhere
+    return lax.platform_dependent(x, kernel, grads, cpu=on_cpus, default=elsewhere)
 
 
-def _kernel_gradient(x, grads, kernel, strides, padding):
+@jax.named_scope('by_kernel')
+def _kernel_gradient(x, kernel, grads, strides, padding):
     """The gradient by the kernel: a convolution as for the input; the batch is what is summed over.
 
     On CPUs XLA's convolution takes several times as long where its images leave a core's caches: there the gradient is
@@ -112,41 +127,132 @@ def _kernel_gradient(x, grads, kernel, strides, padding):
     channels, features = kernel.shape[2:]
 
     def by_convolution(x, grads):
-        kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, grads, kernel, strides, padding)]
+        kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
         batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
         kernel_grads = nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
         return kernel_grads.transpose(1, 2, 0, 3)
+
+    def by_product(x, grads):
+        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel)[1](grads)[0]
 
     def by_products(x, grads):
         rows = grads.reshape(-1, features)
         products = [pixels.reshape(-1, channels).T @ rows for pixels in _under_weights(x, kernel, strides, padding)]
         return jnp.stack(products).reshape(kernel.shape)
 
-    of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
-    on_cpus = partial(devices.sum_over_shares, partial(_sum_over_blocks, of_block, kernel.shape))
-    return lax.platform_dependent(x, grads, cpu=on_cpus, default=by_convolution)
+    def over_blocks(x, grads):
+        of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
+        return _sum_over_blocks(of_block, kernel.shape, x, grads).astype(x.dtype)
+
+    def in_tiles(x, grads):
+        """What is linear in the kernel, transposed."""
+        weights = jax.eval_shape(_weights_of_tiles, kernel)
+
+        def of_block(x, grads):
+            return jax.linear_transpose(partial(_tiles, x), weights)(grads)[0]
+
+        weights_grads = _sum_over_blocks(of_block, weights.shape, x, grads)
+        return jax.linear_transpose(_weights_of_tiles, kernel)(weights_grads)[0]
+
+    if _suits_tiles(kernel, strides, padding):
+        on_cpus = in_tiles
+    else:
+        on_cpus = by_product if _outweighs(kernel, x) else over_blocks
+    elsewhere = by_product if _outweighs(kernel, x) else by_convolution
+    return lax.platform_dependent(x, grads, cpu=on_cpus, default=elsewhere)
+
+
+def _suits_tiles(kernel, strides, padding):
+    """Whether a convolution is one that `_in_tiles` computes, with channels enough for products of matrices."""
+    is_of_tiles = kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == 'SAME'
+    return is_of_tiles and min(kernel.shape[2:]) >= _FEWEST_CHANNELS_OF_TILES
+
+
+def _in_tiles(x, kernel):
+    """A convolution by 3×3 weights as F(2×2, 3×3) of Lavin & Gray (2016, section 4.1), after Winograd, on CPUs.
+
+    Four outputs take 16 multiplications by weights of a channel instead of 36: Y = Aᵀ[(G K Gᵀ) ⊙ (Bᵀ X B)]A, where X
+    are the 4×4 pixels under a tile of 2×2 outputs Y; next to one another those overlap by two.
+    """
+    return _map_over_blocks(partial(_tiles, weights=_weights_of_tiles(kernel)), x)
+
+
+_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+_A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
+
+
+def _weights_of_tiles(kernel):
+    """G K Gᵀ of every two channels: [3, 3, C, D] as [16, C, D], in float32 at least."""
+    kernel = _wide(kernel)
+    return (np.kron(_G, _G).astype(kernel.dtype) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
+
+
+def _tiles(x, weights):
+    """The convolution of x [B, H, W, C] by weights [16, C, D]: [B, H, W, D]."""
+    images, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
+    pixels = jnp.stack([pixels for rows in _pixels_of_tiles(x, 1) for pixels in _pixels_of_tiles(rows, 2)])
+    down, right = pixels.shape[2:4]
+    products = pixels.reshape(16, -1, channels) @ weights
+    y = np.kron(_A, _A).T.astype(x.dtype) @ products.reshape(16, -1)
+    y = y.reshape(2, 2, images, down, right, -1).transpose(2, 3, 0, 4, 1, 5)
+    return y.reshape(images, 2 * down, 2 * right, -1)[:, :height, :width]
+
+
+def _pixels_of_tiles(x, axis):
+    """Bᵀ X along an axis: four arrays with an entry a tile."""
+    a, b, c, d = (lax.slice_in_dim(x, i, i + x.shape[axis] - 3, 2, axis) for i in range(4))
+    return a - c, b + c, c - b, b - d
+
+
+def _map_over_blocks(function, x):
+    """function(x), image by image, of x [B, H, W, C] on CPUs: over blocks of images, in float32 at least."""
+
+    def of_blocks(x):
+        size, full = _block_size(x)
+        y = lax.map(lambda x: function(_wide(x)).astype(x.dtype), x[:full].reshape(-1, size, *x.shape[1:]))
+        y = y.reshape(full, *y.shape[2:])
+        return y if full == len(x) else jnp.concatenate([y, function(_wide(x[full:])).astype(x.dtype)])
+
+    return devices.over_shares(of_blocks, x)
 
 
 def _sum_over_blocks(function, shape, *arrays):
-    """The sum, added up in float32, of function(*blocks), of this shape, over equal blocks of images [B, H, W, C].
+    """function(*arrays), of this shape, a sum over images [B, H, W, C] on CPUs: over blocks, in float32 at least."""
 
-    A block of the first array has _IMAGES_OF_A_BLOCK and _NUMBERS_OF_A_BLOCK at most, or one image.
+    def of_blocks(*arrays):
+        size, full = _block_size(arrays[0])
+
+        def add(total, blocks):
+            return total + function(*map(_wide, blocks)), None
+
+        zeros = jnp.zeros(shape, _wide(arrays[0]).dtype)
+        total, _ = lax.scan(add, zeros, [x[:full].reshape(-1, size, *x.shape[1:]) for x in arrays])
+        return total if full == len(arrays[0]) else add(total, [x[full:] for x in arrays])[0]
+
+    return devices.sum_over_shares(of_blocks, *arrays)
+
+
+def _block_size(x):
+    """Of blocks of x [B, H, W, C], and how many images equal blocks of that size hold.
+
+    It is a divisor of B, if there is one that is not far below the most that stay in a core's caches.
     """
-    largest = max(1, min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // arrays[0][0].size))
-    size = max(n for n in range(1, largest + 1) if len(arrays[0]) % n == 0)
-    dtype = jnp.promote_types(arrays[0].dtype, jnp.float32)
-
-    def add(total, blocks):
-        return total + function(*(x.astype(dtype) for x in blocks)), None
-
-    total, _ = lax.scan(add, jnp.zeros(shape, dtype), [x.reshape(-1, size, *x.shape[1:]) for x in arrays])
-    return total.astype(arrays[0].dtype)
+    largest = max(1, min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // x[0].size, len(x)))
+    divisor = max(n for n in range(1, largest + 1) if len(x) % n == 0)
+    size = divisor if 4 * divisor >= largest else largest
+    return size, len(x) // size * size
 
 
-_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK, _FEWEST_CHANNELS_OF_PRODUCTS = 25, 420_000, 64
+_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK = 25, 420_000
+_FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES = 64, 32
 
 
-def _sides(x, grads, kernel, strides, padding):
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _sides(x, kernel, grads, strides, padding):
     """Of height and width: the pixels, those of the kernel, the padding before and the reach of the strides."""
     low = [before for before, _ in lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)]
     reach = [stride * (n - 1) + 1 for stride, n in zip(strides, grads.shape[1:3], strict=True)]

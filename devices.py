@@ -111,19 +111,28 @@ def shareable(number_of_images):
     return -(-number_of_images // num_devices()) * num_devices()
 
 
+def _can_share(number):
+    return num_devices() > 1 and number % num_devices() == 0
+
+
 def shard(x, axis=0):
     """In a jitted function: lets the devices of the mesh that is set share out an axis of x, if they can equally."""
-    if num_devices() == 1 or x.shape[axis] % num_devices():
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS))
+    return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS)) if _can_share(x.shape[axis]) else x
+
+
+def over_shares(function, *arrays):
+    """In a jitted function: function(*arrays), rows [B, ...] each of which is made of those of arrays [B, ...].
+
+    The devices of the mesh that is set each compute their share of rows, if they can share them out equally.
+    """
+    if not _can_share(len(arrays[0])):
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)(*arrays)
 
 
 def sum_over_shares(function, *arrays):
-    """In a jitted function: function(*arrays), which is a sum over the rows of arrays [B, ...].
-
-    The devices of the mesh that is set each take the sum over their share of rows, if they can share them out equally.
-    """
-    if num_devices() == 1 or len(arrays[0]) % num_devices():
+    """In a jitted function: function(*arrays), which is a sum over the rows of arrays [B, ...], shared out likewise."""
+    if not _can_share(len(arrays[0])):
         return function(*arrays)
 
     def sum_over_devices(*shares):

@@ -63,13 +63,17 @@ def with_jax_gradients(loss):
 
     def wrapped(*args):
         with (
-            mock.patch.object(convolution, 'convolve', convolution.nhwc_convolution),
+            _xla_convolutions(),
             mock.patch.object(models, 'batch_norm', batch_norm),
             mock.patch.object(models, 'filter_response_norm', filter_response_norm),
         ):
             return loss(*args)
 
     return wrapped
+
+
+def _xla_convolutions():
+    return mock.patch.object(convolution, 'convolve', convolution.nhwc_convolution)
 
 
 def host_batch(rng, images, labels, batch_size, mean, std):
@@ -87,7 +91,8 @@ def host_batch(rng, images, labels, batch_size, mean, std):
 def logits(model, variables, images, batch_size):
     """A forward pass over images float [N, H, W, C], without `jit`."""
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return np.concatenate([model.apply(variables, batch, train=False) for batch in batches])
+    with _xla_convolutions():
+        return np.concatenate([model.apply(variables, batch, train=False) for batch in batches])
 
 
 def auroc(probs, labels):

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import jax
 import run
+from flax import linen as nn
 
 import flags
+import models
 import runs
 import tables
 
@@ -33,13 +35,16 @@ def main(argv=None):
         parser.error('profiles of CPUs alone are understood here: set JAX_PLATFORMS=cpu')
     gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)
     compiled = gradient.lower(*arguments).compile()
+    gflop = gflop_of_stages(args.model)
     run.seconds(compiled, *arguments)
     elapsed = run.seconds(compiled, *arguments) / SUB_BATCHES
-    hlo = compiled.as_text()
-    convolutions = dict(find_convolutions(hlo))
-    names = {name for name in re.findall(r'%([\w.\-]+) = ', hlo) if not name.startswith('while')}
-    times, calls = operation_times(partial(compiled, *arguments), names)
-    table, other = by_kind(times, calls, convolutions, hlo)
+    kinds = kinds_of_operations(compiled.as_text())
+    times = operation_times(partial(compiled, *arguments), kinds)
+    milliseconds = collections.Counter()
+    for name, time in times.items():
+        milliseconds[kinds[name]] += time
+    other = milliseconds.pop(None)
+    table = {kind: [time, gflop[kind.split()[-1]]] for kind, time in sorted(milliseconds.items())}
     matrix_rate = run.machine()['matrix_gflops']
     flops = 6 * run.MULTIPLY_ADDS[args.model] * SUB_BATCH / 1e9
     print(f'a gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
@@ -62,75 +67,56 @@ def main(argv=None):
 
 
 def operation_times(call, names):
-    """Milliseconds and calls a sub-batch of the compiled operations of these names."""
+    """Milliseconds a sub-batch of the compiled operations of these names."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
         (path,) = Path(folder).rglob('*.xplane.pb')
         profile = jax.profiler.ProfileData.from_file(str(path))
-    times, calls = collections.Counter(), collections.Counter()
+    times = collections.Counter()
     for plane in profile.planes:
         for line in plane.lines:
             for event in line.events:
                 if event.name in names:
                     times[event.name] += event.duration_ns / 1e6 / SUB_BATCHES
-                    calls[event.name] += 1 / SUB_BATCHES
-    return times, calls
+    return times
 
 
-def by_kind(times, calls, convolutions, hlo):
-    """{kind and stage: [milliseconds, GFLOP]} of the convolutions in a compiled module, and all other milliseconds."""
-    table = collections.defaultdict(lambda: [0.0, 0.0])
-    for name, line in convolutions.items():
-        if times[name]:
-            row = table[label_of(line)]
-            row[0] += times[name]
-            row[1] += gflop_of(line, hlo) * calls[name]
-    return dict(sorted(table.items())), sum(time for name, time in times.items() if name not in convolutions)
+def kinds_of_operations(hlo):
+    """{operation: 'forward, stage1' or the like, None for what is no part of a convolution} of a compiled module.
+
+    A fusion counts as what its last operation is. Loops are left out, for the operations in them.
+    """
+    kinds = {}
+    for name, line in re.findall(r'%([\w.\-]+) = (.*)', hlo):
+        if not name.startswith('while'):
+            kinds[name] = kind_of(re.search(r'op_name="([^"]*)"', line))
+    return kinds
 
 
-def find_convolutions(hlo):
-    """(operation, line of its convolution), which may be written as a product; operations are those or fusions."""
-    inside, computation = {}, None
-    for line in hlo.splitlines():
-        begin = re.match(r'%?([\w.\-]+) .*\{$', line)
-        computation = begin.group(1) if begin else computation
-        if re.search(r' (convolution|dot)\(', line) and '/conv/' in line:
-            inside[computation] = line
-            yield re.search(r'%([\w.\-]+) = ', line).group(1), line
-    for name, called in re.findall(r'%([\w.\-]+) = .*fusion\(.*calls=%([\w.\-]+)', hlo):
-        if called in inside:
-            yield name, inside[called]
+def kind_of(op_name):
+    layer = op_name and re.search(r'/(stem|stage\d)/.*conv/', op_name[1])
+    if not layer:
+        return None
+    gradient = re.search('by_input|by_kernel', op_name[1])
+    return f'gradient {gradient[0].replace("_", " the ")}, {layer[1]}' if gradient else f'forward, {layer[1]}'
 
 
-def label_of(line):
-    stage = re.search(r'/(stem|stage\d)/', line).group(1)
-    if 'transpose(' not in line:
-        return f'forward, {stage}'
-    if ' dot(' in line:
-        by_kernel = 'lhs_contracting_dims={0}' in line
-    else:
-        by_kernel = max(map(int, re.search(r'window=\{size=(\d+)x(\d+)', line).groups())) > 3
-    return f'gradient by the {"kernel" if by_kernel else "input"}, {stage}'
+def gflop_of_stages(model):
+    """{stage: GFLOP of its convolutions over a sub-batch}, multiply-adds twice: forwards, or for a gradient."""
+    gflop = collections.Counter()
 
+    def intercept(function, inputs, options, context):
+        y = function(*inputs, **options)
+        if isinstance(context.module, nn.Conv):
+            inputs_of_output = math.prod(context.module.kernel_size) * inputs[0].shape[-1]
+            gflop[context.module.path[0]] += 2 * inputs_of_output * y.size / 1e9
+        return y
 
-def gflop_of(line, hlo):
-    """Multiply-adds twice, those with the zeros of a dilated operand left out."""
-    operation, first, second = re.search(r' (convolution|dot)\(%([\w.\-]+), %([\w.\-]+)\)', line).groups()
-    output = math.prod(sizes(line.split(f' {operation}(')[0]))
-    if operation == 'dot':
-        axis = int(re.search(r'lhs_contracting_dims=\{(\d)\}', line).group(1))
-        return 2 * output * sizes_of(first, hlo)[axis] / 1e9
-    zeros = 4 if 'lhs_dilate' in line else 1
-    return 2 * output * math.prod(sizes_of(second, hlo)[:-1]) / zeros / 1e9
-
-
-def sizes_of(name, hlo):
-    return sizes(re.search(rf'%{re.escape(name)} = (\S+)', hlo).group(1))
-
-
-def sizes(shape):
-    return [int(n) for n in re.search(r'f32\[([\d,]+)\]', shape).group(1).split(',')]
+    with nn.intercept_methods(intercept):
+        images = jax.ShapeDtypeStruct((SUB_BATCH, 32, 32, 3), 'float32')
+        jax.eval_shape(partial(models.create(model, 10).init, train=False), jax.random.key(0), images)
+    return gflop
 
 
 if __name__ == '__main__':

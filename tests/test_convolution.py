@@ -1,5 +1,7 @@
 """Convolutions and their gradients against JAX's own, under `vmap` too."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,39 +35,61 @@ def test_convolution_gradient(pixels, size, stride, features, padding, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(('images', 'largest_block'), [(50, 30), (50, 7), (53, 30)])
-@pytest.mark.parametrize('channels', [3, 64])
-@pytest.mark.parametrize('stride', [1, 2])
-def test_convolution_gradient_of_blocks(images, largest_block, channels, stride, monkeypatch, x64):
-    """Blocks of 25 images, of 5 and of one, by convolutions and by products: JAX's gradient, in bfloat16 too."""
-    monkeypatch.setattr(convolution, '_NUMBERS_OF_A_BLOCK', largest_block * 6 * 7 * channels)
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (images, 6, 7, channels))
-    kernel = jax.random.normal(keys[1], (3, 3, channels, 4))
-    cotangent = jax.random.normal(keys[2], (images, -(-6 // stride), -(-7 // stride), 4))
+@pytest.mark.parametrize(('images', 'largest_block'), [(50, 30), (50, 7), (53, 30), (3, 0)])
+@pytest.mark.parametrize(('kind', 'channels', 'stride'), [
+    ('convolutions', 3, 1), ('convolutions', 3, 2), ('products', 64, 1), ('products', 64, 2), ('tiles', 3, 1),
+])  # fmt: skip
+def test_convolution_over_blocks(images, largest_block, kind, channels, stride, monkeypatch, x64):
+    """Blocks of 25 images, of 5, of 25 and a rest, and of one: values and gradients are JAX's, in bfloat16 too.
 
-    def gradient(convolve, *arrays):
-        return jax.jit(lambda x, k, cotangent: jax.vjp(convolve, x, k)[1](cotangent))(*arrays)
+    Tiles of 2×2 pixels stick out of these images.
+    """
+    monkeypatch.setattr(convolution, '_NUMBERS_OF_A_BLOCK', largest_block * 7 * 9 * channels)
+    monkeypatch.setattr(convolution, '_FEWEST_CHANNELS_OF_TILES', 3 if kind == 'tiles' else 100)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (images, 7, 9, channels))
+    kernel = jax.random.normal(keys[1], (3, 3, channels, 4))
+    cotangent = jax.random.normal(keys[2], (images, -(-7 // stride), -(-9 // stride), 4))
 
     def ours(x, kernel):
         return convolution.convolve(x, kernel, (stride, stride), 'SAME')
 
-    expected = gradient(lambda x, k: jax_convolution(x, k, stride, 'SAME'), x, kernel, cotangent)
-    for found, jaxs in zip(gradient(ours, x, kernel, cotangent), expected, strict=True):
-        np.testing.assert_allclose(found, jaxs, rtol=1e-9, atol=1e-12)
+    expected = value_and_gradients(lambda x, k: jax_convolution(x, k, stride, 'SAME'), x, kernel, cotangent)
+    for found, exact in zip(value_and_gradients(ours, x, kernel, cotangent), expected, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-11)
     coarse = [array.astype(jnp.bfloat16) for array in (x, kernel, cotangent)]
-    wide = gradient(ours, *(array.astype(jnp.float64) for array in coarse))
-    for found, exact in zip(gradient(ours, *coarse), wide, strict=True):
+    wide = value_and_gradients(ours, *(array.astype(jnp.float64) for array in coarse))
+    for found, exact in zip(value_and_gradients(ours, *coarse), wide, strict=True):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(found.astype(jnp.float64), exact, rtol=2**-8, atol=1e-4)
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_gradients(convolve, x, kernel, cotangent):
+    value, gradients = jax.vjp(convolve, x, kernel)
+    return value, *gradients(cotangent)
+
+
+def test_rounding_of_tiles(x64):
+    """In float32 their values and gradients are no further from those in float64 than twice what XLA's are."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, cotangent = (jax.random.normal(key, (4, 8, 8, 128)) for key in keys[:2])
+    kernel = jax.random.normal(keys[2], (3, 3, 128, 128))
+    assert convolution._suits_tiles(kernel, (1, 1), 'SAME')
+    exact = value_and_gradients(partial(jax_convolution, stride=1, padding='SAME'), x, kernel, cotangent)
+    narrow = [array.astype(jnp.float32) for array in (x, kernel, cotangent)]
+    theirs = value_and_gradients(partial(jax_convolution, stride=1, padding='SAME'), *narrow)
+    ours = value_and_gradients(partial(convolution.convolve, strides=(1, 1), padding='SAME'), *narrow)
+    for found, plain, wide in zip(ours, theirs, exact, strict=True):
+        assert 0 < np.linalg.norm(found - wide) < 2 * np.linalg.norm(plain - wide)
 
 
 @pytest.mark.parametrize('axes', [(0, None), (None, 0), (0, 0)])
 @pytest.mark.parametrize(
     ('size', 'stride', 'channels', 'padding'),
     [
-        (3, 1, (16, 20), 'SAME'), (3, 1, (16, 16), 'VALID'), (3, 1, (3, 4), 'SAME'), (3, 2, (16, 16), 'SAME'),
-        (1, 2, (4, 5), 'SAME'), (2, 3, (3, 2), 'VALID'),
+        (3, 1, (16, 20), 'SAME'), (3, 1, (32, 32), 'SAME'), (3, 1, (16, 16), 'VALID'), (3, 1, (3, 4), 'SAME'),
+        (3, 2, (16, 16), 'SAME'), (1, 2, (4, 5), 'SAME'), (2, 3, (3, 2), 'VALID'),
     ],
 )  # fmt: skip
 def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, x64):

@@ -96,9 +96,9 @@ KERNEL_GRADIENT = """if True:
     sys.path[:0] = ['.']
     import jax, jax.numpy as jnp, numpy as np
     import convolution, devices
-    channels = int(sys.argv[1])
+    channels, features = map(int, sys.argv[1:])
     images = jax.random.normal(jax.random.key(0), (120, 6, 6, channels))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, 4))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, features))
 
     @jax.jit
     def gradient(images, kernel):
@@ -116,12 +116,12 @@ KERNEL_GRADIENT = """if True:
 """
 
 
-@pytest.mark.parametrize('channels', [2, 64])
-def test_blocks_of_images_stay_on_their_devices(channels):
-    """Each device goes through blocks of its own share; then one sum is taken over devices."""
-    done = run_on_devices(4, KERNEL_GRADIENT, str(channels))
+@pytest.mark.parametrize(('channels', 'features', 'loops'), [(2, 4, 1), (64, 4, 1), (32, 32, 2)])
+def test_blocks_of_images_stay_on_their_devices(channels, features, loops):
+    """Each device goes through blocks of its own share, in tiles forwards too; then one sum is taken over devices."""
+    done = run_on_devices(4, KERNEL_GRADIENT, str(channels), str(features))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(done.stdout.split()) == ['all-reduce', 'while']
+    assert sorted(done.stdout.split()) == ['all-reduce', *['while'] * loops]
 
 
 # Trains and evaluates a run on all of four devices, then goes on with it on one; a group of four samples has a device
