@@ -50,10 +50,11 @@ def _forward(strides, padding):
 
     @jax.custom_batching.custom_vmap
     def forward(x, kernel):
-        formulation = _by_product if _outweighs(kernel, x) else nhwc_convolution
-        elsewhere = partial(formulation, strides=strides, padding=padding)
-        on_cpus = _in_tiles if _suits_tiles(kernel, strides, padding) else elsewhere
-        return lax.platform_dependent(x, kernel, cpu=on_cpus, default=elsewhere)
+        if _outweighs(kernel, x, strides, padding):
+            return _by_product(x, kernel, strides, padding)
+        by_convolution = partial(nhwc_convolution, strides=strides, padding=padding)
+        on_cpus = _in_tiles if _suits_tiles(kernel, strides, padding) else by_convolution
+        return lax.platform_dependent(x, kernel, cpu=on_cpus, default=by_convolution)
 
     @forward.def_vmap
     def of_several(number, batched, x, kernel):
@@ -88,32 +89,24 @@ def _backward(strides, padding):
     return backward
 
 
-def _outweighs(kernel, x):
-    """Whether a kernel is so much larger than its images that copies of it, which convolutions and their gradients
-    make on CPUs, would cost more than the windows that a product of matrices needs."""
-    return kernel.size > 2 * x.size
+def _outweighs(kernel, x, strides, padding):
+    """Whether a kernel is so much larger than its images that a product of matrices costs less on CPUs.
+
+    That needs windows of the images, other convolutions and their gradients copies of the kernel: tiles fewer.
+    """
+    return kernel.size > (12 if _suits_tiles(kernel, strides, padding) else 2) * x.size
 
 
 @jax.named_scope('by_input')
 def _input_gradient(x, kernel, grads, strides, padding):
     """The gradient by x: a convolution with strides turned into dilations, padded to the size that it must have."""
-
-    def by_convolution(x, kernel, grads):
-        x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
-        return nhwc_convolution(grads, turned(kernel), (1, 1), x_padding, lhs_dilation=strides)
-
-    def turned(kernel):
-        return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-
-    def by_product(x, kernel, grads):
+    if _outweighs(kernel, x, strides, padding):
         return jax.vjp(lambda x: _by_product(x, kernel, strides, padding), x)[1](grads)[0]
-
-    def in_tiles(x, kernel, grads):
-        return _in_tiles(grads, turned(kernel))
-
-    elsewhere = by_product if _outweighs(kernel, x) else by_convolution
-    on_cpus = in_tiles if _suits_tiles(kernel, strides, padding) else elsewhere
-    return lax.platform_dependent(x, kernel, grads, cpu=on_cpus, default=elsewhere)
+    x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
+    by_convolution = partial(nhwc_convolution, strides=(1, 1), padding=x_padding, lhs_dilation=strides)
+    on_cpus = _in_tiles if _suits_tiles(kernel, strides, padding) else by_convolution
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return lax.platform_dependent(grads, flipped, cpu=on_cpus, default=by_convolution)
 
 
 @jax.named_scope('by_kernel')
@@ -124,6 +117,8 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
     summed over blocks of images, and is a product of matrices for each weight, the pixels under it and `grads`, if
     there are channels enough for that.
     """
+    if _outweighs(kernel, x, strides, padding):
+        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel)[1](grads)[0]
     channels, features = kernel.shape[2:]
 
     def by_convolution(x, grads):
@@ -131,9 +126,6 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
         kernel_grads = nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
         return kernel_grads.transpose(1, 2, 0, 3)
-
-    def by_product(x, grads):
-        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel)[1](grads)[0]
 
     def by_products(x, grads):
         rows = grads.reshape(-1, features)
@@ -144,22 +136,8 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
         return _sum_over_blocks(of_block, kernel.shape, x, grads).astype(x.dtype)
 
-    def in_tiles(x, grads):
-        """What is linear in the kernel, transposed."""
-        weights = jax.eval_shape(_weights_of_tiles, kernel)
-
-        def of_block(x, grads):
-            return jax.linear_transpose(partial(_tiles, x), weights)(grads)[0]
-
-        weights_grads = _sum_over_blocks(of_block, weights.shape, x, grads)
-        return jax.linear_transpose(_weights_of_tiles, kernel)(weights_grads)[0]
-
-    if _suits_tiles(kernel, strides, padding):
-        on_cpus = in_tiles
-    else:
-        on_cpus = by_product if _outweighs(kernel, x) else over_blocks
-    elsewhere = by_product if _outweighs(kernel, x) else by_convolution
-    return lax.platform_dependent(x, grads, cpu=on_cpus, default=elsewhere)
+    on_cpus = partial(_kernel_gradient_in_tiles, kernel) if _suits_tiles(kernel, strides, padding) else over_blocks
+    return lax.platform_dependent(x, grads, cpu=on_cpus, default=by_convolution)
 
 
 def _suits_tiles(kernel, strides, padding):
@@ -175,6 +153,17 @@ def _in_tiles(x, kernel):
     are the 4×4 pixels under a tile of 2×2 outputs Y; next to one another those overlap by two.
     """
     return _map_over_blocks(partial(_tiles, weights=_weights_of_tiles(kernel)), x)
+
+
+def _kernel_gradient_in_tiles(kernel, x, grads):
+    """What is linear in the kernel, transposed."""
+    weights = jax.eval_shape(_weights_of_tiles, kernel)
+
+    def of_block(x, grads):
+        return jax.linear_transpose(partial(_tiles, x), weights)(grads)[0]
+
+    weights_grads = _sum_over_blocks(of_block, weights.shape, x, grads)
+    return jax.linear_transpose(_weights_of_tiles, kernel)(weights_grads)[0]
 
 
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])

@@ -25,7 +25,7 @@ def test_convolution_gradient(pixels, size, stride, features, padding, x64):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, pixels, pixels + 1, 3))
     kernel = jax.random.normal(keys[1], (size, size, 3, features))
-    assert convolution._outweighs(kernel, x) == (features > 4)
+    assert convolution._outweighs(kernel, x, (stride, stride), padding) == (features > 4)
 
     expected, expected_gradient = jax.vjp(lambda x, k: jax_convolution(x, k, stride, padding), x, kernel)
     value, gradient = jax.vjp(lambda x, k: convolution.convolve(x, k, (stride, stride), padding), x, kernel)
