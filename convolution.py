@@ -3,8 +3,12 @@
     y = convolve(x, kernel, strides=(1, 1), padding='SAME')
 
 x: [B, H, W, C]; kernel: [h, w, C, D]; strides: two ints; padding: 'SAME' or 'VALID'; y: [B, H', W', D].
+
+On CPUs most of them are in tiles, with fewer multiplications (Lavin & Gray, "Fast Algorithms for Convolutional Neural
+Networks", 2016).
 """
 
+import math
 from functools import cache, partial
 
 import jax
@@ -50,11 +54,10 @@ def _forward(strides, padding):
 
     @jax.custom_batching.custom_vmap
     def forward(x, kernel):
-        if _outweighs(kernel, x, strides, padding):
-            return _by_product(x, kernel, strides, padding)
-        by_convolution = partial(nhwc_convolution, strides=strides, padding=padding)
-        on_cpus = _in_tiles if _suits_tiles(kernel, strides, padding) else by_convolution
-        return lax.platform_dependent(x, kernel, cpu=on_cpus, default=by_convolution)
+        formulation = _by_product if _outweighs(x, kernel) else nhwc_convolution
+        elsewhere = partial(formulation, strides=strides, padding=padding)
+        on_cpus = _in_tiles if _suits_tiles(x, kernel, strides, padding) else elsewhere
+        return lax.platform_dependent(x, kernel, cpu=on_cpus, default=elsewhere)
 
     @forward.def_vmap
     def of_several(number, batched, x, kernel):
@@ -89,24 +92,26 @@ def _backward(strides, padding):
     return backward
 
 
-def _outweighs(kernel, x, strides, padding):
-    """Whether a kernel is so much larger than its images that a product of matrices costs less on CPUs.
-
-    That needs windows of the images, other convolutions and their gradients copies of the kernel: tiles fewer.
-    """
-    return kernel.size > (12 if _suits_tiles(kernel, strides, padding) else 2) * x.size
+def _outweighs(x, kernel):
+    """Whether a kernel is so much larger than its images that copies of it, which convolutions and their gradients
+    make on CPUs, would cost more than the windows that a product of matrices needs."""
+    return kernel.size > 2 * x.size
 
 
 @jax.named_scope('by_input')
 def _input_gradient(x, kernel, grads, strides, padding):
     """The gradient by x: a convolution with strides turned into dilations, padded to the size that it must have."""
-    if _outweighs(kernel, x, strides, padding):
-        return jax.vjp(lambda x: _by_product(x, kernel, strides, padding), x)[1](grads)[0]
     x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
-    by_convolution = partial(nhwc_convolution, strides=(1, 1), padding=x_padding, lhs_dilation=strides)
-    on_cpus = _in_tiles if _suits_tiles(kernel, strides, padding) else by_convolution
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return lax.platform_dependent(grads, flipped, cpu=on_cpus, default=by_convolution)
+
+    def by_product(grads, flipped):
+        del flipped
+        return jax.vjp(lambda x: _by_product(x, kernel, strides, padding), x)[1](grads)[0]
+
+    by_convolution = partial(nhwc_convolution, strides=(1, 1), padding=x_padding, lhs_dilation=strides)
+    elsewhere = by_product if _outweighs(x, kernel) else by_convolution
+    on_cpus = _in_tiles if _suits_tiles(x, kernel, strides, padding) else elsewhere
+    return lax.platform_dependent(grads, flipped, cpu=on_cpus, default=elsewhere)
 
 
 @jax.named_scope('by_kernel')
@@ -114,11 +119,9 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
     """The gradient by the kernel: a convolution as for the input; the batch is what is summed over.
 
     On CPUs XLA's convolution takes several times as long where its images leave a core's caches: there the gradient is
-    summed over blocks of images, and is a product of matrices for each weight, the pixels under it and `grads`, if
-    there are channels enough for that.
+    summed over blocks of images, in tiles, or as a product of matrices for each weight, the pixels under it and
+    `grads`, if there are channels enough for that.
     """
-    if _outweighs(kernel, x, strides, padding):
-        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel)[1](grads)[0]
     channels, features = kernel.shape[2:]
 
     def by_convolution(x, grads):
@@ -126,6 +129,9 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
         kernel_grads = nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
         return kernel_grads.transpose(1, 2, 0, 3)
+
+    def by_product(x, grads):
+        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel)[1](grads)[0]
 
     def by_products(x, grads):
         rows = grads.reshape(-1, features)
@@ -136,14 +142,19 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
         return _sum_over_blocks(of_block, kernel.shape, x, grads).astype(x.dtype)
 
-    on_cpus = partial(_kernel_gradient_in_tiles, kernel) if _suits_tiles(kernel, strides, padding) else over_blocks
-    return lax.platform_dependent(x, grads, cpu=on_cpus, default=by_convolution)
+    elsewhere = by_product if _outweighs(x, kernel) else by_convolution
+    if _suits_tiles(x, kernel, strides, padding):
+        on_cpus = partial(devices.sum_over_shares, partial(_kernel_gradient_in_tiles, kernel))
+    else:
+        on_cpus = by_product if _outweighs(x, kernel) else partial(devices.sum_over_shares, over_blocks)
+    return lax.platform_dependent(x, grads, cpu=on_cpus, default=elsewhere)
 
 
-def _suits_tiles(kernel, strides, padding):
-    """Whether a convolution is one that `_in_tiles` computes, with channels enough for products of matrices."""
-    is_of_tiles = kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == 'SAME'
-    return is_of_tiles and min(kernel.shape[2:]) >= _FEWEST_CHANNELS_OF_TILES
+def _suits_tiles(x, kernel, strides, padding):
+    """Whether `_in_tiles` computes a convolution, and soon: with channels enough for products of matrices, and a kernel
+    that does not outweigh its images so much (as seen on two cores of an AMD EPYC) that copies of it cost more."""
+    has_tiles = kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == 'SAME'
+    return has_tiles and min(kernel.shape[2:]) >= _FEWEST_CHANNELS_OF_TILES and kernel.size <= 12 * x.size
 
 
 def _in_tiles(x, kernel):
@@ -152,11 +163,12 @@ def _in_tiles(x, kernel):
     Four outputs take 16 multiplications by weights of a channel instead of 36: Y = Aᵀ[(G K Gᵀ) ⊙ (Bᵀ X B)]A, where X
     are the 4×4 pixels under a tile of 2×2 outputs Y; next to one another those overlap by two.
     """
-    return _map_over_blocks(partial(_tiles, weights=_weights_of_tiles(kernel)), x)
+    weights = _weights_of_tiles(kernel)
+    return devices.over_shares(partial(_map_over_blocks, partial(_tiles, weights=weights)), x)
 
 
 def _kernel_gradient_in_tiles(kernel, x, grads):
-    """What is linear in the kernel, transposed."""
+    """`_in_tiles` is linear in the kernel, and is transposed. kernel: of its shape and dtype; returns [3, 3, C, D]."""
     weights = jax.eval_shape(_weights_of_tiles, kernel)
 
     def of_block(x, grads):
@@ -172,7 +184,7 @@ _A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 def _weights_of_tiles(kernel):
     """G K Gᵀ of every two channels: [3, 3, C, D] as [16, C, D], in float32 at least."""
-    kernel = _wide(kernel)
+    kernel = at_least_float32(kernel)
     return (np.kron(_G, _G).astype(kernel.dtype) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
 
 
@@ -195,49 +207,47 @@ def _pixels_of_tiles(x, axis):
 
 
 def _map_over_blocks(function, x):
-    """function(x), image by image, of x [B, H, W, C] on CPUs: over blocks of images, in float32 at least."""
+    """function(x), image by image, of x [B, H, W, C]: over blocks of images, in float32 at least."""
 
-    def of_blocks(x):
-        size, full = _block_size(x)
-        y = lax.map(lambda x: function(_wide(x)).astype(x.dtype), x[:full].reshape(-1, size, *x.shape[1:]))
-        y = y.reshape(full, *y.shape[2:])
-        return y if full == len(x) else jnp.concatenate([y, function(_wide(x[full:])).astype(x.dtype)])
+    def of_block(x):
+        return function(at_least_float32(x)).astype(x.dtype)
 
-    return devices.over_shares(of_blocks, x)
-
-
-def _sum_over_blocks(function, shape, *arrays):
-    """function(*arrays), of this shape, a sum over images [B, H, W, C] on CPUs: over blocks, in float32 at least."""
-
-    def of_blocks(*arrays):
-        size, full = _block_size(arrays[0])
-
-        def add(total, blocks):
-            return total + function(*map(_wide, blocks)), None
-
-        zeros = jnp.zeros(shape, _wide(arrays[0]).dtype)
-        total, _ = lax.scan(add, zeros, [x[:full].reshape(-1, size, *x.shape[1:]) for x in arrays])
-        return total if full == len(arrays[0]) else add(total, [x[full:] for x in arrays])[0]
-
-    return devices.sum_over_shares(of_blocks, *arrays)
+    blocks, rest = _cut(x, _images_of_block(x))
+    y = lax.map(of_block, blocks)
+    y = y.reshape(-1, *y.shape[2:])
+    return jnp.concatenate([y, of_block(rest)]) if len(rest) else y
 
 
-def _block_size(x):
-    """Of blocks of x [B, H, W, C], and how many images equal blocks of that size hold.
+def _sum_over_blocks(function, shape, x, grads):
+    """function(x, grads), of this shape, a sum over images [B, H, W, C]: over blocks of images, in float32 at least."""
 
-    It is a divisor of B, if there is one that is not far below the most that stay in a core's caches.
-    """
-    largest = max(1, min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // x[0].size, len(x)))
+    def add(total, blocks):
+        return total + function(*map(at_least_float32, blocks)), None
+
+    size = _images_of_block(x)
+    (blocks, rest), (grads_blocks, grads_rest) = _cut(x, size), _cut(grads, size)
+    total, _ = lax.scan(add, jnp.zeros(shape, at_least_float32(x).dtype), (blocks, grads_blocks))
+    return add(total, (rest, grads_rest))[0] if len(rest) else total
+
+
+def _images_of_block(x):
+    """Of x [B, H, W, C]: a divisor of B, unless all are far below the number of images that is fast (as seen)."""
+    largest = max(1, min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // math.prod(x.shape[1:]), len(x)))
     divisor = max(n for n in range(1, largest + 1) if len(x) % n == 0)
-    size = divisor if 4 * divisor >= largest else largest
-    return size, len(x) // size * size
+    return divisor if 4 * divisor >= largest else largest
+
+
+def _cut(x, size):
+    """x [B, ...] as equal blocks [B // size, size, ...], and the rows that are left."""
+    full = len(x) // size * size
+    return x[:full].reshape(-1, size, *x.shape[1:]), x[full:]
 
 
 _IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK = 25, 420_000
 _FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES = 64, 32
 
 
-def _wide(x):
+def at_least_float32(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

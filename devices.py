@@ -120,14 +120,14 @@ def shard(x, axis=0):
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS)) if _can_share(x.shape[axis]) else x
 
 
-def over_shares(function, *arrays):
-    """In a jitted function: function(*arrays), rows [B, ...] each of which is made of those of arrays [B, ...].
+def over_shares(function, x):
+    """In a jitted function: function(x) of x [B, ...], whose row i, of [B, ...], depends on row i of x only.
 
     The devices of the mesh that is set each compute their share of rows, if they can share them out equally.
     """
-    if not _can_share(len(arrays[0])):
-        return function(*arrays)
-    return jax.shard_map(function, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)(*arrays)
+    if not _can_share(len(x)):
+        return function(x)
+    return jax.shard_map(function, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)(x)
 
 
 def sum_over_shares(function, *arrays):

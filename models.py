@@ -208,7 +208,7 @@ def apply(model, params, batch_stats, images, train, dtype=None):
     params, images = jax.tree.map(lambda x: x.astype(dtype or x.dtype), (params, images))
     variables = {'params': params, 'batch_stats': batch_stats}
     logits, updates = model.apply(variables, images, train=train, mutable=['batch_stats'] if train else [])
-    return _at_least_float32(logits), updates.get('batch_stats', batch_stats)
+    return convolution.at_least_float32(logits), updates.get('batch_stats', batch_stats)
 
 
 def with_features(apply, last_layer):
@@ -219,7 +219,7 @@ def with_features(apply, last_layer):
 
         def intercept(function, inputs, options, context):
             if context.module.name == last_layer:
-                features.append(_at_least_float32(inputs[0]))
+                features.append(convolution.at_least_float32(inputs[0]))
             return function(*inputs, **options)
 
         with nn.intercept_methods(intercept):
@@ -280,7 +280,7 @@ def batch_norm(x, scale, bias, epsilon, relu):
 
 
 def _batch_forward(x, scale, bias, epsilon, relu):
-    wide = _at_least_float32(x)
+    wide = convolution.at_least_float32(x)
     mean, mean_square = _means_of_channels(wide, jnp.square(wide))
     var = jnp.maximum(mean_square - jnp.square(mean), 0)
     return (_outputs(x, mean, var, scale, bias, epsilon, relu), mean, var), (x, mean, var, scale, bias)
@@ -288,7 +288,7 @@ def _batch_forward(x, scale, bias, epsilon, relu):
 
 def _batch_backward(epsilon, relu, residuals, grads):
     x, mean, var, scale, bias = residuals
-    y_grads, r = _at_least_float32(grads[0]), lax.rsqrt(var + epsilon)
+    y_grads, r = convolution.at_least_float32(grads[0]), lax.rsqrt(var + epsilon)
     if relu:
         y_grads = jnp.where(_outputs(x, mean, var, scale, bias, epsilon, relu) > 0, y_grads, 0)
     normalised = (x - _channels(mean)) * _channels(r)
@@ -345,7 +345,7 @@ def filter_response_norm(x, scale, bias, threshold, epsilon):
 
 
 def _response_forward(x, scale, bias, threshold, epsilon):
-    r = lax.rsqrt(jnp.square(_at_least_float32(x)).mean(axis=(1, 2), keepdims=True) + epsilon)
+    r = lax.rsqrt(jnp.square(convolution.at_least_float32(x)).mean(axis=(1, 2), keepdims=True) + epsilon)
     y = _channels(scale) * (x * r) + _channels(bias)
     return jnp.maximum(y, _channels(threshold)).astype(x.dtype), (x, r, scale, bias, threshold)
 
@@ -359,7 +359,7 @@ def _response_backward(epsilon, residuals, grads):
     y_grads = above * grads
 
     def over_pixels(values):
-        return _at_least_float32(values).sum(axis=(1, 2), keepdims=True)
+        return convolution.at_least_float32(values).sum(axis=(1, 2), keepdims=True)
 
     of_outputs, of_bias, of_scale = over_pixels(grads), over_pixels(y_grads), over_pixels(y_grads * normalised)
     pixels = x.shape[1] * x.shape[2]
@@ -382,10 +382,6 @@ def max_pool(x, size, stride):
         shifted = [lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(size)]
         x = reduce(jnp.maximum, shifted)
     return x
-
-
-def _at_least_float32(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _channels(x):

@@ -53,7 +53,7 @@ def with_jax_gradients(loss):
     """The same loss, of a network whose layers have JAX's own gradients, under `vmap` too."""
 
     def batch_norm(x, scale, bias, epsilon, relu):
-        wide = models._at_least_float32(x)
+        wide = convolution.at_least_float32(x)
         mean = wide.mean(axis=(0, 1, 2))
         var = jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
         return models._outputs(x, mean, var, scale, bias, epsilon, relu), mean, var

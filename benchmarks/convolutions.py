@@ -35,16 +35,16 @@ def main(argv=None):
         parser.error('profiles of CPUs alone are understood here: set JAX_PLATFORMS=cpu')
     gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)
     compiled = gradient.lower(*arguments).compile()
-    gflop = gflop_of_stages(args.model)
+    gflop_of = gflop_of_stages(args.model)
     run.seconds(compiled, *arguments)
     elapsed = run.seconds(compiled, *arguments) / SUB_BATCHES
     kinds = kinds_of_operations(compiled.as_text())
     times = operation_times(partial(compiled, *arguments), kinds)
-    milliseconds = collections.Counter()
+    of_kind = collections.Counter()
     for name, time in times.items():
-        milliseconds[kinds[name]] += time
-    other = milliseconds.pop(None)
-    table = {kind: [time, gflop[kind.split()[-1]]] for kind, time in sorted(milliseconds.items())}
+        of_kind[kinds[name]] += time
+    other = of_kind.pop(None)
+    table = {kind: [time, gflop_of[kind.split()[-1]]] for kind, time in sorted(of_kind.items())}
     matrix_rate = run.machine()['matrix_gflops']
     flops = 6 * run.MULTIPLY_ADDS[args.model] * SUB_BATCH / 1e9
     print(f'a gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
@@ -54,7 +54,7 @@ def main(argv=None):
         rate = gflop / milliseconds * 1e3
         rows.append([label, f'{milliseconds:.0f}', f'{rate:.0f}', f'{rate / matrix_rate:.0%}'])
     rows.append(['all else: normalisation, additions, transpositions', f'{other:.0f}', '', ''])
-    print(tables.markdown(['', 'ms', 'GFLOP/s', 'of the matrix product'], rows))
+    print(tables.markdown(['', 'ms', 'GFLOP/s as a plain convolution', 'of the matrix product'], rows))
     if args.json:
         figures = runs.provenance('benchmarks/convolutions.py', argv) | {
             'gradient_milliseconds': elapsed * 1e3,
@@ -85,7 +85,8 @@ def operation_times(call, names):
 def kinds_of_operations(hlo):
     """{operation: 'forward, stage1' or the like, None for what is no part of a convolution} of a compiled module.
 
-    A fusion counts as what its last operation is. Loops are left out, for the operations in them.
+    A fusion counts as what its last operation is, the gradient by a bias as none. Loops are left out, for the operations
+    in them.
     """
     kinds = {}
     for name, line in re.findall(r'%([\w.\-]+) = (.*)', hlo):
@@ -99,11 +100,16 @@ def kind_of(op_name):
     if not layer:
         return None
     gradient = re.search('by_input|by_kernel', op_name[1])
-    return f'gradient {gradient[0].replace("_", " the ")}, {layer[1]}' if gradient else f'forward, {layer[1]}'
+    if gradient:
+        return f'gradient {gradient[0].replace("_", " the ")}, {layer[1]}'
+    return None if 'transpose(' in op_name[1] else f'forward, {layer[1]}'
 
 
 def gflop_of_stages(model):
-    """{stage: GFLOP of its convolutions over a sub-batch}, multiply-adds twice: forwards, or for a gradient."""
+    """{stage: GFLOP of its plain convolutions over a sub-batch}, multiply-adds twice: forwards, or for a gradient.
+
+    Those in tiles take 16/36 of the multiplications.
+    """
     gflop = collections.Counter()
 
     def intercept(function, inputs, options, context):

@@ -379,10 +379,6 @@ def from_csv(row, metric):
 PAGES_WITH_TABLES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md', ROOT / 'docs' / 'hosts.md']
 
 
-# The columns of the tables of speed: what run.py wrote, and with what.
-VERSIONS = {'benchmark': 'JAX 0.12.0.1', 'benchmark_jax0.10': 'JAX 0.10.2'}
-
-
 # The rows of the table of a GPU.
 THROUGHPUT = ('sgd', 'sam', 'bsam')
 
@@ -419,6 +415,11 @@ def predicted_scaling_table():
     return tables.markdown(list(shown.values()), rows)
 
 
+def loading_table():
+    results = kept('loading')
+    return tables.markdown(['', f'JAX {results["environment"]["versions"]["jax"]}'], loading.rows(results))
+
+
 def convolutions_table():
     """GFLOP/s of each kind of convolution in each stage, of both networks."""
     kinds = ('forward', 'gradient by the input', 'gradient by the kernel')
@@ -430,16 +431,6 @@ def convolutions_table():
             found = [rates.get(f'{kind}, {stage}') for kind in kinds]
             rows.append([f'{network}, {stage}', *('' if rate is None else f'{rate:.0f}' for rate in found)])
     return tables.markdown(['GFLOP/s', *kinds], rows)
-
-
-def performance_table(model):
-    results = [kept(name) for name in VERSIONS]
-    columns = [run.rows(of_machine['machine'], has_baseline=True) for of_machine in results]
-    rows = [
-        [label, *(column[i][1](of_machine[model]) for column, of_machine in zip(columns, results, strict=True))]
-        for i, (label, _) in enumerate(columns[0])
-    ]
-    return tables.markdown([{'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}[model], *VERSIONS.values()], rows)
 
 
 def with_tables(page):
@@ -466,22 +457,20 @@ TABLES = {
     'gpu': lambda: throughput.table(
         [kept('throughput_bfloat16'), kept('throughput_float32')], settings.PRECISIONS, THROUGHPUT
     ),
-    'speed': lambda: '\n'.join(map(performance_table, ('resnet18', 'resnet20'))),
+    'speed': lambda: run.table(kept('benchmark')),
     'convolutions': convolutions_table,
-    'loading': lambda: tables.markdown(['', VERSIONS['benchmark']], loading.rows(kept('loading'))),
+    'loading': loading_table,
 }
 
 
 def speed_table():
-    """The ratios of benchmarks/run.py, of each file that it wrote."""
-    rows = []
-    for path in sorted(RESULTS.glob('benchmark*.json')):
-        results = json.loads(path.read_text())
-        for model in ('resnet18', 'resnet20'):
-            ratios = [results[model][f'{optim}_over_gradient'] for optim in ('sam', 'bsam')]
-            versions = results['environment']['versions']
-            rows.append([f'[{path.stem}]({path.name})', versions['jax'], model, *(f'{ratio:.2f}' for ratio in ratios)])
-    return tables.markdown(['', 'JAX', 'network', 'SAM / gradient', 'bSAM / gradient'], rows)
+    """What SAM's and bSAM's steps cost, over a gradient, by benchmarks/run.py."""
+    results = kept('benchmark')
+    rows = [
+        [name, *(f'{results[model][f"{optim}_over_gradient"]:.2f}' for optim in ('sam', 'bsam'))]
+        for model, name in run.NAMES.items()
+    ]
+    return tables.markdown(['[two CPU cores](benchmark.json)', 'SAM / gradient', 'bSAM / gradient'], rows)
 
 
 def commands(name, found):

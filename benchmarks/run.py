@@ -40,6 +40,7 @@ import training  # noqa: E402
 BATCH, SPLIT = 200, 8
 # Forward pass of an image at 32×32 in multiply-adds, convolutions and head; a gradient costs three forward passes.
 MULTIPLY_ADDS = {'resnet18': 0.5554e9, 'resnet20': 0.0408e9}
+NAMES = {'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}
 
 
 def main(argv=None):
@@ -354,15 +355,21 @@ def print_table(results, precision):
     print(f'`{results["command"]}`: {environment["device"]}; Python {environment["python"]}, JAX {versions["jax"]}; ')
     print(f'{precision}; matrix product {bounds["matrix_gflops"]:.0f} GFLOP/s,', end=' ')
     print(f'copy {bounds["copy_gbytes_per_second"]:.0f} GB/s\n')
-    measured = [model for model in MULTIPLY_ADDS if model in results]
-    has_baseline = all('baseline' in results[model] for model in measured)
-    shown = [[label, *(pick(results[model]) for model in measured)] for label, pick in rows(bounds, has_baseline)]
-    print(tables.markdown([f'batch {BATCH} in {SPLIT} sub-batches', *measured], shown))
+    print(table(results))
     times = results['metrics']
     print(
         f'All metrics over 10,000 × 200 probabilities: {times["all_seconds"]:.3f} s. AUROC over 100 of them: ', end=''
     )
     print(f'{times["auroc_of_100_seconds"]:.4f} s, published {times["baseline_auroc_of_100_seconds"]:.1f} s.')
+
+
+def table(results):
+    """All figures in Markdown, a column for each network."""
+    measured = [model for model in NAMES if model in results]
+    has_baseline = all('baseline' in results[model] for model in measured)
+    figures = rows(results['machine'], has_baseline)
+    shown = [[label, *(pick(results[model]) for model in measured)] for label, pick in figures]
+    return tables.markdown([f'batch {BATCH} in {SPLIT} sub-batches', *(NAMES[model] for model in measured)], shown)
 
 
 def rows(bounds, has_baseline):

@@ -25,7 +25,7 @@ def test_convolution_gradient(pixels, size, stride, features, padding, x64):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, pixels, pixels + 1, 3))
     kernel = jax.random.normal(keys[1], (size, size, 3, features))
-    assert convolution._outweighs(kernel, x, (stride, stride), padding) == (features > 4)
+    assert convolution._outweighs(x, kernel) == (features > 4)
 
     expected, expected_gradient = jax.vjp(lambda x, k: jax_convolution(x, k, stride, padding), x, kernel)
     value, gradient = jax.vjp(lambda x, k: convolution.convolve(x, k, (stride, stride), padding), x, kernel)
@@ -35,11 +35,15 @@ def test_convolution_gradient(pixels, size, stride, features, padding, x64):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(('images', 'largest_block'), [(50, 30), (50, 7), (53, 30), (3, 0)])
-@pytest.mark.parametrize(('kind', 'channels', 'stride'), [
-    ('convolutions', 3, 1), ('convolutions', 3, 2), ('products', 64, 1), ('products', 64, 2), ('tiles', 3, 1),
-])  # fmt: skip
-def test_convolution_over_blocks(images, largest_block, kind, channels, stride, monkeypatch, x64):
+@pytest.mark.parametrize(
+    ('kind', 'channels', 'stride', 'images', 'largest_block'),
+    [
+        ('tiles', 3, 1, 50, 30), ('tiles', 3, 1, 55, 7), ('tiles', 3, 1, 53, 30), ('tiles', 3, 1, 3, 0),
+        ('convolutions', 3, 1, 53, 30), ('convolutions', 3, 2, 50, 7),
+        ('products', 64, 1, 50, 7), ('products', 64, 2, 53, 30),
+    ],
+)  # fmt: skip
+def test_convolution_over_blocks(kind, channels, stride, images, largest_block, monkeypatch, x64):
     """Blocks of 25 images, of 5, of 25 and a rest, and of one: values and gradients are JAX's, in bfloat16 too.
 
     Tiles of 2×2 pixels stick out of these images.
@@ -70,12 +74,25 @@ def value_and_gradients(convolve, x, kernel, cotangent):
     return value, *gradients(cotangent)
 
 
+@pytest.mark.parametrize(('pixels', 'in_tiles'), [((3, 8), True), ((2, 11), False)])
+def test_kernel_that_outweighs_tiles(pixels, in_tiles, x64):
+    """One image of 24 pixels is 1/12 of a kernel, one of 22 less: value and gradients are JAX's either way."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, cotangent = (jax.random.normal(key, (1, *pixels, 32)) for key in keys[:2])
+    kernel = jax.random.normal(keys[2], (3, 3, 32, 32))
+    assert convolution._outweighs(x, kernel) and convolution._suits_tiles(x, kernel, (1, 1), 'SAME') == in_tiles
+    expected = value_and_gradients(partial(jax_convolution, stride=1, padding='SAME'), x, kernel, cotangent)
+    found = value_and_gradients(partial(convolution.convolve, strides=(1, 1), padding='SAME'), x, kernel, cotangent)
+    for ours, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-9, atol=1e-11)
+
+
 def test_rounding_of_tiles(x64):
     """In float32 their values and gradients are no further from those in float64 than twice what XLA's are."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, cotangent = (jax.random.normal(key, (4, 8, 8, 128)) for key in keys[:2])
     kernel = jax.random.normal(keys[2], (3, 3, 128, 128))
-    assert convolution._suits_tiles(kernel, (1, 1), 'SAME')
+    assert convolution._suits_tiles(x, kernel, (1, 1), 'SAME')
     exact = value_and_gradients(partial(jax_convolution, stride=1, padding='SAME'), x, kernel, cotangent)
     narrow = [array.astype(jnp.float32) for array in (x, kernel, cotangent)]
     theirs = value_and_gradients(partial(jax_convolution, stride=1, padding='SAME'), *narrow)
