@@ -85,8 +85,7 @@ def operation_times(call, names):
 def kinds_of_operations(hlo):
     """{operation: 'forward, stage1' or the like, None for what is no part of a convolution} of a compiled module.
 
-    A fusion counts as what its last operation is, the gradient by a bias as none. Loops are left out, for the operations
-    in them.
+    A fusion is what its last operation is, the gradient by a bias None. Loops are left out, for what they hold.
     """
     kinds = {}
     for name, line in re.findall(r'%([\w.\-]+) = (.*)', hlo):

@@ -123,7 +123,7 @@ GRADIENTS = """if True:
 
 @pytest.mark.parametrize(('channels', 'features', 'loops'), [(2, 4, 1), (64, 4, 1), (32, 32, 3)])
 def test_blocks_of_images_stay_on_their_devices(channels, features, loops):
-    """Each device goes through blocks of its own share, in tiles forwards and by the images too; one sum is over devices."""
+    """Each device goes through blocks of its own share, for all results in tiles; one sum is taken over devices."""
     done = run_on_devices(4, GRADIENTS, str(channels), str(features))
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.split()) == ['all-reduce', *['while'] * loops]
