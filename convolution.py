@@ -20,6 +20,7 @@ import devices
 
 
 def nhwc_convolution(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None, groups=1):
+    """XLA's convolution of x [B, H, W, C] by kernel [h, w, C / groups, D]: [B, H', W', D]. Others: as in JAX."""
     dimension_numbers = ('NHWC', 'HWIO', 'NHWC')
     return lax.conv_general_dilated(
         x, kernel, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count=groups
@@ -142,11 +143,11 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
         return _sum_over_blocks(of_block, kernel.shape, x, grads).astype(x.dtype)
 
-    elsewhere = by_product if _outweighs(x, kernel) else by_convolution
+    elsewhere, on_cpus = by_convolution, partial(devices.sum_over_shares, over_blocks)
+    if _outweighs(x, kernel):
+        elsewhere = on_cpus = by_product
     if _suits_tiles(x, kernel, strides, padding):
         on_cpus = partial(devices.sum_over_shares, partial(_kernel_gradient_in_tiles, kernel))
-    else:
-        on_cpus = by_product if _outweighs(x, kernel) else partial(devices.sum_over_shares, over_blocks)
     return lax.platform_dependent(x, grads, cpu=on_cpus, default=elsewhere)
 
 
@@ -248,6 +249,7 @@ _FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES = 64, 32
 
 
 def at_least_float32(x):
+    """x in float32 if its precision is lower, else as it is."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -87,21 +87,18 @@ def kinds_of_operations(hlo):
 
     A fusion is what its last operation is, the gradient by a bias None. Loops are left out, for what they hold.
     """
-    kinds = {}
-    for name, line in re.findall(r'%([\w.\-]+) = (.*)', hlo):
-        if not name.startswith('while'):
-            kinds[name] = kind_of(re.search(r'op_name="([^"]*)"', line))
-    return kinds
+    operations = re.findall(r'%([\w.\-]+) = (.*)', hlo)
+    return {name: kind_of(line) for name, line in operations if not name.startswith('while')}
 
 
-def kind_of(op_name):
-    layer = op_name and re.search(r'/(stem|stage\d)/.*conv/', op_name[1])
+def kind_of(operation):
+    layer = re.search(r'op_name="[^"]*/(stem|stage\d)/[^"]*conv/', operation)
     if not layer:
         return None
-    gradient = re.search('by_input|by_kernel', op_name[1])
+    gradient = re.search('by_input|by_kernel', operation)
     if gradient:
         return f'gradient {gradient[0].replace("_", " the ")}, {layer[1]}'
-    return None if 'transpose(' in op_name[1] else f'forward, {layer[1]}'
+    return None if 'transpose(' in operation else f'forward, {layer[1]}'
 
 
 def gflop_of_stages(model):

@@ -119,6 +119,24 @@ def test_convolutions(benchmark, tmp_path, monkeypatch):
         assert gflop == pytest.approx(2 * 9 * 3 * 4 * 25 * 32 * 32 / 1e9) and milliseconds > 0
 
 
+@pytest.mark.parametrize(
+    ('op_name', 'kind'),
+    [
+        ('jvp(ResNet18)/stage1/block1/layer1/conv/dot_general', 'forward, stage1'),
+        ('transpose(jvp(ResNet18))/stage2/block1/shortcut/conv/by_input/dot_general', 'gradient by the input, stage2'),
+        ('transpose(jvp(ResNet20))/stem/conv/by_kernel/while/body/add', 'gradient by the kernel, stem'),
+        ('transpose(jvp(ResNet20))/stem/conv/reduce_sum', None),
+        ('jvp(ResNet18)/stage1/block1/layer1/norm/reduce_sum', None),
+        ('', None),
+    ],
+)
+def test_kind_of_operation(benchmark, op_name, kind):
+    """The gradient by a bias is no part of a convolution here."""
+    hlo = f'  %fusion.7 = f32[25,64] fusion(%a), metadata={{op_name="jit(gradient)/{op_name}" source_line=4}}\n'
+    loop = '  %while.2 = (f32[1]) while(%b), metadata={op_name="jit(gradient)/stem/conv/while"}\n'
+    assert benchmark('convolutions').kinds_of_operations(hlo + loop) == {'fusion.7': kind}
+
+
 def test_convolutions_of_a_gpu(benchmark, monkeypatch, capsys):
     monkeypatch.setenv('PJRT_NPROC', '1')
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
