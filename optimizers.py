@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import tree
 from jax.flatten_util import ravel_pytree
@@ -121,7 +122,7 @@ def sgd(loss, *, learning_rate, beta1, weight_decay):
 
     m ← β₁m + g + δw;  w ← w − αm. The momentum is a sum of gradients, not their average.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = _value_and_grad(loss)
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
@@ -158,7 +159,7 @@ def bsam(
     the perturbed mean. Batch statistics are updated at `bnupdate` of the two points, and those of the first
     sub-batch are kept. The precision starts at `initial_precision`.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = _value_and_grad(loss)
 
     def init(params, batch_stats, key):
         momentum = tree.map(jnp.zeros_like, params)
@@ -206,7 +207,7 @@ def adam(loss, *, learning_rate, beta1, beta2, weight_decay):
 
     g ← g + δw;  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸).
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = _value_and_grad(loss)
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
@@ -218,7 +219,7 @@ def adam(loss, *, learning_rate, beta1, beta2, weight_decay):
 
 def adamw(loss, *, learning_rate, beta1, beta2, weight_decay):
     """AdamW (Loshchilov & Hutter, 2019): Adam whose weight decay, α δ w, is taken from the weights directly."""
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = _value_and_grad(loss)
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
@@ -268,7 +269,7 @@ def swag(loss, *, learning_rate, beta1, weight_decay, swagstart, swagevery, swag
     of θ², and the last K ≤ `swagrank` deviations D = θ − θ̄. The posterior has half of the covariance
     diag(mean θ² − θ̄²) + DDᵀ/(K − 1). Batch statistics are those of SGD's weights: estimate them again for others.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = _value_and_grad(loss)
 
     def init(params, batch_stats, key):
         momentum, squares = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
@@ -322,7 +323,7 @@ def ivon(
     m ← β₁m + (1−β₁)ĝ;  h ← β₂h + (1−β₂)ĥ + ½(1−β₂)²(h − ĥ)²/(h + δ), which stays above −δ;
     w ← w − α (h₀ + δ) clip((m/(1−β₁ᵗ) + δw)/(h + δ)), clip to [−`clip`, `clip`]; h₀ = `initial_hessian` is the first h.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = _value_and_grad(loss)
 
     def init(params, batch_stats, key):
         hessian = tree.map(lambda w: jnp.full_like(w, initial_hessian), params)
@@ -384,9 +385,6 @@ OPTIMIZERS = {
     'ivon': ivon,
 }
 
-# Numbers of noise drawn at once: few enough for a core's cache, enough to occupy all cores.
-_NOISE_BLOCK = 1 << 18
-
 
 def _init_momentum(params, batch_stats, key):
     return MomentumState(params, tree.map(jnp.zeros_like, params), batch_stats, key)
@@ -446,7 +444,7 @@ def _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce):
 
     The state that is returned has new batch statistics and a new key.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = _value_and_grad(loss)
 
     def gradient(state, batch):
         def of_sub_batch(state, sub_batch, _):
@@ -464,6 +462,20 @@ def _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce):
     return gradient
 
 
+def _value_and_grad(loss):
+    """loss(params, ...) -> ((value, batch_stats), grads), traced once however often it is called.
+
+    With the weights made beforehand both gradients of SAM are the same operations to XLA, which compiles them sooner.
+    """
+
+    @jax.jit
+    def value_and_grad(params, batch_stats, batch):
+        params = jax.lax.optimization_barrier(params)
+        return jax.value_and_grad(loss, has_aux=True)(params, batch_stats, batch)
+
+    return value_and_grad
+
+
 def _mean(state, key):
     """`sample` of optimizers whose posterior is a point."""
     del key
@@ -471,16 +483,46 @@ def _mean(state, key):
 
 
 def _normal_like(key, params):
-    """Standard normal noise like `params`, drawn in equal blocks whatever the leaves are.
+    """Standard normal noise like `params`, drawn in float32: equal blocks with a key each, whatever the leaves are.
 
-    A draw for every leaf takes far longer to compile, and one of all has six times its size in temporary arrays.
+    A draw for every leaf takes far longer to compile, as would a loop of one turn, which is none: XLA would draw the
+    block again for every leaf.
     """
     flat, unravel = ravel_pytree(params)
     num_blocks = -(-flat.size // _NOISE_BLOCK)
-    block = 128 * -(-flat.size // (128 * num_blocks))  # an odd length takes three times as long
-    keys = jax.random.split(key, num_blocks)
-    noise = jax.lax.map(lambda k: jax.random.normal(k, (block,), flat.dtype), keys)
-    return unravel(noise.reshape(-1)[: flat.size])
+    block = 128 * -(-flat.size // (128 * num_blocks))
+    noise = jax.lax.map(partial(_normal, number=block), jax.random.split(key, max(2, num_blocks)))
+    return unravel(noise.reshape(-1)[: flat.size].astype(flat.dtype))
+
+
+# Numbers of noise that have a key: with others the same seed would draw other noise.
+_NOISE_BLOCK = 1 << 18
+
+
+def _normal(key, number):
+    """jax.random.normal(key, (number,)), float32.
+
+    On CPUs JAX takes the rounds of Threefry in a loop, with passes over memory that take three times as long.
+    """
+    key_data = jax.random.key_data(key)
+    counts = jnp.arange(number, dtype=jnp.uint32)
+    bits = jnp.bitwise_xor(*_threefry2x32(key_data[0], key_data[1], jnp.zeros_like(counts), counts))
+    from_1_to_2 = jax.lax.bitcast_convert_type(bits >> 9 | jnp.float32(1).view(jnp.uint32), jnp.float32)
+    low = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = jnp.maximum((from_1_to_2 - 1) * (1 - low) + low, low)
+    return np.sqrt(np.float32(2)) * jax.lax.erf_inv(uniform)
+
+
+def _threefry2x32(key0, key1, x0, x1):
+    """Threefry-2x32 of 20 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), all uint32."""
+    keys = key0, key1, key0 ^ key1 ^ np.uint32(0x1BD11BDA)
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for injection in range(1, 6):
+        for rotation in (17, 29, 16, 24) if injection % 2 == 0 else (13, 15, 26, 6):
+            x0 = x0 + x1
+            x1 = (x1 << rotation | x1 >> 32 - rotation) ^ x0
+        x0, x1 = x0 + keys[injection % 3], x1 + keys[(injection + 1) % 3] + np.uint32(injection)
+    return x0, x1
 
 
 def _deviation(noise, num_data, precision):

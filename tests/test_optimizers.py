@@ -196,15 +196,13 @@ def test_bsam_equals_the_equations(num_sub_batches, problem, x64):
         np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
 
 
-@pytest.mark.parametrize(('bnupdate', 'expected'), [('both', 4), ('first', 1), ('second', 3)])
-@pytest.mark.parametrize('optim', ['sam', 'bsam'])
-def test_batch_statistics_move_where_they_should(optim, bnupdate, expected):
-    """The first gradient adds 1 to them, the second 3."""
-    moved = []
+@pytest.mark.parametrize('bnupdate', ['both', 'first', 'second'])
+@pytest.mark.parametrize(('optim', 'perturbed'), [('sam', 1 + 0.1 / np.sqrt(2)), ('bsam', 1.1)])
+def test_batch_statistics_move_where_they_should(optim, perturbed, bnupdate):
+    """A gradient doubles them and adds its weight: 1 at the first of the two, which has hardly any noise."""
 
     def loss(params, batch_stats, batch):
-        moved.append(len(moved) % 2)
-        return quadratic_loss(params, batch_stats, batch)[0], batch_stats + (1, 3)[moved[-1]]
+        return quadratic_loss(params, batch_stats, batch)[0], 2 * batch_stats + params[0]
 
     settings = {
         'learning_rate': 0.1,
@@ -215,11 +213,12 @@ def test_batch_statistics_move_where_they_should(optim, bnupdate, expected):
         'bnupdate': bnupdate,
     }
     if optim == 'bsam':
-        settings |= {'beta2': 0.9, 'num_data': 10}
+        settings |= {'beta2': 0.9, 'num_data': 1e20}
     optimizer = optimizers.OPTIMIZERS[optim](loss, **settings)
     state = optimizer.init(jnp.ones(2), jnp.zeros(()), jax.random.key(0))
     state, _ = optimizer.step(state, jnp.zeros((2, 1)))
-    assert state.batch_stats == expected
+    expected = {'both': 2 + perturbed, 'first': 1, 'second': perturbed}[bnupdate]
+    np.testing.assert_allclose(state.batch_stats, expected, rtol=1e-6)
 
 
 def test_sam_gradient_of_a_quadratic(x64):
@@ -281,6 +280,33 @@ def test_moments_of_bsam_samples(noise_block, monkeypatch):
     assert np.all(np.abs(draws.mean(axis=0) - [1, -2, 0.5]) < 5 * np.sqrt(variance / 40_000))
     assert np.all(np.abs(draws.var(axis=0) / variance - 1) < 5 * np.sqrt(2 / 40_000))
     assert np.all(np.abs(np.corrcoef(draws.T) - np.eye(3)) < 5 / np.sqrt(40_000))
+
+
+@pytest.mark.parametrize(('elements', 'blocks'), [(130, 1), (3000, 2), (7000, 4)])
+def test_noise_is_that_of_jax(elements, blocks, monkeypatch):
+    """Bit for bit that of a key for each block, whatever the leaves are."""
+    monkeypatch.setattr(optimizers, '_NOISE_BLOCK', 2000)
+    params = {'a': jnp.zeros((elements - 65, 1)), 'b': jnp.zeros(65)}
+    noise = jax.jit(optimizers._normal_like)(jax.random.key(3), params)
+    size = 128 * -(-elements // (128 * blocks))
+    drawn = [jax.random.normal(key, (size,)) for key in jax.random.split(jax.random.key(3), blocks)]
+    found = np.concatenate([noise['a'].reshape(-1), noise['b']])
+    np.testing.assert_array_equal(found, np.concatenate(drawn)[:elements])
+
+
+@pytest.mark.parametrize('name', ['sam', 'bsam'])
+def test_both_gradients_are_traced_once(name):
+    traces = []
+
+    def loss(params, batch_stats, batch):
+        traces.append(1)
+        return toy_loss(params, batch_stats, batch)
+
+    optimizer = optimizers.OPTIMIZERS[name](loss, **SETTINGS[name])
+    params = {'W1': jnp.ones((4, 5)), 'b1': jnp.zeros(5), 'W2': jnp.ones((5, 3)), 'b2': jnp.zeros(3)}
+    state = optimizer.init(params, {'mean': jnp.zeros(5)}, jax.random.key(0))
+    jax.eval_shape(optimizer.step, state, (jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)))
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
