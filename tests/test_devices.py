@@ -87,7 +87,8 @@ def test_eight_devices_train_as_one(compilecache):
     assert len(differences) == 2 * len(settings.OPTIMIZERS) + 1
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
-    assert differences['ivon resnet20'][0] > 0 < differences['sgd resnet18'][1]  # else all ran on one
+    # Of two sub-batches each the devices add up sums, in another order than one device does; else all ran on one.
+    assert differences['bsam resnet18 16'][0] > 0 < differences['sgd resnet18'][1]
 
 
 # The gradients by a kernel and by more images than two blocks on each of four devices, against those on one.
@@ -211,7 +212,7 @@ def test_a_step_on_one_device_is_that_without_a_mesh(optim):
         arguments = jax.eval_shape(experiment.init, key), jax.eval_shape(start, key, jnp.int32(0)), images, labels
         compiled = step.lower(*arguments, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
         lines = [re.sub(r', metadata=\{[^}]*\}', '', line) for line in compiled.splitlines() if ' = ' in line]
-        return collections.Counter(re.sub(r'[._]\d+', '', line) for line in lines)
+        return collections.Counter(re.sub(r'%[\w.\-]+', '%', line) for line in lines)
 
     without_a_mesh = operations()
     with jax.set_mesh(devices.create_mesh(1)):
