@@ -485,8 +485,8 @@ def _mean(state, key):
 def _normal_like(key, params):
     """Standard normal noise like `params`, drawn in float32: equal blocks with a key each, whatever the leaves are.
 
-    A draw for every leaf takes far longer to compile, as would a loop of one turn, which is none: XLA would draw the
-    block again for every leaf.
+    A draw for every leaf takes far longer to compile. Two turns at least: a loop of one is none to XLA, which then
+    draws the block again for every leaf.
     """
     flat, unravel = ravel_pytree(params)
     num_blocks = -(-flat.size // _NOISE_BLOCK)
@@ -500,14 +500,14 @@ _NOISE_BLOCK = 1 << 18
 
 
 def _normal(key, number):
-    """jax.random.normal(key, (number,)), float32.
+    """jax.random.normal(key, (number,)), float32, but sooner on CPUs.
 
-    On CPUs JAX takes the rounds of Threefry in a loop, with passes over memory that take three times as long.
+    There JAX takes the rounds of Threefry in a loop, with a pass over memory for each turn.
     """
     key_data = jax.random.key_data(key)
     counts = jnp.arange(number, dtype=jnp.uint32)
     bits = jnp.bitwise_xor(*_threefry2x32(key_data[0], key_data[1], jnp.zeros_like(counts), counts))
-    from_1_to_2 = jax.lax.bitcast_convert_type(bits >> 9 | jnp.float32(1).view(jnp.uint32), jnp.float32)
+    from_1_to_2 = jax.lax.bitcast_convert_type(bits >> 9 | np.float32(1).view(np.uint32), jnp.float32)
     low = np.nextafter(np.float32(-1), np.float32(0))
     uniform = jnp.maximum((from_1_to_2 - 1) * (1 - low) + low, low)
     return np.sqrt(np.float32(2)) * jax.lax.erf_inv(uniform)
