@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 import devices
@@ -155,9 +156,7 @@ def _same_for_all(batch_stats, params):
 
 @jax.jit
 def _equal(one, other):
-    return jnp.stack(
-        [jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
-    ).all()
+    return jnp.array_equal(ravel_pytree(one)[0], ravel_pytree(other)[0])
 
 
 @partial(jax.jit, static_argnames='update')
