@@ -18,30 +18,26 @@ import feeds
 import metrics
 
 
-@partial(jax.jit, static_argnames=('apply', 'batch_size'))
-def logits(apply, params, batch_stats, images, batch_size):
+@partial(jax.jit, static_argnames=('apply', 'batch_size', 'where'))
+def logits(apply, params, batch_stats, images, batch_size, where=devices.on_all):
     """float32 [N, K] for images uint8 [N, H, W, C], in batches; the last may be smaller, and every image counts once.
 
     Batches that devices are to share but cannot equally are made a little larger.
     apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
+    where: devices.on_each for weights [D, ...] with an entry for each of D devices, and logits [D, N, K].
     """
-    batch_size = min(devices.shareable(batch_size), len(images))
-    full = len(images) // batch_size * batch_size
-    batches = devices.shard(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
-    whole = jax.lax.map(partial(apply, params, batch_stats), batches)
-    parts = [whole.reshape(full, -1)]
-    if full < len(images):
-        parts.append(apply(params, batch_stats, images[full:]))
-    return devices.gather(jnp.concatenate(parts))
-
-
-@partial(jax.jit, static_argnames=('where', 'apply', 'batch_size'))
-def _logits_of(weights, images, where, apply, batch_size):
-    return devices.gather(where(Partial(partial(_logits_at, apply, batch_size), images), weights))
+    return devices.gather(where(Partial(partial(_logits_at, apply, batch_size), images), (params, batch_stats)))
 
 
 def _logits_at(apply, batch_size, images, weights):
-    return logits(apply, *weights, images, batch_size)
+    batch_size = min(devices.shareable(batch_size), len(images))
+    full = len(images) // batch_size * batch_size
+    batches = devices.shard(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
+    whole = jax.lax.map(partial(apply, *weights), batches)
+    parts = [whole.reshape(full, -1)]
+    if full < len(images):
+        parts.append(apply(*weights, images[full:]))
+    return devices.gather(jnp.concatenate(parts))
 
 
 @partial(jax.jit, static_argnames='where')
@@ -138,7 +134,7 @@ class Posterior:
 
     def _logits(self, weights, parts, where):
         """float32 [N, K] of all parts' images, or [D, N, K] of weights on each device."""
-        return feeds.over_parts(lambda part: _logits_of(weights, part, where, self._apply, self._batch_size), parts)
+        return feeds.over_parts(lambda part: logits(self._apply, *weights, part, self._batch_size, where), parts)
 
     def _weights(self, index, where):
         """The sample at an index, or those at int [D] on each device, with their batch statistics."""

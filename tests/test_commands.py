@@ -356,7 +356,6 @@ def test_device_without_enough_memory(message, flags_of, monkeypatch, capsys):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(posteriors, 'logits', fail)
-    monkeypatch.setattr(posteriors, '_logits_of', fail)
     for main, flags, advice in (
         (train.main, flags_of(), '--stream takes less, and so do --atonce 1, a smaller --batchsize'),
         (evaluate.main, [f'--resultsfolder={run}'], 'a smaller --testbatchsize'),
