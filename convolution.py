@@ -193,8 +193,9 @@ def _tiles(x, weights):
     """The convolution of x [B, H, W, C] by weights [16, C, D]: [B, H, W, D]."""
     images, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
-    pixels = jnp.stack([pixels for rows in _pixels_of_tiles(x, 1) for pixels in _pixels_of_tiles(rows, 2)])
-    down, right = pixels.shape[2:4]
+    columns = _pixels_of_tiles(x, axis=2)
+    pixels = _pixels_of_tiles(columns, axis=2)
+    down, right = pixels.shape[3:5]
     products = pixels.reshape(16, -1, channels) @ weights
     y = np.kron(_A, _A).T.astype(x.dtype) @ products.reshape(16, -1)
     y = y.reshape(2, 2, images, down, right, -1).transpose(2, 3, 0, 4, 1, 5)
@@ -202,9 +203,9 @@ def _tiles(x, weights):
 
 
 def _pixels_of_tiles(x, axis):
-    """Bᵀ X along an axis: four arrays with an entry a tile."""
+    """Bᵀ X along an axis of x: [4, ...], with an entry a tile there."""
     a, b, c, d = (lax.slice_in_dim(x, i, i + x.shape[axis] - 3, 2, axis) for i in range(4))
-    return a - c, b + c, c - b, b - d
+    return jnp.stack([a - c, b + c, c - b, b - d])
 
 
 def _map_over_blocks(function, x):
