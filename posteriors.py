@@ -37,7 +37,7 @@ def _logits_at(apply, batch_size, images, weights):
     parts = [whole.reshape(full, -1)]
     if full < len(images):
         parts.append(apply(*weights, images[full:]))
-    return devices.gather(jnp.concatenate(parts))
+    return jnp.concatenate(parts)
 
 
 @partial(jax.jit, static_argnames='where')

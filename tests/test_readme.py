@@ -1,5 +1,6 @@
 """What the README and the other pages show works."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -44,6 +45,28 @@ def test_published_commands_are_understood():
     assert len(tables) == 7 and len(whole) == 3
     for flags in [*tables, *whole]:
         assert settings.parse_args(shlex.split(flags)).optim in settings.OPTIMIZERS
+
+
+def test_figures_in_the_text_are_those_of_the_records():
+    """Of times and rates on CPUs; a training is 181 epochs of 250 steps."""
+    speed, start = (json.loads((ROOT / 'results' / f'{name}.json').read_text()) for name in ('benchmark', 'start'))
+    large, small = of_models(speed, 'seconds')
+    machine, text = speed['machine'], ' '.join(README.split())
+    for shown in (
+        f'`{speed["command"]}`',
+        f'reached {machine["matrix_gflops"]:.0f} GFLOP/s, a copy {machine["copy_gbytes_per_second"]:.0f} GB/s',
+        f'ResNet-20, 181 epochs | {181 * 250 * small["bsam"] / 3600:.0f} hours*',
+        f'ResNet-18, 181 epochs, as published | {181 * 250 * large["bsam"] / 86400:.1f} days*',
+        f'probabilities take {speed["metrics"]["all_seconds"]:.2f} s',
+        '{:.1f} s with ResNet-18 and {:.1f} s with ResNet-20'.format(*of_models(start, 'first_seconds')),
+        'and {:.1f} s and {:.1f} s the second time'.format(*of_models(start, 'second_seconds')),
+        f'answers in {start["help_seconds"]:.2f} s (`{start["command"]}`',
+    ):
+        assert shown in text, shown
+
+
+def of_models(record, name):
+    return record['resnet18'][name], record['resnet20'][name]
 
 
 def test_tests_that_are_named_exist():
