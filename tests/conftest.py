@@ -20,10 +20,16 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 gc.set_threshold(10_000)  # JAX's traces are many objects that stay
 
 os.environ |= jobs.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
-# LLVM's further optimizations take longer than they save in short tests; GPUs are to sum in one order.
-XLA_FLAGS = '--xla_backend_optimization_level=1 --xla_gpu_deterministic_ops=true'
+# LLVM's further optimizations, and unrolled loops, take longer than they save in short tests; GPUs are to sum in one
+# order.
+XLA_FLAGS = (
+    '--xla_backend_optimization_level=1 --xla_gpu_deterministic_ops=true '
+    '--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_slp_vectorizer'
+)
 if jax.__version_info__ < (0, 11):  # which on CPUs can make loops in another way, that compiles in half the time
     XLA_FLAGS += ' --xla_cpu_use_fusion_emitters=false'
+# Of processes that take few steps.
+XLA_FLAGS_OF_FEW_STEPS = f'{XLA_FLAGS} --xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{XLA_FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 # What is compared to the last digits is not for TensorFloat-32, which GPUs would multiply in.
 os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'float32'

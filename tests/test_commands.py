@@ -26,6 +26,7 @@ import test as evaluate
 import train
 from conftest import read_log, restore
 
+ROOT = Path(__file__).parent.parent
 LINE = re.compile(
     r'  > testacc=(\d+\.\d\d)%, nll=(\d+\.\d{4}), ece=(\d\.\d{4}), auroc=(\d\.\d{4}|nan) \(exact (\d\.\d{4}|nan)\)'
 )
@@ -40,8 +41,10 @@ def contents(folder):
     [*((optim, 'mlp') for optim in optimizers.OPTIMIZERS), ('sgd', 'lenet'), ('bsam', 'resnet18')],
 )
 def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
+    """Training sends nothing to the device but what it means to: no scalar a step, no batch."""
     dataset = 'cifar10' if model.startswith('resnet') else 'mnist'
-    train.main(flags_of(dataset=dataset, model=model, optim=optim))
+    with jax.transfer_guard('disallow'):
+        train.main(flags_of(dataset=dataset, model=model, optim=optim))
     run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
     log = read_log(run)
     assert [record['epoch'] for record in log] == [0, 1]
@@ -117,13 +120,6 @@ def test_a_warmup_that_takes_all_epochs(epochs, warmup, warns, flags_of, capsys)
 
 
 @pytest.mark.parametrize('optim', settings.OPTIMIZERS)
-def test_no_hidden_transfers(optim, flags_of):
-    """A whole run sends nothing to the device but what it means to: no scalar a step, no batch."""
-    with jax.transfer_guard('disallow'):
-        train.main(flags_of(dataset='cifar10', model='mlp', optim=optim))
-
-
-@pytest.mark.parametrize('optim', settings.OPTIMIZERS)
 def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18):
     run = train.main(flags_of(dataset='cifar10', model='resnet18', optim=optim, precision='bfloat16'))
     _, state, _ = restore(run)
@@ -132,12 +128,11 @@ def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18
 
 
 def test_compiled_functions_are_kept_where_the_flag_says(flags_of, tmp_path):
-    root = Path(__file__).parent.parent
     command = [sys.executable, 'train.py', *flags_of(epochs=0)]
     for folder, exists in (('off', False), (str(tmp_path / 'compiled'), True)):
-        subprocess.run([*command, f'--compilecache={folder}'], cwd=root, check=True, capture_output=True)
+        subprocess.run([*command, f'--compilecache={folder}'], cwd=ROOT, check=True, capture_output=True)
         assert (tmp_path / 'compiled').exists() == exists
-    assert any((tmp_path / 'compiled').iterdir()) and not (root / 'off').exists()
+    assert any((tmp_path / 'compiled').iterdir()) and not (ROOT / 'off').exists()
 
 
 def test_runs_started_together_get_different_folders(tmp_path):
@@ -153,8 +148,7 @@ def test_runs_started_together_get_different_folders(tmp_path):
             pids.append(pid)
         assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 20
     """
-    root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, '-c', script, tmp_path], cwd=root, check=True, capture_output=True)
+    subprocess.run([sys.executable, '-c', script, tmp_path], cwd=ROOT, check=True, capture_output=True)
     owners = {str(owner.relative_to(tmp_path).parent) for owner in tmp_path.rglob('*') if owner.is_file()}
     assert owners == {f'tfds_toy_mlp/sgd/run_{k}' for k in range(20)}
     assert len([owner for owner in tmp_path.rglob('*') if owner.is_file()]) == 20
@@ -259,10 +253,9 @@ def test_defaults_are_those_of_the_reference():
 def test_help_and_usage_errors_import_nothing_heavy(script):
     code = f'import sys, {script}\ntry: {script}.main(sys.argv[1:])\nexcept SystemExit as stop: print(stop.code)\n'
     code += "print([name for name in ('jax', 'flax', 'numpy') if name in sys.modules])"
-    root = Path(__file__).parent.parent
     for arguments, status in ((['--help'], 0), (['--nonsense'], 2)):
         output = subprocess.run(
-            [sys.executable, '-c', code, *arguments], cwd=root, capture_output=True, text=True, check=True
+            [sys.executable, '-c', code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
         assert output.endswith(f'{status}\n[]\n')
 
@@ -338,10 +331,9 @@ def test_animation_that_cannot_be_written(output, message, tmp_path, capsys):
 @pytest.mark.parametrize('command', [['train.py'], ['test.py', '--resultsfolder=run_0']])
 def test_jax_without_a_device(command, tmp_path):
     """As with a JAX for GPUs on a machine without one."""
-    root = Path(__file__).parent.parent
     environment = os.environ | {'JAX_PLATFORMS': 'nowhere'}
     done = subprocess.run(
-        [sys.executable, root / command[0], *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.count('\n') == 1
     assert f'{command[0]}: error: JAX finds no device: ' in done.stderr

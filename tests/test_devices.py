@@ -48,10 +48,11 @@ SCRIPT = """if True:
             state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
             held = devices.replicate((images, labels, jnp.float32(1)), mesh)
             of_kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
-            for number in (0, 1):
-                epoch = devices.replicate(training.start_epoch(jax.random.key(1), jnp.int32(number), 160, 16), mesh)
-                reductions = step.lower(state, epoch, *held).as_text().count('stablehlo.all_reduce')
-                assert reductions == (is_shared if split else of_kernels * (mesh.size > 1))
+            epochs = [training.start_epoch(jax.random.key(1), jnp.int32(i), 160, 16) for i in (0, 1)]
+            epochs = devices.replicate(epochs, mesh)
+            reductions = step.lower(state, epochs[0], *held).as_text().count('stablehlo.all_reduce')
+            assert reductions == (is_shared if split else of_kernels * (mesh.size > 1))
+            for epoch in epochs:
                 for _ in range(10):
                     state, epoch, _ = step(state, epoch, *held)
             probs = experiment.probs(state.params, state.batch_stats, held[:1], 40)
@@ -73,7 +74,7 @@ SCRIPT = """if True:
 
 def run_on_devices(number, script, *arguments):
     """A finished process that had so many virtual CPU devices."""
-    flags = f'{conftest.XLA_FLAGS} --xla_backend_optimization_level=0 --xla_force_host_platform_device_count={number}'
+    flags = f'{conftest.XLA_FLAGS_OF_FEW_STEPS} --xla_force_host_platform_device_count={number}'
     environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     command = [sys.executable, '-c', script, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

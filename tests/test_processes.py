@@ -34,7 +34,7 @@ SCRIPT = f"""if True:
 FLAGS = ['--dataset=mnist', '--alpha=0.05', '--batchsize=96', '--warmup=0', '--epochs=1']
 LONG = ['--optim=bsam', '--model=resnet18', '--checkpointevery=1']
 # More threads than cores hinder each other.
-SMALL = {'JAX_PLATFORMS': 'cpu', 'PJRT_NPROC': '1'}
+SMALL = {'JAX_PLATFORMS': 'cpu', 'PJRT_NPROC': '1', 'XLA_FLAGS': conftest.XLA_FLAGS_OF_FEW_STEPS}
 
 
 def free_address():
@@ -48,7 +48,7 @@ def start(number, *arguments, last=(), script='train', devices_of_last=1, folder
     address = free_address()
     others = [[f'--coordinator={address}', f'--processes={number}', f'--processid={i}'] for i in range(number)]
     others[-1] += last
-    of_last = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices_of_last}'
+    of_last = f'{conftest.XLA_FLAGS_OF_FEW_STEPS} --xla_force_host_platform_device_count={devices_of_last}'
     environments = [os.environ | SMALL] * (number - 1) + [os.environ | SMALL | {'XLA_FLAGS': of_last}]
     folders = [ROOT] * (number - 1) + [folder_of_last]
     return [
