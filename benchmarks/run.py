@@ -69,7 +69,7 @@ def parse_args(argv):
     add('--repeats', type=flags.integer(1), default=5, help='turns at least in which steps and evaluation are timed')
     add('--seconds', type=flags.integer(0), default=60, help='more turns of each comparison until it has taken so long')
     add('--testimages', type=flags.integer(1), default=1000, help='images that are evaluated')
-    add('--testmc', type=flags.integer(1), default=16, help='samples over which their predictions are averaged')
+    add('--testmc', type=flags.integer(1), default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation at least, minutes each on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=flags.integer(0), default=2, help=help)
     add('--json', type=flags.new_file, help='write all figures here')

@@ -1,6 +1,7 @@
 """Sweeps: which runs they make, that they go on where they were, and the table of validation metrics."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +34,28 @@ alpha = [0.001, 0.1]
 """
 
 
-@pytest.fixture
-def toml(datasets, tmp_path):
-    path = tmp_path / 'sweep.toml'
+def write_toml(folder, datasets):
+    path = folder / 'sweep.toml'
     path.write_text(SWEEP.format(datasets=datasets))
     return path
+
+
+@pytest.fixture
+def toml(datasets, tmp_path):
+    return write_toml(tmp_path, datasets)
+
+
+@pytest.fixture(scope='module')
+def one_of_four(datasets, tmp_path_factory):
+    """The output folder of a sweep whose first run is made and evaluated with one sample."""
+    folder = tmp_path_factory.mktemp('sweep')
+    sweep.main([str(write_toml(folder, datasets)), f'--output={folder / "sweep"}', '--testmc=1', '--part=0/4'])
+    return folder / 'sweep'
+
+
+@pytest.fixture
+def output(one_of_four, tmp_path):
+    return shutil.copytree(one_of_four, tmp_path / 'sweep')
 
 
 def test_runs_of_a_sweep(toml):
@@ -55,47 +73,41 @@ def test_whole_numbers_are_drawn_whole(toml):
     assert all(isinstance(run['batchsize'], int) and 10 <= run['batchsize'] <= 30 for run in sweep.read(toml)[1])
 
 
-def test_parts_and_going_on(toml, tmp_path, capsys):
+def test_parts_and_going_on(toml, output, capsys):
     """Half of a sweep, then the rest; complete runs are left as they are."""
-    output = tmp_path / 'sweep'
-    sweep.main([str(toml), f'--output={output}', '--part=1/2', '--testmc=1', '--jobs=2'])
-    assert '2 of 4 runs' in capsys.readouterr().out
     first = {path: path.stat().st_mtime_ns for path in output.rglob('metrics-validation.json')}
+    sweep.main([str(toml), f'--output={output}', '--part=0/2', '--testmc=1'])
+    assert '2 of 4 runs' in capsys.readouterr().out
+    half = {path: path.stat().st_mtime_ns for path in output.rglob('metrics-validation.json')}
     sweep.main([str(toml), f'--output={output}', '--testmc=1', '--jobs=2'])
     assert '4 of 4 runs' in capsys.readouterr().out
-    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
+    assert len(first) == 1 and len(half) == 2
+    assert all(path.stat().st_mtime_ns == time for path, time in (first | half).items())
     header, *rows = csv.reader((output / 'summary.csv').read_text().splitlines())
     assert header == ['run', 'optim', 'alpha', 'nll', 'accuracy', 'ece']
     assert sorted(row[0] for row in rows) == ['0000', '0001', '0002', '0003']
     assert [float(row[3]) for row in rows] == sorted(float(row[3]) for row in rows)
 
 
-def test_another_number_of_samples_evaluates_again(toml, tmp_path, capsys):
+def test_another_number_of_samples_evaluates_again(toml, output, capsys):
     """Runs are ranked by the same number of samples each, and those of another number are not in the table."""
-    toml.write_text(toml.read_text().replace('draws = 2', 'draws = 1'))
-    output = tmp_path / 'sweep'
-    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/2'])
-    capsys.readouterr()
-    sweep.main([str(toml), f'--output={output}', '--testmc=2', '--part=1/2'])
-    assert '1 of 2 runs' in capsys.readouterr().out
-    sweep.main([str(toml), f'--output={output}', '--testmc=2'])
-    assert '2 of 2 runs' in capsys.readouterr().out
+    sweep.main([str(toml), f'--output={output}', '--testmc=2', '--part=1/4'])
+    assert '1 of 4 runs' in capsys.readouterr().out
+    sweep.main([str(toml), f'--output={output}', '--testmc=2', '--part=0/4'])
+    assert '2 of 4 runs' in capsys.readouterr().out
 
 
-def test_an_evaluation_by_hand_is_not_the_sweep_s(toml, tmp_path, capsys):
+def test_an_evaluation_by_hand_is_not_the_sweep_s(toml, output, capsys):
     """Runs are ranked by evaluations that are alike: one with other flags is made again."""
-    toml.write_text(toml.read_text().replace('draws = 2', 'draws = 1').replace(", 'adam'", ''))
-    output = tmp_path / 'sweep'
-    arguments = [str(toml), f'--output={output}', '--testmc=1']
-    sweep.main(arguments)
+    arguments = [str(toml), f'--output={output}', '--testmc=1', '--part=0/4']
     (run,) = output.glob('0000/*/*/run_*')
     for flag in ('--bins=7', '--testimages=3'):
         evaluate.main([f'--resultsfolder={run}', '--split=validation', '--testmc=1', flag])
         capsys.readouterr()
         sweep.main([*arguments, '--summary'])
-        assert '0 of 1 runs' in capsys.readouterr().out
+        assert '0 of 4 runs' in capsys.readouterr().out
         sweep.main(arguments)
-        assert '1 of 1 runs' in capsys.readouterr().out
+        assert '1 of 4 runs' in capsys.readouterr().out
 
 
 def test_a_sweep_that_is_stopped_saves_and_goes_on(toml, tmp_path):
@@ -176,12 +188,9 @@ def test_a_folder_of_others(toml, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and f'--output {tmp_path} cannot be written: permission denied' in error
 
 
-def test_changed_file_is_refused(toml, tmp_path, capsys):
+def test_changed_file_is_refused(toml, output, capsys):
     """Runs of before would stand in the table with the flags of now."""
-    output = tmp_path / 'sweep'
-    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
     toml.write_text(toml.read_text().replace("['sgd', 'adam']", "['adam', 'sgd']"))
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         sweep.main([str(toml), f'--output={output}', '--testmc=1', '--summary'])
     error = capsys.readouterr().err
@@ -189,10 +198,8 @@ def test_changed_file_is_refused(toml, tmp_path, capsys):
     assert 'was begun with --optim sgd, not adam: take another folder' in error
 
 
-def test_flag_that_is_left_out_is_a_change(toml, tmp_path, capsys):
+def test_flag_that_is_left_out_is_a_change(toml, output, capsys):
     """But not one that train.py lets change when it goes on, such as where its data is."""
-    output = tmp_path / 'sweep'
-    sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
     toml.write_text(toml.read_text().replace('epochs = 0', 'epochs = 0\ncheckpointevery = 5'))
     sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
     toml.write_text(toml.read_text().replace('noaugment = true\n', ''))
