@@ -68,7 +68,7 @@ def parse_args(argv):
     add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
     add('--repeats', type=flags.integer(1), default=5, help='turns at least in which steps and evaluation are timed')
     add('--seconds', type=flags.integer(0), default=60, help='more turns of each comparison until it has taken so long')
-    add('--testimages', type=flags.integer(1), default=1000, help='images that are evaluated')
+    add('--testimages', type=flags.integer(1), default=1000, help='images that are evaluated, twice')
     add('--testmc', type=flags.integer(1), default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation at least, minutes each on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=flags.integer(0), default=2, help=help)
@@ -98,17 +98,16 @@ def lasting(repeats, least_seconds):
         yield turn
 
 
-def in_turns(turns, functions, calls=1, before=1):
+def in_turns(turns, functions, calls=1):
     """Seconds of functions of no arguments, {name: [one of each of `turns`]}, and of a first call, which compiles.
 
-    Each is called so often in a turn before its calls are timed: what comes before frees memory meanwhile.
+    Each is called once more in a turn before its calls are timed: what comes before frees memory meanwhile.
     """
     first = {name: seconds(function) for name, function in functions.items()}
     times = {name: [] for name in functions}
     for _ in turns:
         for name, function in functions.items():
-            for _ in range(before):
-                seconds(function)
+            seconds(function)
             times[name].append(seconds(function, calls=calls))
     return times, first
 
@@ -302,7 +301,7 @@ def evaluation_times(model, precision, turns, num_images, num_samples):
     def plain():
         return [logits(images=images) for _ in range(num_samples + 1)]
 
-    times, _ = in_turns(turns, {'evaluate': evaluate, 'plain': plain}, before=0)  # many passes each
+    times, _ = in_turns(turns, {'evaluate': evaluate, 'plain': plain})
     return {
         'testmc': num_samples,
         'forward_images_per_second': (num_samples + 1) * num_images / statistics.median(times['plain']),

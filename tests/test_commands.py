@@ -37,12 +37,16 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    ('optim', 'model'),
-    [*((optim, 'mlp') for optim in optimizers.OPTIMIZERS), ('sgd', 'lenet'), ('bsam', 'resnet18')],
+    ('optim', 'dataset', 'model'),
+    [
+        *((optim, 'mnist', 'mlp') for optim in optimizers.OPTIMIZERS),
+        ('sgd', 'mnist', 'lenet'),
+        ('sgd', 'cifar10', 'mlp'),
+        ('bsam', 'cifar10', 'resnet18'),
+    ],
 )
-def test_train_then_evaluate(optim, model, flags_of, tmp_path, capsys):
+def test_train_then_evaluate(optim, dataset, model, flags_of, tmp_path, capsys):
     """Training sends nothing to the device but what it means to: no scalar a step, no batch."""
-    dataset = 'cifar10' if model.startswith('resnet') else 'mnist'
     with jax.transfer_guard('disallow'):
         train.main(flags_of(dataset=dataset, model=model, optim=optim))
     run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
