@@ -113,7 +113,11 @@ def in_turns(turns, functions, calls=1):
 
 
 def ratio(numerators, denominators):
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+    return statistics.median(ratios(numerators, denominators))
+
+
+def ratios(numerators, denominators):
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def machine():
@@ -383,7 +387,9 @@ def rows(bounds, has_baseline):
         ('SAM step, s', lambda r: f'{r["seconds"]["sam"]:.2f}'),
         ('bSAM step, s', lambda r: f'{r["seconds"]["bsam"]:.2f}'),
         ('SAM step / one gradient over the same sub-batches', lambda r: f'{r["sam_over_gradient"]:.3f}'),
+        ('… lowest and highest of the turns', lambda r: extremes(r['turns'], 'sam', 'gradient')),
         ('bSAM step / one gradient over the same sub-batches', lambda r: f'{r["bsam_over_gradient"]:.3f}'),
+        ('… lowest and highest of the turns', lambda r: extremes(r['turns'], 'bsam', 'gradient')),
         ('bSAM step: share of all but the gradients', lambda r: f'{r["bsam_share_besides_gradients"]:.1%}'),
         ('bSAM step: slower than on a batch at hand', lambda r: f'{r["data_share"]:.1%}'),
         ('gradients, GFLOP/s', lambda r: f'{r["gradient_gflops"]:.0f}'),
@@ -397,10 +403,16 @@ def rows(bounds, has_baseline):
     published = [
         ('bSAM step as published, s', lambda r: f'{r["baseline"]["step_seconds"]:.2f}'),
         ('bSAM step: times faster than published', lambda r: f'{r["baseline"]["step_speed_up"]:.2f}'),
+        ('… lowest and highest of the turns', lambda r: extremes(r['baseline']['turns'], 'published_bsam', 'bsam')),
         ('forward pass: times faster than published', lambda r: f'{r["baseline"]["logits_speed_up"]:.2f}'),
         ('compilation as published, s', lambda r: f'{r["baseline"]["compile_seconds"]:.1f}'),
     ]
     return own + published if has_baseline else own
+
+
+def extremes(turns, name, other):
+    of_turns = ratios(turns[name], turns[other])
+    return f'{min(of_turns):.2f} to {max(of_turns):.2f}'
 
 
 if __name__ == '__main__':
