@@ -308,6 +308,7 @@ def evaluation_times(model, precision, turns, num_images, num_samples):
     times, _ = in_turns(turns, {'evaluate': evaluate, 'plain': plain})
     return {
         'testmc': num_samples,
+        'evaluation_turns': times,
         'forward_images_per_second': (num_samples + 1) * num_images / statistics.median(times['plain']),
         'evaluation_over_forward': ratio(times['evaluate'], times['plain']),
     }
