@@ -464,13 +464,15 @@ TABLES = {
 
 
 def speed_table():
-    """What SAM's and bSAM's steps cost, over a gradient, by benchmarks/run.py."""
+    """What SAM's and bSAM's steps cost, over a gradient and over a step of SGD, by benchmarks/run.py."""
     results = kept('benchmark')
-    rows = [
-        [name, *(f'{results[model][f"{optim}_over_gradient"]:.2f}' for optim in ('sam', 'bsam'))]
-        for model, name in run.NAMES.items()
-    ]
-    return tables.markdown(['[two CPU cores](benchmark.json)', 'SAM / gradient', 'bSAM / gradient'], rows)
+    costs = [(optim, of) for of in ('gradient', 'sgd') for optim in ('sam', 'bsam')]
+    rows = []
+    for model, name in run.NAMES.items():
+        turns = results[model]['turns']
+        rows.append([name, *(f'{run.ratio(turns[optim], turns[of]):.2f}' for optim, of in costs)])
+    header = ['SAM / gradient', 'bSAM / gradient', 'SAM / SGD', 'bSAM / SGD']
+    return tables.markdown(['[two CPU cores](benchmark.json)', *header], rows)
 
 
 def commands(name, found):
