@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import archives
+import children
 import data
 import demo2d
 import experiments
@@ -132,9 +133,8 @@ def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18
 
 
 def test_compiled_functions_are_kept_where_the_flag_says(flags_of, tmp_path):
-    command = [sys.executable, 'train.py', *flags_of(epochs=0)]
     for folder, exists in (('off', False), (str(tmp_path / 'compiled'), True)):
-        subprocess.run([*command, f'--compilecache={folder}'], cwd=ROOT, check=True, capture_output=True)
+        children.run(['train.py', *flags_of(epochs=0), f'--compilecache={folder}']).check_returncode()
         assert (tmp_path / 'compiled').exists() == exists
     assert any((tmp_path / 'compiled').iterdir()) and not (ROOT / 'off').exists()
 

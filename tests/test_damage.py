@@ -6,7 +6,6 @@ import random
 import resource
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 import tracemalloc
@@ -19,6 +18,7 @@ from PIL import Image
 
 import archives
 import checkpoints
+import children
 import data
 import runs
 import settings
@@ -26,8 +26,6 @@ import setup_tinyimagenet
 import test as evaluate
 import train
 from conftest import arrays, read_log, restore
-
-ROOT = Path(__file__).parent.parent
 
 
 def error_of(main, arguments, capsys):
@@ -242,8 +240,7 @@ train.main(sys.argv[1:])
 )
 def test_files_that_cannot_grow(limits, status, last_step, flags_of, tmp_path):
     """Training goes on; one warning a kind; what was saved stays; the exit status tells whether the end was saved."""
-    command = [sys.executable, '-c', LIMITED.format(limits=limits), *flags_of(epochs=4)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = children.run(['-c', LIMITED.format(limits=limits), *flags_of(epochs=4)])
     assert process.returncode == status and process.stderr.count('a checkpoint could not be saved') == 1
     assert process.stdout.count('test accuracy') == 5 and 'Traceback' not in process.stderr
     run = tmp_path / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
@@ -262,8 +259,7 @@ def test_small_file_system(flags_of, tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('this machine lets nobody mount a file system')
     try:
-        command = [sys.executable, 'train.py', *flags_of(epochs=3, resultsfolder=disk / 'results')]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        process = children.run(['train.py', *flags_of(epochs=3, resultsfolder=disk / 'results')])
         run = disk / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
         assert process.returncode == 1 and 'No space left on device' in process.stderr, process.stderr
         assert process.stderr.count('a checkpoint could not be saved') == 1 and 'Traceback' not in process.stderr

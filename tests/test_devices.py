@@ -4,15 +4,13 @@ import collections
 import json
 import os
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import children
 import conftest
 import devices
 import experiments
@@ -20,8 +18,6 @@ import sessions
 import settings
 import train
 import training
-
-ROOT = Path(__file__).parent.parent
 
 # Takes 20 steps with every optimizer on 1 and on 8 devices, and evaluates the weights there; prints the relative
 # differences of weights, batch statistics and probabilities as JSON.
@@ -76,8 +72,7 @@ def run_on_devices(number, script, *arguments):
     """A finished process that had so many virtual CPU devices."""
     flags = f'{conftest.XLA_FLAGS_OF_FEW_STEPS} --xla_force_host_platform_device_count={number}'
     environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
-    command = [sys.executable, '-c', script, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return children.run(['-c', script, *arguments], environment)
 
 
 def test_eight_devices_train_as_one(compilecache):

@@ -4,10 +4,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,8 +17,7 @@ import data
 import models
 import test as evaluate
 import train
-
-ROOT = Path(__file__).parent.parent
+from children import ROOT, Child
 
 # train.py or test.py with small networks, so that they compile soon.
 SCRIPT = f"""if True:
@@ -52,17 +48,14 @@ def start(number, *arguments, last=(), script='train', devices_of_last=1, folder
     environments = [os.environ | SMALL] * (number - 1) + [os.environ | SMALL | {'XLA_FLAGS': of_last}]
     folders = [ROOT] * (number - 1) + [folder_of_last]
     return [
-        subprocess.Popen(
-            [sys.executable, '-c', code, script, *arguments, *(own if number > 1 else [])],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        Child(['-c', code, script, *arguments, *(own if number > 1 else [])], folder, environment)
         for own, environment, folder in zip(others, environments, folders, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def ended(processes):
     """[(exit status, stdout, stderr)] of processes."""
-    said = [process.communicate(timeout=120) for process in processes]
+    said = [process.communicate() for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 

@@ -27,9 +27,8 @@ import settings
 import signals
 import test as evaluate
 import train
+from children import ROOT, Child
 from conftest import arrays, read_log, restore
-
-ROOT = Path(__file__).parent.parent
 
 
 def assert_same_run(run, other):
@@ -294,20 +293,13 @@ def test_other_images_than_before(flags_of, tmp_path, capsys):
     assert stop.value.code == 2 and 'holds other images than those' in capsys.readouterr().err
 
 
-def start(arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, 'train.py', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        **options,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_a_process(number, flags_of, tmp_path):
     """A signal lets it save and exit, also if it comes twice."""
     run = tmp_path / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
     for sent in (1, 2):
         arguments = flags_of(epochs=100_000) if sent == 1 else [f'--resume={run}']
-        with start(arguments) as process:
+        with Child(['train.py', *arguments]) as process:
             process.stdout.readline(), process.stdout.readline()
             for _ in range(sent):
                 process.send_signal(number)
@@ -334,7 +326,8 @@ def test_second_signal(monkeypatch):
 
 
 def test_signal_before_the_first_step_ends_without_a_traceback(flags_of):
-    with start(['--dataset=digits', '--model=mlp']) as process:
+    command = [sys.executable, 'train.py', '--dataset=digits', '--model=mlp']
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(0.7)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
@@ -370,7 +363,7 @@ def kill_12_times(datasets, folder, seed):
         begun = (run / 'checkpoints').exists() and checkpoints.all_steps(run / 'checkpoints')
         if not begun:
             shutil.rmtree(run, ignore_errors=True)
-        with start([f'--resume={run}'] if begun else flags) as process:
+        with Child(['train.py', *([f'--resume={run}'] if begun else flags)]) as process:
             for _ in range(moments.choice((0, 1, 2, 3, 3, 3, 3, 4))):
                 process.stdout.readline()
             time.sleep(moments.uniform(0, 0.2))
