@@ -129,23 +129,24 @@ def aurc(probs, labels, weights=None):
 
 def risk_at_80(probs, labels, weights=None):
     """Error rate of the most confident 80 % of the images, in [0, 1]; of tied ones in between, a share of each."""
-    coverage, risk = risk_coverage(probs, labels, weights)
-    if coverage.ndim == 1:
-        return float(_errors_at(0.8, coverage, risk) / 0.8)
-    return np.array([_errors_at(0.8, *curve) for curve in zip(coverage, risk, strict=True)]) / 0.8
-
-
-def _errors_at(share, coverage, risk):
-    """The share of all images that is wrong among as many of the most confident."""
-    return np.interp(share, [0, *coverage], [0, *(coverage * risk)])
+    wrong, counts = _errors_by_confidence(probs, labels, weights)
+    covered = np.cumsum(counts, axis=-1)
+    wanted = 0.8 * covered[..., -1:]
+    taken = np.clip(wanted - (covered - counts), 0, counts)
+    return _scalar((wrong * taken / np.maximum(counts, 1)).sum(axis=-1) / wanted[..., 0])
 
 
 def risk_coverage(probs, labels, weights=None):
     """The risk-coverage curve: for every confidence, from the highest, the share of images at least as confident, and
     their error rate. Both [T], or [R, T]."""
-    wrong, counts = _by_threshold(-_confidence(probs), ~_correct(probs, labels), weights)
+    wrong, counts = _errors_by_confidence(probs, labels, weights)
     covered = np.cumsum(counts, axis=-1)
     return covered / covered[..., -1:], np.cumsum(wrong, axis=-1) / np.maximum(covered, 1)
+
+
+def _errors_by_confidence(probs, labels, weights):
+    """How many images each confidence has, from the highest, and how many of these are wrong: (wrong, counts)."""
+    return _by_threshold(-_confidence(probs), ~_correct(probs, labels), weights)
 
 
 METRICS = {

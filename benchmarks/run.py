@@ -293,19 +293,27 @@ def baseline_times(model, precision, turns):
 
 
 def evaluation_times(model, precision, turns, num_images, num_samples):
-    """An evaluation as test.py makes it, with all metrics and their intervals, over as many plain forward passes."""
+    """An evaluation as test.py makes it, with all metrics and their intervals, over as many plain forward passes.
+
+    Each pass is timed right after a part of the evaluation: the mean and a sample, other samples, the metrics.
+    """
     posterior, logits = posterior_of(model, 'bsam', precision, BATCH)
     images, labels = synthetic_images(num_images)
     images = jax.device_put(images)
 
-    def evaluate():
-        (prediction,) = posterior.predict(images, [num_samples])
-        return evaluation.measure(prediction, labels, num_bins=20)
+    def samples_then_metrics():
+        for prediction in posterior.predict(images, range(1, num_samples + 1)):
+            yield prediction
+        yield evaluation.measure(prediction, labels, num_bins=20)
 
-    def plain():
-        return [logits(images=images) for _ in range(num_samples + 1)]
-
-    times, _ = in_turns(turns, {'evaluate': evaluate, 'plain': plain})
+    plain = partial(logits, images=images)
+    next(samples_then_metrics()), plain()  # compiles
+    times = {'evaluate': [], 'plain': []}
+    for _ in turns:
+        evaluated = samples_then_metrics()
+        pairs = [(seconds(next, evaluated), seconds(plain)) for _ in range(num_samples + 1)]
+        for name, of_parts in zip(times, zip(*pairs, strict=True), strict=True):
+            times[name].append(sum(of_parts))
     return {
         'testmc': num_samples,
         'evaluation_turns': times,
@@ -397,6 +405,7 @@ def rows(bounds, has_baseline):
         ('gradients, share of the matrix product', lambda r: f'{r["gradient_gflops"] / rate:.0%}'),
         ('forward pass, images/s', lambda r: f'{r["forward_images_per_second"]:.0f}'),
         ('evaluation / as many forward passes', lambda r: f'{r["evaluation_over_forward"]:.3f}'),
+        ('… lowest and highest of the turns', lambda r: extremes(r['evaluation_turns'], 'evaluate', 'plain')),
         ('bSAM step, memory in copies of the parameters', lambda r: f'{r["memory"]["step_copies"]:.1f}'),
         ('… of these besides one sub-batch’s gradient', lambda r: f'{r["memory"]["copies_besides_one_gradient"]:.1f}'),
         ('compilation of a bSAM step, s', lambda r: f'{r["compile_seconds"]["bsam"]:.1f}'),
