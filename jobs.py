@@ -84,15 +84,7 @@ class _Processes:
         """Runs a process to its end; returns its exit status. Raises _StoppedError after a signal."""
         if self.signal:
             raise _StoppedError
-        with subprocess.Popen(
-            list(map(str, command)),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors='replace',
-            start_new_session=True,  # else Ctrl-C would reach it twice
-        ) as process:
+        with _start(environment, command) as process:
             self._running.add(process)
             if self.signal:
                 process.send_signal(self.signal)
@@ -110,6 +102,19 @@ class _Processes:
         print(f'\n{signal.Signals(number).name}: waiting for what runs to save and end', file=sys.stderr, flush=True)
         for process in running:
             process.send_signal(number)
+
+
+def _start(environment, command):
+    """Begins a process, whose errors are lines among its output."""
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors='replace',
+        start_new_session=True,  # else Ctrl-C would reach it twice
+    )
 
 
 def share_of_cores(number):

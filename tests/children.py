@@ -8,23 +8,28 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['flax.linen', 'jax', 'optax', 'orbax.checkpoint', 'PIL.Image', 'tqdm'])
 
+# Threads that start a process or ask for an exit status read those of all others.
+_LOCK = threading.Lock()
+
 
 class Child:
     """What `python ARGUMENTS` does, SCRIPT ... or -c CODE ..., with what subprocess.Popen has for it."""
 
-    def __init__(self, arguments, folder=ROOT, environment=None):
+    def __init__(self, arguments, folder=ROOT, environment=None, errors_to_output=False):
         self.stdout, out = _pipe()
-        self.stderr, error = _pipe()
+        self.stderr, error = (self.stdout, out) if errors_to_output else _pipe()
         environment = dict(os.environ if environment is None else environment)
         arguments = [str(argument) for argument in arguments]
         self._process = FORKS.Process(target=_run, args=(arguments, folder, environment, out, error), daemon=True)
-        self._process.start()
+        with _LOCK:
+            self._process.start()
         out.close()
         error.close()
 
@@ -34,11 +39,15 @@ class Child:
     def __exit__(self, *exception):
         self.stdout.close()
         self.stderr.close()
-        self._process.join()
+        connection.wait([self._process.sentinel])
+        with _LOCK:
+            self._process.join()
 
     @property
     def returncode(self):
-        return self._process.exitcode
+        """The exit status, or minus the signal that it ended by; None as long as it has not ended."""
+        with _LOCK:
+            return self._process.exitcode
 
     def send_signal(self, number):
         os.kill(self._process.pid, number)
@@ -73,9 +82,10 @@ def _pipe():
 def _run(arguments, folder, environment, out, error):
     import jax
 
-    for end, number in ((out, 1), (error, 2)):
-        os.dup2(end.fileno(), number)
-        end.close()
+    os.dup2(out.fileno(), 1)
+    os.dup2(error.fileno(), 2)
+    out.close()
+    error.close()
     sys.stdout, sys.stderr = os.fdopen(1, 'w', closefd=False), os.fdopen(2, 'w', buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import archives
 import checkpoints
+import children
 import experiments
 import flags
 import jobs
@@ -120,6 +121,18 @@ class ShortResNet20(nn.Module):
 def small_resnet18(monkeypatch):
     """Lets this process take SmallResNet for ResNet-18."""
     monkeypatch.setitem(models.MODELS, 'resnet18', SmallResNet)
+
+
+@pytest.fixture(scope='module')
+def forked_jobs():
+    """Lets this process fork what runs, seeds and sweeps start side by side."""
+
+    def start(environment, command):
+        return children.Child(command[1:], environment=environment, errors_to_output=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, '_start', start)
+        yield
 
 
 @pytest.fixture

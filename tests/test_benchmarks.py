@@ -77,7 +77,7 @@ def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
         assert stop.value.code == 2 and reason in capsys.readouterr().err
 
 
-def test_methods(benchmark, datasets, tmp_path):
+def test_methods(benchmark, forked_jobs, datasets, tmp_path):
     """Two optimizers, of one draw and one seed each."""
     flags = ['--model=mlp', '--optimizers', 'sgd', 'sam', '--draws=1', '--tuneepochs=1', '--epochs=1', '--seeds=1']
     flags += ['--dataset=mnist', '--batchsize=20', '--batchsplit=2', f'--datasetfolder={datasets}']

@@ -91,7 +91,7 @@ def test_images_too_large_for_a_device_are_streamed(limit, kind, monkeypatch):
     assert isinstance(feeds.parts(images, 5)[0], jax.Array) == (kind is feeds.Resident)
 
 
-def test_seeds_are_runs_of_their_own(flags_of, capfd):
+def test_seeds_are_runs_of_their_own(forked_jobs, flags_of, capfd):
     alone = train.main(flags_of(randomseed=5))
     with pytest.raises(SystemExit) as stop:
         train.main([*flags_of(), '--seeds', '5', '6'])
@@ -119,7 +119,7 @@ def test_seeds_that_are_refused(flags, line, capsys):
     assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
-def test_a_seed_that_fails_is_the_status_of_all(flags_of, capfd):
+def test_a_seed_that_fails_is_the_status_of_all(forked_jobs, flags_of, capfd):
     with pytest.raises(SystemExit) as stop:
         train.main([*flags_of(alpha=1e30), '--seeds', '5', '6'])
     assert stop.value.code == 1

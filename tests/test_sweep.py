@@ -14,6 +14,8 @@ import runs
 import sweep
 import test as evaluate
 
+pytestmark = pytest.mark.usefixtures('forked_jobs')
+
 SWEEP = """
 [flags]
 dataset = 'mnist'
@@ -46,7 +48,7 @@ def toml(datasets, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def one_of_four(datasets, tmp_path_factory):
+def one_of_four(forked_jobs, datasets, tmp_path_factory):
     """The output folder of a sweep whose first run is made and evaluated with one sample."""
     folder = tmp_path_factory.mktemp('sweep')
     sweep.main([str(write_toml(folder, datasets)), f'--output={folder / "sweep"}', '--testmc=1', '--part=0/4'])
