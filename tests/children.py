@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['flax.linen', 'jax', 'optax', 'orbax.checkpoint', 'PIL.Image', 'tqdm'])
 
-# Threads that start a process or ask for an exit status read those of all others.
+# multiprocessing takes the exit statuses of all processes where one starts or ends, which two threads must not at once.
 _LOCK = threading.Lock()
 
 
