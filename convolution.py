@@ -103,16 +103,17 @@ def _outweighs(x, kernel):
 def _input_gradient(x, kernel, grads, strides, padding):
     """The gradient by x: a convolution with strides turned into dilations, padded to the size that it must have."""
     x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
-    def by_product(grads, flipped):
-        del flipped
+    def by_convolution(grads, kernel):
+        flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        return nhwc_convolution(grads, flipped, (1, 1), x_padding, lhs_dilation=strides)
+
+    def by_product(grads, kernel):
         return jax.vjp(lambda x: _by_product(x, kernel, strides, padding), x)[1](grads)[0]
 
-    by_convolution = partial(nhwc_convolution, strides=(1, 1), padding=x_padding, lhs_dilation=strides)
     elsewhere = by_product if _outweighs(x, kernel) else by_convolution
-    on_cpus = _in_tiles if _suits_tiles(x, kernel, strides, padding) else elsewhere
-    return lax.platform_dependent(grads, flipped, cpu=on_cpus, default=elsewhere)
+    on_cpus = partial(_in_tiles, flipped=True) if _suits_tiles(x, kernel, strides, padding) else elsewhere
+    return lax.platform_dependent(grads, kernel, cpu=on_cpus, default=elsewhere)
 
 
 @jax.named_scope('by_kernel')
@@ -158,14 +159,15 @@ def _suits_tiles(x, kernel, strides, padding):
     return has_tiles and min(kernel.shape[2:]) >= _FEWEST_CHANNELS_OF_TILES and kernel.size <= 12 * x.size
 
 
-def _in_tiles(x, kernel):
+def _in_tiles(x, kernel, flipped=False):
     """A convolution by 3×3 weights as F(2×2, 3×3) of Lavin & Gray (2016, section 4.1), after Winograd, on CPUs.
 
     Four outputs take 16 multiplications by weights of a channel instead of 36: Y = Aᵀ[(G K Gᵀ) ⊙ (Bᵀ X B)]A, where X
-    are the 4×4 pixels under a tile of 2×2 outputs Y; next to one another those overlap by two.
+    are the 4×4 pixels under a tile of 2×2 outputs Y; next to one another those overlap by two. `flipped`: by the kernel
+    flipped in height and width, its channels and features exchanged.
     """
-    weights = _weights_of_tiles(kernel)
-    return devices.over_shares(partial(_map_over_blocks, partial(_tiles, weights=weights)), x)
+    tiles = partial(_tiles, weights=_weights_of_tiles(kernel), flipped=flipped)
+    return devices.over_shares(partial(_map_over_blocks, tiles), x)
 
 
 def _kernel_gradient_in_tiles(kernel, x, grads):
@@ -189,23 +191,29 @@ def _weights_of_tiles(kernel):
     return (np.kron(_G, _G).astype(kernel.dtype) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
 
 
-def _tiles(x, weights):
-    """The convolution of x [B, H, W, C] by weights [16, C, D]: [B, H, W, D]."""
+def _tiles(x, weights, flipped=False):
+    """The convolution of x [B, H, W, C] by weights [16, C, D], or flipped [16, D, C]: [B, H, W, D].
+
+    To flip a kernel is to exchange the first and the last row of G K Gᵀ, and such columns. That of the pixels and of
+    the outputs is as good, and needs no copy of the weights.
+    """
     images, height, width, channels = x.shape
+    order = [3, 1, 2, 0] if flipped else [0, 1, 2, 3]
     x = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
-    columns = _pixels_of_tiles(x, axis=2)
-    pixels = _pixels_of_tiles(columns, axis=2)
+    columns = _pixels_of_tiles(x, 2, order)
+    pixels = _pixels_of_tiles(columns, 2, order)
     down, right = pixels.shape[3:5]
-    products = pixels.reshape(16, -1, channels) @ weights
-    y = np.kron(_A, _A).T.astype(x.dtype) @ products.reshape(16, -1)
+    products = pixels.reshape(16, -1, channels) @ (weights.mT if flipped else weights)
+    y = np.kron(_A[order], _A[order]).T.astype(x.dtype) @ products.reshape(16, -1)
     y = y.reshape(2, 2, images, down, right, -1).transpose(2, 3, 0, 4, 1, 5)
     return y.reshape(images, 2 * down, 2 * right, -1)[:, :height, :width]
 
 
-def _pixels_of_tiles(x, axis):
-    """Bᵀ X along an axis of x: [4, ...], with an entry a tile there."""
+def _pixels_of_tiles(x, axis, order):
+    """Rows of Bᵀ X in this order, along an axis of x: [4, ...], with an entry a tile there."""
     a, b, c, d = (lax.slice_in_dim(x, i, i + x.shape[axis] - 3, 2, axis) for i in range(4))
-    return jnp.stack([a - c, b + c, c - b, b - d])
+    rows = a - c, b + c, c - b, b - d
+    return jnp.stack([rows[i] for i in order])
 
 
 def _map_over_blocks(function, x):
