@@ -194,8 +194,8 @@ def _weights_of_tiles(kernel):
 def _tiles(x, weights, flipped=False):
     """The convolution of x [B, H, W, C] by weights [16, C, D], or flipped [16, D, C]: [B, H, W, D].
 
-    To flip a kernel is to exchange the first and the last row of G K Gᵀ, and such columns. That of the pixels and of
-    the outputs is as good, and needs no copy of the weights.
+    To flip a kernel is to exchange the first and the last row of G K Gᵀ, and such columns. Instead those of the pixels
+    and of the outputs are exchanged here, which needs no copy of the weights.
     """
     images, height, width, channels = x.shape
     order = [3, 1, 2, 0] if flipped else [0, 1, 2, 3]
