@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import tree
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
@@ -485,13 +486,23 @@ def _mean(state, key):
 def _normal_like(key, params):
     """Standard normal noise like `params`, drawn in float32: equal blocks with a key each, whatever the leaves are.
 
-    A draw for every leaf takes far longer to compile. Two turns at least: a loop of one is none to XLA, which then
-    draws the block again for every leaf.
+    XLA is kept from drawing it anew for every leaf, which takes far longer to compile. On CPUs that is by a function of
+    its own, for which all threads work; a loop has one. Elsewhere it is by a loop, of two turns at least, as one of a
+    single turn is none to XLA.
     """
     flat, unravel = ravel_pytree(params)
     num_blocks = -(-flat.size // _NOISE_BLOCK)
-    block = 128 * -(-flat.size // (128 * num_blocks))
-    noise = jax.lax.map(partial(_normal, number=block), jax.random.split(key, max(2, num_blocks)))
+    draw = partial(_normal, number=128 * -(-flat.size // (128 * num_blocks)))
+
+    def on_cpus(key):
+        keys = jax.random.split(key, num_blocks)
+        with set_xla_metadata(inlineable='false'):
+            return jax.jit(jax.vmap(draw))(keys)
+
+    def elsewhere(key):
+        return jax.lax.map(draw, jax.random.split(key, max(2, num_blocks)))[:num_blocks]
+
+    noise = jax.lax.platform_dependent(key, cpu=on_cpus, default=elsewhere)
     return unravel(noise.reshape(-1)[: flat.size].astype(flat.dtype))
 
 
