@@ -2,8 +2,8 @@
 
     python benchmarks/run.py --json results/benchmark.json
 
-Images are synthetic. What is compared is measured in turns in this process; a ratio is the median of those of the
-turns, and a time the median too.
+Images are synthetic. What is compared is measured in turns in this process, a step between two calls of the gradient
+beside which it stands; a ratio is the median of those of the turns, and a time the median too.
 """
 
 import itertools
@@ -109,6 +109,25 @@ def in_turns(turns, functions, calls=1):
         for name, function in functions.items():
             seconds(function)
             times[name].append(seconds(function, calls=calls))
+    return times, first
+
+
+def around(turns, reference, functions):
+    """Seconds of functions of no arguments beside those of a reference, which is called between them all.
+
+    Returns {name: {'own': [one of each of `turns`], 'reference': [the mean of its calls before and after]}}, and
+    {name: seconds of a first call, which compiles}.
+    """
+    first = {name: seconds(function) for name, function in functions.items()}
+    times = {name: {'own': [], 'reference': []} for name in functions}
+    seconds(reference)
+    before = seconds(reference)
+    for _ in turns:
+        for name, function in functions.items():
+            times[name]['own'].append(seconds(function))
+            after = seconds(reference)
+            times[name]['reference'].append((before + after) / 2)
+            before = after
     return times, first
 
 
@@ -233,22 +252,22 @@ def step_times(model, precision, turns):
     """A step of each optimizer beside one gradient over the same sub-batches."""
     gradient, arguments = gradient_over_sub_batches(model, precision)
     functions = {
-        'gradient': partial(gradient, *arguments),
         'sgd': Trainer(model, 'sgd', precision),
         'sam': Trainer(model, 'sam', precision),
         'bsam': Trainer(model, 'bsam', precision),
         'bsam_on_one_batch': TrainerOfOneBatch(model, 'bsam', precision),
     }
-    times, first = in_turns(turns, functions)
-    median = {name: statistics.median(t) for name, t in times.items()}
+    times, first = around(turns, partial(gradient, *arguments), functions)
+    median = {name: statistics.median(of['own']) for name, of in times.items()}
+    median['gradient'] = statistics.median(itertools.chain(*(of['reference'] for of in times.values())))
+    over_gradient = {name: ratio(of['own'], of['reference']) for name, of in times.items()}
     return {
         'turns': times,
         'seconds': median,
         'compile_seconds': {name: first[name] - median[name] for name in ('sgd', 'sam', 'bsam')},
-        'sam_over_gradient': ratio(times['sam'], times['gradient']),
-        'bsam_over_gradient': ratio(times['bsam'], times['gradient']),
-        'bsam_share_besides_gradients': 1 - 2 / ratio(times['bsam'], times['gradient']),
-        'data_share': ratio(times['bsam'], times['bsam_on_one_batch']) - 1,
+        'over_gradient': over_gradient,
+        'bsam_share_besides_gradients': 1 - 2 / over_gradient['bsam'],
+        'data_share': over_gradient['bsam'] / over_gradient['bsam_on_one_batch'] - 1,
         'gradient_gflops': 6 * MULTIPLY_ADDS[model] * BATCH / median['gradient'] / 1e9,
     }
 
@@ -395,10 +414,10 @@ def rows(bounds, has_baseline):
         ('SGD step, s', lambda r: f'{r["seconds"]["sgd"]:.2f}'),
         ('SAM step, s', lambda r: f'{r["seconds"]["sam"]:.2f}'),
         ('bSAM step, s', lambda r: f'{r["seconds"]["bsam"]:.2f}'),
-        ('SAM step / one gradient over the same sub-batches', lambda r: f'{r["sam_over_gradient"]:.3f}'),
-        ('… lowest and highest of the turns', lambda r: extremes(r['turns'], 'sam', 'gradient')),
-        ('bSAM step / one gradient over the same sub-batches', lambda r: f'{r["bsam_over_gradient"]:.3f}'),
-        ('… lowest and highest of the turns', lambda r: extremes(r['turns'], 'bsam', 'gradient')),
+        ('SAM step / one gradient over the same sub-batches', lambda r: f'{r["over_gradient"]["sam"]:.3f}'),
+        ('… lowest and highest of the turns', lambda r: extremes(r['turns']['sam'], 'own', 'reference')),
+        ('bSAM step / one gradient over the same sub-batches', lambda r: f'{r["over_gradient"]["bsam"]:.3f}'),
+        ('… lowest and highest of the turns', lambda r: extremes(r['turns']['bsam'], 'own', 'reference')),
         ('bSAM step: share of all but the gradients', lambda r: f'{r["bsam_share_besides_gradients"]:.1%}'),
         ('bSAM step: slower than on a batch at hand', lambda r: f'{r["data_share"]:.1%}'),
         ('gradients, GFLOP/s', lambda r: f'{r["gradient_gflops"]:.0f}'),
