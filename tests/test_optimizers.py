@@ -1,5 +1,6 @@
 """The optimizers against closed forms, their equations in NumPy, optax, ivon-opt and the reference's own numbers."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -292,6 +293,15 @@ def test_noise_is_that_of_jax(elements, blocks, monkeypatch):
     drawn = [jax.random.normal(key, (size,)) for key in jax.random.split(jax.random.key(3), blocks)]
     found = np.concatenate([noise['a'].reshape(-1), noise['b']])
     np.testing.assert_array_equal(found, np.concatenate(drawn)[:elements])
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='elsewhere a loop draws block after block')
+def test_noise_is_drawn_in_one_operation(monkeypatch):
+    """Of all blocks, for all leaves: XLA would go through a loop in one thread, and else draw for each leaf anew."""
+    monkeypatch.setattr(optimizers, '_NOISE_BLOCK', 2000)
+    params = {name: jnp.zeros(1500) for name in 'abc'}
+    compiled = jax.jit(optimizers._normal_like).lower(jax.random.key(0), params).compile()
+    assert re.findall(r'= (f32\[\S*\])\S* log-plus-one\(', compiled.as_text()) == ['f32[3,1536]']
 
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
