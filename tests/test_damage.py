@@ -179,9 +179,9 @@ def test_links_in_checkpoints_are_refused(run, tmp_path, capsys):
     assert 'is neither a file nor a folder' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
 
 
-def test_checkpoint_of_another_network(run, flags_of, capsys):
+def test_checkpoint_of_another_network(run, flags_of, small_resnet18, capsys):
     """Foreign arrays with checksums that are right."""
-    other = train.main(flags_of(model='lenet'))
+    other = train.main(flags_of(model='resnet18'))
     shutil.rmtree(run / 'checkpoints')
     shutil.copytree(other / 'checkpoints', run / 'checkpoints')
     assert 'does not fit the model and optimizer' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)

@@ -31,6 +31,7 @@ SCRIPT = """if True:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (160, 16, 16, 3), np.uint8), rng.integers(0, 10, 160)
     dataset = {'num_train': 160, 'num_classes': 10, 'image_shape': [16, 16, 3], 'mean': [0.5], 'std': [0.2]}
+    inits = {}  # compiled once for all numbers of devices
 
     def run(optim, model, number, sub_batches=8):
         split = [f'--batchsplit={sub_batches}', f'--atonce={2 if number == 8 else 1}']
@@ -40,8 +41,9 @@ SCRIPT = """if True:
         mesh = devices.create_mesh(number)
         step = training.step_function(experiment.optimizer, experiment.normalise)
         is_shared = bool(split) and number > 1
+        start = inits.setdefault((optim, model), jax.jit(experiment.init))(jax.random.key(0))
         with jax.set_mesh(mesh):
-            state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
+            state = devices.replicate(start, mesh)
             held = devices.replicate((images, labels, jnp.float32(1)), mesh)
             of_kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
             epochs = [training.start_epoch(jax.random.key(1), jnp.int32(i), 160, 16) for i in (0, 1)]

@@ -32,8 +32,8 @@ def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
         logits, _ = outputs_of(head)(np.arange(6))
         return -60 * jax.nn.log_softmax(logits)[:, 0].mean() + jnp.square(weights).sum()
 
-    hessian = jax.hessian(loss)(jnp.zeros((3, 3))).reshape(9, 9)
-    draw = jax.vmap(partial(laplace.sample, 'head', factors, {'head': head, 'other': jnp.ones(1)}))
+    hessian = jax.jit(jax.hessian(loss))(jnp.zeros((3, 3))).reshape(9, 9)
+    draw = jax.jit(jax.vmap(partial(laplace.sample, 'head', factors, {'head': head, 'other': jnp.ones(1)})))
     drawn = draw(jax.random.split(jax.random.key(0), 60_000))
     weights = np.concatenate([drawn['head']['kernel'], drawn['head']['bias'][:, None]], axis=1).reshape(-1, 9)
     expected = np.linalg.inv(hessian)
@@ -61,8 +61,8 @@ def test_draws_do_not_depend_on_eigenvectors_of_equal_eigenvalues():
 @pytest.mark.parametrize('name', ['mlp', 'lenet', 'resnet18'])
 def test_features_enter_the_last_layer(name, small_resnet18):
     model = models.create(name, 10)
-    images = jax.random.normal(jax.random.key(0), (3, 32, 32, 1))
-    variables = model.init(jax.random.key(1), images, train=False)
+    images = np.random.default_rng(0).standard_normal((3, 32, 32, 1), np.float32)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(1), images)
     apply = models.with_features(lambda images: model.apply(variables, images, train=False), models.LAST_LAYERS[name])
     logits, features = jax.jit(apply)(images)
     head = variables['params'][models.LAST_LAYERS[name]]

@@ -76,20 +76,19 @@ def quadratic_loss(params, batch_stats, batch):
     return sum(jnp.sum(w**2) for w in tree.leaves(params)) / 2, batch_stats
 
 
-def golden_noise(monkeypatch, key, steps, num_sub_batches):
-    """Makes bSAM draw the golden noise: a sub-batch's noise is found by its key, as bSAM derives keys."""
-    names = ('W1', 'b1', 'W2', 'b2')
-    noise = {name: GOLDEN[f'noise_{name}'] for name in names}
-    noise = {name: jnp.asarray(n.reshape(-1, *n.shape[2:])) for name, n in noise.items()}
+def draw_known_noise(monkeypatch, key, noise):
+    """Makes optimizers draw this noise, [steps, draws a step, ...]: a draw is found by its key, as they derive keys."""
+    steps, draws = tree.leaves(noise)[0].shape[:2]
     keys = []
     for _ in range(steps):
         key, step_key = jax.random.split(key)
-        keys.append(jax.random.key_data(jax.random.split(step_key, num_sub_batches)))
-    known = jnp.concatenate(keys)
+        keys.append(jax.random.key_data(jax.random.split(step_key, draws)))
+    known = jnp.stack(keys)
 
     def lookup(key, params):
-        matches = (known == jax.random.key_data(key)[None]).all(axis=1)
-        return tree.map(lambda n: n[jnp.argmax(matches)], noise)
+        matches = (known == jax.random.key_data(key)[None, None]).all(axis=2)
+        drawn = jnp.unravel_index(jnp.argmax(matches), matches.shape)
+        return tree.map(lambda n: jnp.asarray(n)[drawn], noise)
 
     monkeypatch.setattr(optimizers, '_normal_like', lookup)
 
@@ -107,7 +106,7 @@ def test_golden_values(name, label, settings, x64, monkeypatch):
     The same, however many sub-batches are computed together.
     """
     steps, key = len(GOLDEN['lr']), jax.random.key(0)
-    golden_noise(monkeypatch, key, steps, num_sub_batches=4)
+    draw_known_noise(monkeypatch, key, {name: GOLDEN[f'noise_{name}'] for name in ('W1', 'b1', 'W2', 'b2')})
     optimizer = optimizers.OPTIMIZERS[name](toy_loss, **SETTINGS[name] | settings)
     params = {name: jnp.asarray(GOLDEN[f'w0_{name}']) for name in ('W1', 'b1', 'W2', 'b2')}
     state = optimizer.init(params, {'mean': jnp.zeros(5)}, key)
@@ -140,11 +139,13 @@ def test_sgd_equals_the_equations(problem, x64):
     x, y, w = problem
     optimizer = optimizers.sgd(logistic_loss, learning_rate=0.4, beta1=0.8, weight_decay=0.03)
     state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
+    step = jax.jit(optimizer.step)
     m, stats = np.zeros(3), 0.0
     for t in range(5):
-        state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
-        step = reference.sgd_step(w, m, stats, (x[t], y[t]), reference.logistic_gradient, 0.2, 0.8, 0.03)
-        w, m, stats, expected = step
+        state, loss = step(state, (x[t], y[t]), 0.5)
+        w, m, stats, expected = reference.sgd_step(
+            w, m, stats, (x[t], y[t]), reference.logistic_gradient, 0.2, 0.8, 0.03
+        )
         np.testing.assert_allclose(state.params, w, rtol=1e-12)
         np.testing.assert_allclose([loss, state.batch_stats], [expected, stats], rtol=1e-12)
 
@@ -156,9 +157,10 @@ def test_sam_equals_the_equations(num_sub_batches, problem, x64):
         logistic_loss, learning_rate=0.4, beta1=0.8, weight_decay=0.03, rho=0.2, num_sub_batches=num_sub_batches
     )
     state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
+    step = jax.jit(optimizer.step)
     m, stats = np.zeros(3), 0.0
     for t in range(5):
-        state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
+        state, loss = step(state, (x[t], y[t]), 0.5)
         parts = sub_batches(x[t], y[t], num_sub_batches)
         w, m, stats, expected = reference.sam_step(
             w, m, stats, parts, reference.logistic_gradient, 0.2, 0.8, 0.03, rho=0.2
@@ -183,11 +185,12 @@ def test_bsam_equals_the_equations(num_sub_batches, problem, x64):
         **settings,
     )
     state = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(7))
+    step, draw = jax.jit(optimizer.step), jax.jit(optimizers._normal_like)
     m, s, stats = np.zeros(3), np.full(3, 2.0), 0.0
     for t in range(5):
         keys = jax.random.split(jax.random.split(state.key)[1], num_sub_batches)
-        noises = [np.asarray(optimizers._normal_like(key, state.params)) for key in keys]
-        state, loss = optimizer.step(state, (x[t], y[t]), 0.5)
+        noises = [np.asarray(draw(key, state.params)) for key in keys]
+        state, loss = step(state, (x[t], y[t]), 0.5)
         parts = sub_batches(x[t], y[t], num_sub_batches)
         w, m, s, stats, expected = reference.bsam_step(
             w, m, s, stats, parts, noises, reference.logistic_gradient, 0.2, 0.8, 0.9, 0.03, **settings
@@ -217,7 +220,7 @@ def test_batch_statistics_move_where_they_should(optim, perturbed, bnupdate):
         settings |= {'beta2': 0.9, 'num_data': 1e20}
     optimizer = optimizers.OPTIMIZERS[optim](loss, **settings)
     state = optimizer.init(jnp.ones(2), jnp.zeros(()), jax.random.key(0))
-    state, _ = optimizer.step(state, jnp.zeros((2, 1)))
+    state, _ = jax.jit(optimizer.step)(state, jnp.zeros((2, 1)))
     expected = {'both': 2 + perturbed, 'first': 1, 'second': perturbed}[bnupdate]
     np.testing.assert_allclose(state.batch_stats, expected, rtol=1e-6)
 
@@ -228,7 +231,7 @@ def test_sam_gradient_of_a_quadratic(x64):
         quadratic_loss, learning_rate=1.0, beta1=0.0, weight_decay=0.0, rho=0.1, num_sub_batches=2
     )
     state = optimizer.init({'a': jnp.array([3.0]), 'b': jnp.array(4.0)}, {}, jax.random.key(0))
-    state, loss = optimizer.step(state, jnp.zeros(4))
+    state, loss = jax.jit(optimizer.step)(state, jnp.zeros(4))
     np.testing.assert_allclose(state.momentum['a'], [3.06], rtol=1e-12)
     np.testing.assert_allclose(state.momentum['b'], 4.08, rtol=1e-12)
     np.testing.assert_allclose(loss, 25 * 1.02**2 / 2, rtol=1e-12)
@@ -240,7 +243,7 @@ def test_sam_at_a_minimum_stays_there(rho):
     optimizer = optimizers.sam(
         quadratic_loss, learning_rate=1.0, beta1=0.9, weight_decay=0.0, rho=rho, num_sub_batches=1
     )
-    state, loss = optimizer.step(optimizer.init(jnp.zeros(3), {}, jax.random.key(0)), jnp.zeros(1))
+    state, loss = jax.jit(optimizer.step)(optimizer.init(jnp.zeros(3), {}, jax.random.key(0)), jnp.zeros(1))
     assert np.array_equal(state.params, np.zeros(3)) and loss == 0
 
 
@@ -275,7 +278,8 @@ def test_moments_of_bsam_samples(noise_block, monkeypatch):
     optimizer = optimizers.bsam(quadratic_loss, **SETTINGS['bsam'])
     state = optimizer.init({'a': jnp.array([1.0, -2.0]), 'b': jnp.array(0.5)}, {}, jax.random.key(0))
     state = state._replace(precision={'a': jnp.array([0.5, 4.0]), 'b': jnp.array(2.0)})
-    draws = jax.vmap(lambda key: optimizer.sample(state, key))(jax.random.split(jax.random.key(1), 40_000))
+    sample = jax.jit(jax.vmap(optimizer.sample, (None, 0)))
+    draws = sample(state, jax.random.split(jax.random.key(1), 40_000))
     draws = np.column_stack([draws['a'], draws['b']])
     variance = 1 / (200 * np.array([0.5, 4.0, 2.0]))
     assert np.all(np.abs(draws.mean(axis=0) - [1, -2, 0.5]) < 5 * np.sqrt(variance / 40_000))
@@ -332,7 +336,7 @@ def test_step_keeps_dtypes(name):
     """bfloat16 weights stay so under a float32 rate, or a second step would compile again."""
     optimizer = optimizers.OPTIMIZERS[name](quadratic_loss, **SETTINGS[name])
     state = optimizer.init({'w': jnp.ones(3, jnp.bfloat16)}, {}, jax.random.key(0))
-    stepped, _ = optimizer.step(state, jnp.zeros(4), jnp.float32(0.5))
+    stepped, _ = jax.jit(optimizer.step)(state, jnp.zeros(4), jnp.float32(0.5))
     assert [leaf.dtype for leaf in jax.tree.leaves(stepped)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
@@ -348,11 +352,17 @@ def test_adam_equals_optax(name, transform, problem, x64):
     optimizer = optimizers.OPTIMIZERS[name](logistic_loss, **SETTINGS[name])
     state, theirs = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0)), jnp.asarray(w)
     opt_state = transform.init(theirs)
+    step = jax.jit(optimizer.step)
+
+    @jax.jit
+    def their_step(params, opt_state, batch):
+        grads, _ = jax.grad(logistic_loss, has_aux=True)(params, jnp.zeros(()), batch)
+        updates, opt_state = transform.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     for t in range(5):
-        state, _ = optimizer.step(state, (x[t], y[t]), 0.5)
-        grads, _ = jax.grad(logistic_loss, has_aux=True)(theirs, jnp.zeros(()), (x[t], y[t]))
-        updates, opt_state = transform.update(grads, opt_state, theirs)
-        theirs = optax.apply_updates(theirs, updates)
+        state, _ = step(state, (x[t], y[t]), 0.5)
+        theirs, opt_state = their_step(theirs, opt_state, (x[t], y[t]))
         np.testing.assert_allclose(state.params, theirs, rtol=1e-12)
 
 
@@ -363,12 +373,13 @@ def test_samadam_is_sam_into_adam(problem, x64):
     state, theirs = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0)), w
     transform = optax.chain(optax.add_decayed_weights(0.03), optax.adam(0.05, 0.8, 0.9))
     opt_state = transform.init(jnp.asarray(w))
+    step, update = jax.jit(optimizer.step), jax.jit(transform.update)
     for t in range(5):
-        state, _ = optimizer.step(state, (x[t], y[t]), 0.5)
+        state, _ = step(state, (x[t], y[t]), 0.5)
         moved, *_ = reference.sam_step(
             theirs, np.zeros(3), 0.0, sub_batches(x[t], y[t], 4), reference.logistic_gradient, 1.0, 0.0, 0.0, rho=0.2
         )
-        updates, opt_state = transform.update(jnp.asarray(theirs - moved), opt_state, jnp.asarray(theirs))
+        updates, opt_state = update(theirs - moved, opt_state, theirs)
         theirs = theirs + np.asarray(updates)
         np.testing.assert_allclose(state.params, theirs, rtol=1e-12)
 
@@ -382,9 +393,10 @@ def test_asam_equals_the_equations(problem, x64):
 
     optimizer = optimizers.asam(loss, **SETTINGS['asam'])
     state = optimizer.init({'kernel': jnp.asarray(w[:2]), 'bias': jnp.asarray(w[2])}, jnp.zeros(()), jax.random.key(0))
+    step = jax.jit(optimizer.step)
     m = np.zeros(3)
     for t in range(5):
-        state, _ = optimizer.step(state, (x[t], y[t]), 0.5)
+        state, _ = step(state, (x[t], y[t]), 0.5)
         parts = sub_batches(x[t], y[t], 4)
         w, m = reference.asam_step(
             w, m, parts, reference.logistic_gradient, 0.15, 0.9, 0.01, rho=0.5, eta=0.01, is_bias=np.arange(3) == 2
@@ -400,16 +412,17 @@ def test_swag_records_what_sgd_passes(problem, x64):
     sgd = optimizers.sgd(logistic_loss, **common)
     state = swag.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
     iterate = sgd.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0))
+    swag_step, sgd_step = jax.jit(swag.step), jax.jit(sgd.step)
     snapshots, deviations = [], []
     for t in range(10):
         batch = x[t % 5], y[t % 5]
-        state, loss = swag.step(state, batch)
-        iterate, expected = sgd.step(iterate, batch)
+        state, loss = swag_step(state, batch)
+        iterate, expected = sgd_step(iterate, batch)
         np.testing.assert_allclose(loss, expected, rtol=1e-12)
         np.testing.assert_allclose(state.iterate, iterate.params, rtol=1e-12)
         if t % 2:
-            snapshots.append(iterate.params)
-            deviations.append(iterate.params - np.mean(snapshots, axis=0))
+            snapshots.append(np.asarray(iterate.params))
+            deviations.append(snapshots[-1] - np.mean(snapshots, axis=0))
         np.testing.assert_allclose(
             state.params, np.mean(snapshots, axis=0) if snapshots else iterate.params, rtol=1e-12
         )
@@ -423,15 +436,16 @@ def test_swag_records_what_sgd_passes(problem, x64):
 def test_moments_of_swag_samples(x64):
     """The mean, and half of the diagonal and the low-rank covariance."""
     swag = optimizers.swag(quadratic_loss, **SETTINGS['swag'])
-    mean, deviations = jnp.array([1.0, -2.0]), jnp.array([[1.0, 1.0], [0.5, -1.0], [-2.0, 0.0]])
+    mean, deviations = np.array([1.0, -2.0]), np.array([[1.0, 1.0], [0.5, -1.0], [-2.0, 0.0]])
     state = swag.init(mean, {}, jax.random.key(0))
-    state = state._replace(squares=mean**2 + jnp.array([0.5, 2.0]), deviations=deviations, num_snapshots=jnp.int32(7))
-    drawn = jax.vmap(lambda key: swag.sample(state, key))(jax.random.split(jax.random.key(1), 40_000))
-    covariance = np.diag([0.25, 1.0]) + np.asarray(deviations.T @ deviations) / 4
+    state = state._replace(squares=mean**2 + np.array([0.5, 2.0]), deviations=deviations, num_snapshots=jnp.int32(7))
+    sample = jax.jit(jax.vmap(swag.sample, (None, 0)))
+    drawn = np.asarray(sample(state, jax.random.split(jax.random.key(1), 40_000)))
+    covariance = np.diag([0.25, 1.0]) + deviations.T @ deviations / 4
     np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=0.03)
     np.testing.assert_allclose(np.cov(drawn.T), covariance, atol=0.05)
     few = state._replace(num_snapshots=jnp.int32(1))
-    np.testing.assert_array_equal(swag.sample(few, jax.random.key(1)), mean)
+    np.testing.assert_array_equal(jax.jit(swag.sample)(few, jax.random.key(1)), mean)
 
 
 @pytest.mark.parametrize(('case', 'clip', 'num_samples'), [('plain', np.inf, 1), ('clipped', 0.1, 2)])
@@ -440,15 +454,10 @@ def test_ivon_equals_the_package_of_its_authors(case, clip, num_samples, monkeyp
     settings = SETTINGS['ivon'] | {'num_sub_batches': 1, 'num_samples': num_samples, 'clip': clip}
     optimizer = optimizers.ivon(logistic_loss, **settings)
     state = optimizer.init(jnp.asarray(IVON['w']), jnp.zeros(()), jax.random.key(0))
+    draw_known_noise(monkeypatch, state.key, IVON['noise'][:, :num_samples])
+    step = jax.jit(optimizer.step)
     for t in range(5):
-        keys = jax.random.key_data(jax.random.split(jax.random.split(state.key)[1], num_samples))
-        noise = jnp.asarray(IVON['noise'][t, :num_samples])
-
-        def lookup(key, params, keys=keys, noise=noise):
-            return noise[jnp.argmax((keys == jax.random.key_data(key)[None]).all(axis=1))]
-
-        monkeypatch.setattr(optimizers, '_normal_like', lookup)
-        state, _ = optimizer.step(state, (IVON['x'][t], IVON['y'][t]))
+        state, _ = step(state, (IVON['x'][t], IVON['y'][t]))
         np.testing.assert_allclose(state.params, IVON[f'{case}_params'][t], rtol=1e-10)
         np.testing.assert_allclose(state.hessian, IVON[f'{case}_hessian'][t], rtol=1e-10)
 
@@ -462,8 +471,8 @@ def test_precision_of_ivon_stays_positive():
     optimizer = optimizers.ivon(wild_loss, **SETTINGS['ivon'] | {'num_sub_batches': 1, 'beta2': 0.5})
     state = optimizer.init(jnp.ones(50), {}, jax.random.key(0))
     step = jax.jit(optimizer.step)
-    for t in range(30):
-        state, _ = step(state, 1e3 * jax.random.normal(jax.random.key(t), (2, 50)))
+    for batch in 1e3 * np.random.default_rng(0).standard_normal((30, 2, 50), np.float32):
+        state, _ = step(state, batch)
         precision = np.asarray(state.hessian) + 0.03
         assert (precision > 0).all() and np.isfinite(state.params).all()
 
@@ -479,7 +488,7 @@ def test_sub_batches_and_samples_of_ivon_average(x64):
     }
     optimizer = optimizers.ivon(quadratic_loss, **settings)
     state = optimizer.init(jnp.array([0.2, -0.1]), {}, jax.random.key(0))
-    state, _ = optimizer.step(state, jnp.zeros((4, 1)))
+    state, _ = jax.jit(optimizer.step)(state, jnp.zeros((4, 1)))
     np.testing.assert_allclose(state.momentum, [0.2, -0.1], atol=0.02)
     h = np.array([1.0, 1.0])
     np.testing.assert_allclose(state.hessian, h + 0.5 * (0.5 - h) ** 2 / 0.5, atol=0.1)
