@@ -228,13 +228,13 @@ def test_filter_response_norm_in_bfloat16():
     x, grads = rng.standard_normal((2, 2, 8, 8, 4))
     parameters = rng.standard_normal((3, 4))
 
-    @partial(jax.jit, static_argnums=0)
-    def gradients(dtype):
-        arrays = [jnp.asarray(a, dtype) for a in (x, *parameters)]
+    @jax.jit
+    def gradients(grads, *arrays):
         value, gradient = jax.vjp(lambda *args: models.filter_response_norm(*args, 1e-6), *arrays)
-        return gradient(jnp.asarray(grads, value.dtype))
+        return gradient(grads.astype(value.dtype))
 
-    for exact, rounded in zip(gradients(jnp.float32), gradients(jnp.bfloat16), strict=True):
+    results = [gradients(*(a.astype(dtype) for a in (grads, x, *parameters))) for dtype in (np.float32, jnp.bfloat16)]
+    for exact, rounded in zip(*results, strict=True):
         assert rounded.dtype == jnp.bfloat16
         assert 0 < np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact)
 
@@ -244,15 +244,13 @@ def test_max_pool(pixels, size, stride, x64):
     """Value and gradient are those of Flax's window reduction, as long as no two values are equal."""
     x = np.random.default_rng(0).standard_normal((2, pixels, pixels + 1, 3))
 
-    def results(pool):
-        def of_images(x):
-            value, gradient = jax.vjp(pool, x)
-            return value, *gradient(jnp.sin(3 * value))
+    @partial(jax.jit, static_argnums=0)
+    def results(pool, x):
+        value, gradient = jax.vjp(pool, x)
+        return value, *gradient(jnp.sin(3 * value))
 
-        return jax.jit(of_images)(x)
-
-    value, gradient = results(partial(models.max_pool, size=size, stride=stride))
-    expected, expected_gradient = results(partial(nn.max_pool, window_shape=(size, size), strides=(stride, stride)))
+    value, gradient = results(partial(models.max_pool, size=size, stride=stride), x)
+    expected, expected_gradient = results(partial(nn.max_pool, window_shape=(size, size), strides=(stride, stride)), x)
     np.testing.assert_array_equal(value, expected)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12)
 
