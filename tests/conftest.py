@@ -117,10 +117,29 @@ class ShortResNet20(nn.Module):
         return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
 
 
+class TwoConvolutions(nn.Module):
+    """Of 32 features, enough for tiles on CPUs, with filter response normalisation; and a head."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = models._ConvFRN(32, name='first')(images)
+        x = models._ConvFRN(32, name='second')(x)
+        return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
+
+
 @pytest.fixture
 def small_resnet18(monkeypatch):
     """Lets this process take SmallResNet for ResNet-18."""
     monkeypatch.setitem(models.MODELS, 'resnet18', SmallResNet)
+
+
+@pytest.fixture(params=['own', 'gpu'])
+def platform(request, monkeypatch):
+    """Lets what is traced be what this platform computes, or what GPUs do."""
+    if request.param == 'gpu':
+        monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, default, **_: default(*arguments))
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,6 @@ from unittest import mock
 
 import jax
 import pytest
-from flax import linen as nn
 
 import conftest
 import models
@@ -168,21 +167,9 @@ def test_scaling_joins_processes(benchmark, monkeypatch):
     join.assert_called_once_with('scaling.py', 'host:1', 2, 1)
 
 
-class TwoConvolutions(nn.Module):
-    """Of 32 features, enough for tiles on CPUs."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, images, train):
-        x = models._ConvFRN(32, name='first')(images)
-        x = models._ConvFRN(32, name='second')(x)
-        return nn.Dense(self.num_classes, name='head')(x.mean(axis=(1, 2)))
-
-
 def test_scaling_counts_convolutions_as_gpus_compute_them(benchmark, monkeypatch):
     """Two gradients over one sub-batch: forwards and by the kernel, the second convolution's by its input too."""
-    monkeypatch.setitem(models.MODELS, 'resnet20', TwoConvolutions)
+    monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
     scaling = benchmark('scaling')
     weighted_pixels = (3 * 32 - 2) ** 2  # of an image of 32×32 by a 3×3 kernel, less those beyond its borders
     flops = 2 * 2 * scaling.SUB_BATCH * weighted_pixels * 32 * (2 * 3 + 3 * 32)

@@ -20,7 +20,7 @@ def jax_convolution(x, kernel, stride, padding):
     ('pixels', 'size', 'stride', 'features'),
     [(8, 3, 1, 4), (8, 3, 2, 4), (9, 3, 2, 4), (8, 1, 2, 4), (9, 5, 1, 4), (7, 2, 3, 4), (8, 3, 1, 60), (9, 3, 2, 90)],
 )
-def test_convolution_gradient(pixels, size, stride, features, padding, x64):
+def test_convolution_gradient(pixels, size, stride, features, padding, platform, x64):
     """Value and gradient are JAX's own, also of kernels that outweigh the images."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, pixels, pixels + 1, 3))

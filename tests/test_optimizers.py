@@ -288,7 +288,7 @@ def test_moments_of_bsam_samples(noise_block, monkeypatch):
 
 
 @pytest.mark.parametrize(('elements', 'blocks'), [(130, 1), (3000, 2), (7000, 4)])
-def test_noise_is_that_of_jax(elements, blocks, monkeypatch):
+def test_noise_is_that_of_jax(elements, blocks, platform, monkeypatch):
     """Bit for bit that of a key for each block, whatever the leaves are."""
     monkeypatch.setattr(optimizers, '_NOISE_BLOCK', 2000)
     params = {'a': jnp.zeros((elements - 65, 1)), 'b': jnp.zeros(65)}

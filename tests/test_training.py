@@ -52,6 +52,15 @@ def test_memory_of_a_step(optim, most):
     assert (peak_bytes(step, *arguments) - of_gradient) / one_copy < most + 0.2
 
 
+@pytest.mark.parametrize(('optim', 'gradients'), [('sgd', 1), ('bsam', 2)])
+def test_step_for_gpus(optim, gradients, monkeypatch):
+    """It can be lowered for them: two layers of three plain convolutions a gradient, no tiles, and noise in a loop."""
+    monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
+    step, arguments = create(optim, more=['--model=resnet20', *(['--atonce=1'] if optim == 'bsam' else [])])
+    lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
+    assert lowered.count('stablehlo.convolution(') == 2 * 3 * gradients and 'inlineable' not in lowered
+
+
 @pytest.mark.parametrize(
     ('backend', 'flags', 'number'),
     [
