@@ -135,9 +135,17 @@ def small_resnet18(monkeypatch):
     monkeypatch.setitem(models.MODELS, 'resnet18', SmallResNet)
 
 
+@pytest.fixture
+def traced_anew():
+    """Forgets what was traced before the test, and in it."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=['own', 'gpu'])
-def platform(request, monkeypatch):
-    """Lets what is traced be what this platform computes, or what GPUs do."""
+def platform(request, traced_anew, monkeypatch):
+    """Lets this platform compute what it does, or what GPUs do."""
     if request.param == 'gpu':
         monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, default, **_: default(*arguments))
 

@@ -167,7 +167,7 @@ def test_scaling_joins_processes(benchmark, monkeypatch):
     join.assert_called_once_with('scaling.py', 'host:1', 2, 1)
 
 
-def test_scaling_counts_convolutions_as_gpus_compute_them(benchmark, monkeypatch):
+def test_scaling_counts_convolutions_as_gpus_compute_them(benchmark, traced_anew, monkeypatch):
     """Two gradients over one sub-batch: forwards and by the kernel, the second convolution's by its input too."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
     scaling = benchmark('scaling')
