@@ -1,8 +1,8 @@
 """Corrupted images: the official CIFAR-10-C and CIFAR-100-C (Hendrycks & Dietterich, 2019), and a set of our own.
 
 `corrupt(name, severity, images)` is for any image set. Its corruptions are of the same kind as the official ones but
-not the same images, so their numbers cannot be compared with published ones. All are seeded: an image is always
-corrupted in the same way.
+not the same images, so their numbers cannot be compared with published ones. All are seeded: the same images in the
+same order are always corrupted in the same way.
 """
 
 import io
