@@ -1,4 +1,4 @@
-"""2-D convolutions that are fast inside of loops on CPUs, and with several kernels at once on GPUs.
+"""2-D convolutions that are fast inside loops on CPUs, and with several kernels at once on GPUs.
 
     y = convolve(x, kernel, strides=(1, 1), padding='SAME')
 
@@ -32,7 +32,7 @@ def convolve(x, kernel, strides, padding):
     """A 2-D convolution with a gradient of its own.
 
     JAX's permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for those inside
-    of loops, where it is some twenty times slower (jax-ml/jax issue 12868). `vmap` over kernels would turn the
+    loops, where it is some twenty times slower (jax-ml/jax issue 12868). `vmap` over kernels would turn the
     gradient by them into convolutions with windows as large as the image, see `_with_own_kernels`. Arrays: as above.
     """
     return _forward(tuple(strides), padding)(x, kernel)
@@ -154,7 +154,7 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
 
 def _suits_tiles(x, kernel, strides, padding):
     """Whether `_in_tiles` computes a convolution, and soon: with channels enough for products of matrices, and a kernel
-    that does not outweigh its images so much (as seen on two cores of an AMD EPYC) that copies of it cost more."""
+    that does not outweigh its images so much (measured on two cores of an AMD EPYC) that copies of it cost more."""
     has_tiles = kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == 'SAME'
     return has_tiles and min(kernel.shape[2:]) >= _FEWEST_CHANNELS_OF_TILES and kernel.size <= 12 * x.size
 
@@ -241,8 +241,8 @@ def _sum_over_blocks(function, shape, x, grads):
 
 
 def _images_of_block(x):
-    """Of x [B, H, W, C]: a divisor of B, unless all are far below the number of images that is fast (as seen)."""
-    largest = max(1, min(_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK // math.prod(x.shape[1:]), len(x)))
+    """Of x [B, H, W, C]: a divisor of B, unless all are far below the number of images that was fastest."""
+    largest = max(1, min(_IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK // math.prod(x.shape[1:]), len(x)))
     divisor = max(n for n in range(1, largest + 1) if len(x) % n == 0)
     return divisor if 4 * divisor >= largest else largest
 
@@ -253,7 +253,7 @@ def _cut(x, size):
     return x[:full].reshape(-1, size, *x.shape[1:]), x[full:]
 
 
-_IMAGES_OF_A_BLOCK, _NUMBERS_OF_A_BLOCK = 25, 420_000
+_IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK = 25, 420_000  # at most; fastest on two cores of an AMD EPYC
 _FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES = 64, 32
 
 
@@ -282,7 +282,7 @@ def _in_one_batch(function, *arrays):
     return rows.reshape(len(arrays[0]), -1, *rows.shape[1:])
 
 
-# Of grouped convolutions with stride 1, as seen with cuDNN on an H100: up to so many channels of all groups together,
+# Of grouped convolutions with stride 1, measured with cuDNN on an H100: up to so many channels of all groups together,
 # fewer in the gradient by the kernel, one GPU kernel computes all groups. Else each has its own, with copies around it,
 # and products of matrices were faster, as they are with images of few channels.
 _MOST_CHANNELS, _MOST_CHANNELS_OF_KERNELS, _FEWEST_CHANNELS = 2048, 1024, 16

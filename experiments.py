@@ -120,7 +120,7 @@ def at_once(flags):
 
 
 def lr_factor(flags, epoch):
-    """The learning rate of an epoch, relative to alpha; SWAG's is constant from one on."""
+    """The learning rate of an epoch, relative to alpha; SWAG's is constant in its last epochs."""
     if flags['swagstart'] is not None and epoch >= _first_constant_epoch(flags):
         return flags['swagrate']
     return optimizers.lr_factor(epoch, flags['epochs'], flags['warmup'])

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, type=choose, metavar=f'{{{",".join(listed)}}}', **options)
 
     def given(self, argv=None):
-        """The flags that are given in argv, by name, without those that have their default."""
+        """The values of the flags that argv gives, by name, even where they equal the default."""
         names = [action.dest for action in self._actions if action.dest != 'help']
         unset = object()
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
@@ -111,7 +111,7 @@ def add_coordinator(parser):
 
 def add_jobs(parser):
     """--jobs, how many runs are made at once."""
-    parser.add_argument('--jobs', type=integer(1), help='runs at once; one a GPU by default, else one')
+    parser.add_argument('--jobs', type=integer(1), help='runs at once; by default one per GPU, or one without any')
 
 
 def _address(text):

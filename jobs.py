@@ -25,8 +25,9 @@ def arguments(values):
 
 
 def on_devices(tasks, number=None):
-    """Calls task(run) of each, `number` at once, one a GPU by default; returns what they return, of a task that raises
-    a RunError None, and prints that.
+    """Calls task(run) of each, `number` at once, by default one per GPU, or one where there is none.
+
+    Returns their results; None for a task that raises a RunError, whose message is printed.
 
     run(command, write) runs a process on a GPU or a share of the cores of its own, calls write(line) with each line
     that it prints, and returns its exit status.

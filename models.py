@@ -7,7 +7,7 @@
 
 images: float [B, H, W, C]; logits: float [B, num_classes]; collections: `params` and, with batch
 normalisation, `batch_stats`. Layers, initial distributions and running averages are those of the
-reference code of Möllenhoff & Khan (ICLR 2023).
+reference code of Möllenhoff & Khan (ICLR 2023), but for LeNet-5's head, which lacks an output there.
 """
 
 import math
@@ -102,7 +102,7 @@ class _ConvNorm(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 with filter response normalisation, which is its only non-linearity, after sums too."""
+    """ResNet-20 with filter response normalisation, whose threshold is its only non-linearity: none follows sums."""
 
     num_classes: int
 
@@ -372,7 +372,7 @@ filter_response_norm.defvjp(_response_forward, _response_backward)
 
 
 def max_pool(x, size, stride):
-    """The largest value of each channel in windows of size × size pixels that lie inside of the image.
+    """The largest value of each channel in windows of size × size pixels that lie inside the image.
 
     A maximum of shifted images instead of XLA's window reduction, with which a gradient of LeNet-5 takes 1.2 to 1.7
     times as long on CPUs. Equal values share their gradient. x: [B, H, W, C]; returns [B, H', W', C].

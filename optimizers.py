@@ -7,10 +7,10 @@
     params = optimizer.sample(state, key)                             a draw from the posterior
 
 `state.params` is the mean of the posterior. `params` and `batch_stats` are any pytrees of arrays (`{}` for a network
-without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin cut a batch into consecutive
-sub-batches, `num_sub_batches` of them, perturb the weights for each on its own (m-sharpness) and go through them one
-after another, or together in groups of equal size, `atonce` at most, which fill a GPU and take memory for each.
-`bnupdate` is 'both', 'first' or 'second': at which of their two gradients batch statistics move.
+without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin, and IVON, cut a batch into
+`num_sub_batches` consecutive sub-batches, each with a perturbation (m-sharpness) or noise of its own. They are computed
+one after another, or in groups of equal size, at most `atonce` together, which uses a GPU better and takes memory for
+each. `bnupdate`, where there are two gradients, is 'both', 'first' or 'second': at which of them batch statistics move.
 
 Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 2023, arXiv 2210.01620):
     w  params         weights, the mean of the posterior
@@ -506,7 +506,7 @@ def _normal_like(key, params):
     return unravel(noise.reshape(-1)[: flat.size].astype(flat.dtype))
 
 
-# Numbers of noise that have a key: with others the same seed would draw other noise.
+# The most values that are drawn from one key. With another the same seed draws other noise.
 _NOISE_BLOCK = 1 << 18
 
 

@@ -221,7 +221,7 @@ class Trainer:
         return state, progress
 
     def _check_loss(self, progress, step, loss):
-        """Waits for a step that was sent two steps ago, so that a signal need not wait for more than these."""
+        """Waits for the loss of an earlier step, so that at most two steps are under way when a signal comes."""
         loss = float(jax.device_get(loss))
         if not math.isfinite(loss):
             self._diverged(progress, step, f'the loss is {loss}')

@@ -140,7 +140,7 @@ def _folder(args, number):
 
 
 def _complete(args, number, values, run):
-    """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns whether it is now."""
+    """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns True; raises RunError."""
     folder = _folder(args, number)
     if not _measured(args, number, values):
         _, (measured,) = jobs.trained_and_tested(run, folder, values, [_evaluation(args)])

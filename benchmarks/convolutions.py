@@ -102,9 +102,9 @@ def kind_of(operation):
 
 
 def gflop_of_stages(model):
-    """{stage: GFLOP of its plain convolutions over a sub-batch}, multiply-adds twice: forwards, or for a gradient.
+    """{stage: GFLOP of its convolutions over a sub-batch}, two per multiply-add; each gradient has as many.
 
-    Those in tiles take 16/36 of the multiplications.
+    Those in tiles, which do 16/36 of the multiplications, count as plain ones.
     """
     gflop = collections.Counter()
 

@@ -146,7 +146,7 @@ def forget(path):
 def reading_seconds(dataset, room):
     """Until both splits are mapped, and until they have been copied to memory that is in use already.
 
-    New memory would be timed else: a virtual machine waits seconds for its first gigabyte.
+    Otherwise new memory would be timed: a virtual machine waits seconds for its first gigabyte.
     """
     began = time.perf_counter()
     splits = [dataset.read(split)[0] for split in ('train', 'test')]

@@ -216,7 +216,7 @@ def flags_of(study, variant, seed):
 
 
 def keep(args, name, variant, seed, path, run):
-    """Trains and evaluates one run and keeps its record, unless there is one. Returns whether there is one now."""
+    """Trains and evaluates one run and keeps its record, unless there is one. Returns True, or raises a RunError."""
     study = STUDIES[name]
     flags = flags_of(study, variant, seed)
     evaluations = evaluations_of(study, flags)
@@ -246,7 +246,7 @@ def command_of(flags):
 
 
 def compare(args, name, run):
-    """Keeps what test.py says of all runs side by side, unless it was said. Returns whether that is kept now."""
+    """Keeps what test.py says of all runs side by side, unless it was said. Returns True, or raises a RunError."""
     path = KEPT / name / 'comparison.csv'
     if path.exists():
         return True

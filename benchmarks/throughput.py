@@ -23,7 +23,7 @@ import runs  # noqa: E402
 import settings  # noqa: E402
 import tables  # noqa: E402
 
-# Of each way to take a step: its name in tables, the optimizer, flags that differ from the defaults, if it has a mesh.
+# Of each way to take a step: its name in tables, the optimizer, flags other than the defaults, whether it has a mesh.
 WAYS = {
     'sgd': ('SGD', 'sgd', {}, False),
     'sam': ('SAM', 'sam', {}, False),

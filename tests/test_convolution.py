@@ -47,7 +47,7 @@ def test_convolution_over_blocks(images, largest_block, kind, channels, stride, 
 
     Tiles of 2×2 pixels stick out of these images.
     """
-    monkeypatch.setattr(convolution, '_NUMBERS_OF_A_BLOCK', largest_block * 7 * 9 * channels)
+    monkeypatch.setattr(convolution, '_VALUES_OF_A_BLOCK', largest_block * 7 * 9 * channels)
     monkeypatch.setattr(convolution, '_FEWEST_CHANNELS_OF_TILES', 3 if kind == 'tiles' else 100)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((images, 7, 9, channels))
