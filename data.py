@@ -604,7 +604,7 @@ def _in_blocks(decode, paths, *more):
 def _decoders(num_blocks):
     """Processes, as Pillow leaves its threads little to do at once; a few images are not worth starting them."""
     if num_blocks <= 2:
-        return ThreadPoolExecutor(num_blocks)
+        return ThreadPoolExecutor(1)
     context = multiprocessing.get_context('spawn')
     return ProcessPoolExecutor(min(num_blocks, os.cpu_count()), context, jpegs.end_with_parent)
 
