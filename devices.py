@@ -54,7 +54,7 @@ def require():
     numbers = sorted(set(collections.Counter(device.process_index for device in found).values()))
     if len(numbers) > 1:
         raise DeviceError(f'some processes have {numbers[0]} devices and some {numbers[-1]}: give each as many')
-    from_first(lambda: None)
+    wait_for_all()
 
 
 def unequal_shares(what, number, offers, mesh):
@@ -247,6 +247,11 @@ def from_first(function):
     size = multihost_utils.broadcast_one_to_all(np.int32(len(encoded)))
     text = np.frombuffer(encoded, np.uint8) if is_first() else np.zeros(size, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def wait_for_all():
+    """Returns when all processes are here."""
+    from_first(lambda: None)
 
 
 def in_any_process(condition):

@@ -62,8 +62,7 @@ def restore(run, step=None):
 
     The state's arrays are on the devices of the mesh that is set, or on the first.
     """
-    config = devices.from_first(lambda: runs.read_config(run))
-    config['flags'] = vars(settings.flags_of(config, run))
+    config = devices.from_first(lambda: settings.read_config(run))
     data.check_description(config.get('dataset'), Path(run) / 'config.json')
     experiment = experiments.create(config)
     _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
@@ -80,6 +79,8 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
     """
     config, experiment, state, progress = restore(run, step)
     flags = config['flags']
+    if bn_refresh:
+        require_batch_normalisation(config, bn_refresh)
     if devices.is_first() and not os.access(run, os.W_OK):
         raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
     folder = dataset_folder or flags['datasetfolder']
@@ -114,6 +115,13 @@ def _laplace_sample(experiment, flags, state, batch_size, images):
     return Partial(partial(laplace.sample, layer), factors, state.params)
 
 
+def require_batch_normalisation(config, bn_refresh):
+    """Raises a RunError for a run whose network has none."""
+    state = jax.eval_shape(experiments.create(config).init, jax.random.key(0))
+    if not jax.tree.leaves(state.batch_stats):
+        raise runs.RunError(f'--bnrefresh {bn_refresh}: {config["flags"]["model"]} has no batch normalisation')
+
+
 def require_place_for_laplace(flags):
     """Raises a RunError for a run with a posterior of its own, or without a prior."""
     if flags['optim'] in settings.WITH_POSTERIOR:
@@ -123,12 +131,9 @@ def require_place_for_laplace(flags):
 
 
 def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, augment):
-    _, _, key = experiments.keys(flags['randomseed'])
-    sample_key, refresh_key = jax.random.split(key)
+    sample_key, refresh_key = jax.random.split(experiments.keys(flags['randomseed']).samples)
     refresh = None
     if bn_refresh:
-        if not jax.tree.leaves(state.batch_stats):
-            raise runs.RunError(f'--bnrefresh {bn_refresh}: {flags["model"]} has no batch normalisation')
         batches = _training_batches(refresh_key, train[0], bn_refresh, flags, augment)
         refresh = Partial(partial(posteriors.batch_statistics, experiment.update), state.batch_stats, batches)
     apply, params, batch_stats = experiment.apply, state.params, state.batch_stats

@@ -46,10 +46,17 @@ class Experiment(NamedTuple):
         return metrics.softmax(feeds.over_parts(logits, parts))
 
 
-@partial(jax.jit, static_argnames='seed')
-def keys(seed):
+class Keys(NamedTuple):
     """The independent keys of a run's first state, of its batches and of test.py's posterior samples."""
-    return tuple(jax.random.split(jax.random.key(seed), 3))
+
+    init: jax.Array
+    batches: jax.Array
+    samples: jax.Array
+
+
+def keys(seed):
+    """The Keys of --randomseed."""
+    return Keys(*jax.random.split(jax.random.key(seed), 3))
 
 
 def create(config):

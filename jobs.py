@@ -13,7 +13,7 @@ from pathlib import Path
 
 import runs
 import settings
-import test as evaluate
+import test
 
 SCRIPTS = Path(__file__).parent
 
@@ -199,7 +199,7 @@ def _tested(call, trained, values, given):
 
 def metrics(trained, given):
     """What test.py measured of a run folder when it was last called with such arguments. Raises OSError, ValueError."""
-    return runs.read_json(evaluate.metrics_file(trained, evaluate.parse_args([f'--resultsfolder={trained}', *given])))
+    return runs.read_json(runs.metrics_file(trained, test.parse_args([f'--resultsfolder={trained}', *given])))
 
 
 def require_same_flags(folder, values):
@@ -207,7 +207,7 @@ def require_same_flags(folder, values):
     exempt = {*settings.OF_START, *settings.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
     for path in folder.glob('*/*/run_*/config.json'):
         given = vars(settings.parse_args(arguments(values)))
-        held = vars(settings.flags_of(runs.read_config(path.parent), path.parent))
+        held = settings.read_config(path.parent)['flags']
         for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
             if held[name] != given[name]:
                 raise runs.RunError(

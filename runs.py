@@ -191,6 +191,34 @@ def _digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def asked(args):
+    """What an evaluation with these arguments says of itself in metrics.json."""
+    return {
+        'split': args.split,
+        'testimages': args.testimages,
+        'testmc': args.testmc[-1],
+        'bins': args.bins,
+        'bnrefresh': args.bnrefresh,
+        'laplace': args.laplace,
+    }
+
+
+def metrics_file(run, args):
+    """Where an evaluation with these arguments puts what it measures."""
+    return run / f'metrics{mark(args.split, args.laplace, args.checkpoint)}.json'
+
+
+def mark(split, laplace, checkpoint=None):
+    """What tells the files of an evaluation from those of the usual one."""
+    marks = [split] * (split != 'test') + ['laplace'] * laplace + [str(checkpoint)] * (checkpoint is not None)
+    return ''.join(f'-{mark}' for mark in marks)
+
+
+def end_of_training(config, epochs):
+    """What metrics.json has as 'trained' of a run with this configuration after so many epochs and one."""
+    return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
+
+
 def environment():
     """Versions, git commit and device of this process, for the record."""
     from importlib import metadata

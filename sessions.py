@@ -60,8 +60,7 @@ def begin(args, held):
     mesh = share(args)
     config, augmented, images = _read(args)
     experiment = experiments.create(config)
-    init_key, _, _ = experiments.keys(args.randomseed)
-    state = jax.jit(experiment.init)(init_key)
+    state = jax.jit(experiment.init)(experiments.keys(args.randomseed).init)
 
     def create():
         run = runs.create(args.resultsfolder, args.dataset, args.model, args.optim)
@@ -86,8 +85,7 @@ def resume(run, args, before, held, step=None):
     config, augmented, images = _read(args)
     data.require_same(config['dataset'], before['dataset'], args.datasetfolder, run)
     experiment = experiments.create(config)
-    init_key, _, _ = experiments.keys(args.randomseed)
-    _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, init_key), step)
+    _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
     least = progress.epoch if step is None else before['flags']['epochs']  # later checkpoints may be there
     if args.epochs < least:
         raise runs.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')
@@ -153,10 +151,9 @@ class Trainer:
     def __init__(self, session, stop, report):
         self.session, self.stop, self.report = session, stop, report
         self.args, self.experiment = session.args, session.experiment
-        _, data_key, _ = experiments.keys(self.args.randomseed)
         images = session.images
         self.feed = feeds.create(images.train, images.train_labels, session.mesh, self.args.stream)
-        self.data_key = devices.replicate(data_key, session.mesh)
+        self.data_key = devices.replicate(experiments.keys(self.args.randomseed).batches, session.mesh)
         with jax.set_mesh(session.mesh):
             self.held_out = feeds.parts(images.held_out, self.args.testbatchsize, self.args.stream)
         self.steps = len(images.train) // self.args.batchsize

@@ -124,6 +124,12 @@ def flags_of(config, run):
     return args
 
 
+def read_config(run):
+    """A run's configuration, whose flags are those of flags_of. Raises RunError."""
+    config = runs.read_config(run)
+    return config | {'flags': vars(flags_of(config, run))}
+
+
 def continued(args, given, run):
     """The flags `args` of a run, with those that were given now, if they may differ. Raises RunError."""
     given = {name: value for name, value in given.items() if name not in OF_START}

@@ -37,7 +37,7 @@ import jobs
 import runs
 import settings
 import tables
-import test as evaluate
+import test
 
 SHOWN = ('nll', 'accuracy', 'ece')
 
@@ -161,9 +161,9 @@ def _measured(args, number, values):
             return None
         except (OSError, ValueError) as error:
             raise runs.RunError(f'{trained}: its metrics cannot be read: {error}') from error
-        asked = evaluate.asked(evaluate.parse_args([f'--resultsfolder={trained}', *_evaluation(args)]))
+        asked = runs.asked(test.parse_args([f'--resultsfolder={trained}', *_evaluation(args)]))
         epochs = settings.parse_args(jobs.arguments(values)).epochs
-        end = evaluate.end_of_training(runs.read_config(trained), epochs)
+        end = runs.end_of_training(runs.read_config(trained), epochs)
         if all(found.get(name) == value for name, value in (asked | {'trained': end}).items()):
             return found['average']
     return None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import assessment
 import data
 import evaluation
 import metrics
@@ -215,6 +216,7 @@ def test_several_runs(trained, tmp_path, capsys):
     ('flags', 'line'),
     [
         (['--laplace'], '--laplace: bsam has a posterior of its own'),
+        (['--bnrefresh=1'], '--bnrefresh 1: mlp has no batch normalisation'),
         (['--temperature'], 'kept no training images out: train with --validation 0.1'),
         (['--ood=mnist'], '--ood mnist: these are the images that the run knows'),
     ],
@@ -222,7 +224,7 @@ def test_several_runs(trained, tmp_path, capsys):
 def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, capsys):
     """It is said before the first of them is evaluated."""
     runs = [str(train.main(flags_of(optim=optim))) for optim in ('sgd', 'bsam')]
-    monkeypatch.setattr(evaluate, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
     assert line in error_of(['--resultsfolder', *runs, *flags], capsys)
 
 

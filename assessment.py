@@ -1,0 +1,265 @@
+"""Runs assessed in this process, as the arguments of test.py say: evaluated, compared, printed and drawn."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import checkpoints
+import comparison
+import devices
+import evaluation
+import runs
+import settings
+import tables
+
+
+def assess(args):
+    """Prints and writes all that the arguments of test.py ask for. Raises DataError, RunError and others."""
+    several = len(args.resultsfolder) > 1
+    if several:
+        require_comparable(args)
+    results = []
+    for run in args.resultsfolder:
+        if several and not args.reuse:
+            print(f'\n{run}')
+        results += read_again(run, args) if args.reuse else [evaluate(run, args)]
+    if several:
+        compare(results, args)
+
+
+def require_comparable(args):
+    """Raises a ComparisonError or a RunError for what would otherwise be found out after some runs are evaluated."""
+    if args.output and devices.is_first() and not os.path.isdir(args.output):
+        raise runs.RunError(f'--output {args.output} is no folder: make it first')
+    if devices.is_first() and not os.access(_common_folder(args), os.W_OK):
+        raise runs.RunError(f'{_common_folder(args)} cannot be written: name another --output')
+    configs = devices.from_first(lambda: [settings.read_config(run) for run in args.resultsfolder])
+    comparison.check_flags([config['flags'] for config in configs], args.split)
+    for run, config in zip(args.resultsfolder, configs, strict=True):
+        if devices.is_first() and not args.reuse:
+            checkpoints.require_any(run)
+        for name in args.ood:
+            evaluation.require_unknown(name, config['flags'])
+        if args.laplace:
+            evaluation.require_place_for_laplace(config['flags'])
+        if args.temperature or args.split == 'validation':
+            evaluation.require_held_out(run, config['flags'])
+        if args.bnrefresh:
+            evaluation.require_batch_normalisation(config, args.bnrefresh)
+
+
+def _common_folder(args):
+    return args.output or Path(os.path.commonpath([run.resolve() for run in args.resultsfolder]))
+
+
+def evaluate(run, args):
+    """Prints and writes all that the flags ask for of one run; returns its comparison.Result."""
+    subject = evaluation.load(
+        run,
+        split=args.split,
+        with_held_out=args.temperature,
+        num_images=args.testimages,
+        step=args.checkpoint,
+        dataset_folder=args.datasetfolder,
+        batch_size=args.testbatchsize,
+        bn_refresh=args.bnrefresh,
+        with_laplace=args.laplace,
+    )
+    if devices.is_first():
+        warn_if_incomplete(run, subject.config, subject.progress)
+        warn_of_batch_statistics(subject, args.bnrefresh)
+    prediction, results = measure(subject, args)
+    mark = runs.mark(args.split, args.laplace, args.checkpoint)
+    num_samples = args.testmc[-1]
+    if devices.is_first():
+        evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject, num_samples)
+        runs.write_json(runs.metrics_file(run, args), results | runs.environment())
+        if args.plots:
+            print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
+    return comparison.Result(
+        subject.flags, subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
+    )
+
+
+def measure(subject, args):
+    """The posteriors.Prediction for the subject's images, and all results; each part is printed when it is there."""
+    num_samples = args.testmc[-1]
+    ood = {name: evaluation.read_ood(subject, name, args.testimages) for name in args.ood}
+    corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
+    predictions = list(subject.posterior.predict(subject.images, args.testmc))
+    prediction = predictions[-1]
+    measured = evaluation.measure(prediction, subject.labels, args.bins)
+    print_reference_lines(measured, num_samples)
+    print_metrics(measured, num_samples)
+    results = {
+        'trained': _trained(subject.progress),
+        'num_images': len(subject.labels),
+        **runs.asked(args),
+        **measured,
+    }
+    if len(args.testmc) > 1:
+        results['samples'] = evaluation.curve(predictions, args.testmc, subject.labels, args.bins)
+        print_curve(results['samples'])
+    if args.temperature:
+        results['temperature'] = evaluation.tempered(subject, prediction, num_samples, args.bins)
+        print_temperature(measured, results['temperature'], num_samples)
+    if ood:
+        results['ood'] = evaluation.all_ood(subject, prediction, ood, num_samples)
+        print_ood(results['ood'])
+    if corrupted:
+        results['corruptions'] = evaluation.all_corrupted(subject, corrupted, num_samples, args.bins)
+        print_corruptions(results['corruptions'], measured, num_samples)
+    return prediction, results
+
+
+def _trained(progress):
+    return {'epoch': progress.epoch, 'steps_of_epoch': progress.step}
+
+
+def warn_if_incomplete(run, config, progress):
+    epochs = config['flags']['epochs']
+    if _trained(progress) != runs.end_of_training(config, epochs):
+        where = f'epoch {progress.epoch + 1} of {epochs + 1}'
+        print(f'test.py: warning: {run} is evaluated in {where}', file=sys.stderr)
+
+
+def warn_of_batch_statistics(subject, bn_refresh):
+    """Those of a SWAG run belong to SGD's weights, of which neither the mean nor a sample is one."""
+    if subject.flags['optim'] == 'swag' and subject.posterior.has_batch_stats and not bn_refresh:
+        what = f"{subject.run} is evaluated with the batch statistics of SGD's last weights"
+        print(f'test.py: warning: {what}: estimate them again with --bnrefresh 10 or more', file=sys.stderr)
+
+
+def read_again(run, args):
+    """The comparison.Results of a run that was evaluated before, with its own posterior, Laplace's or both."""
+    config = settings.read_config(run)
+    files = {laplace: run / f'predictions{runs.mark(args.split, laplace)}.npz' for laplace in (False, True)}
+    results = []
+    for laplace, path in files.items():
+        if path.exists() or not any(other.exists() for other in files.values()):
+            labels, prediction, num_samples, progress = evaluation.read_predictions(path)
+            warn_if_incomplete(run, config, progress)
+            probs = prediction.probs_at_mean, prediction.probs
+            results.append(comparison.Result(config['flags'], labels, *probs, num_samples, laplace))
+    return results
+
+
+def compare(results, args):
+    """Prints the tables of several runs, and writes them."""
+    comparison.check_labels(results)
+    rows = comparison.rows([*results, *comparison.ensembles(results)] if args.ensemble else results)
+    values = comparison.values(rows, results[0].labels, args.bins)
+    order = comparison.order(values)
+    rows, values = [rows[i] for i in order], [values[i] for i in order]
+    print('\nmean ± standard deviation over runs; the lowest NLL first\n')
+    print(tables.markdown(*comparison.main_table(rows, values, bold=False)))
+    if len(rows) > 1:
+        print('difference to the first: 95 % interval and p-value over resampled test images (paired bootstrap)\n')
+        print(tables.markdown(*comparison.test_table(rows, results[0].labels, args.bins)))
+    if devices.is_first():
+        print('written: ' + ', '.join(str(path) for path in comparison.write(_common_folder(args), rows, values)))
+
+
+def draw(folder, subject, prediction, results):
+    """Writes the pictures of a run, in place of those that there were; returns their folder."""
+    import plots  # Matplotlib takes most of a second
+
+    average = f'average of {results["testmc"]} samples'
+    titles = {'mean': 'at the mean', 'average': average}
+    predictions = {titles['mean']: prediction.probs_at_mean, average: prediction.probs}
+    split = 'validation' if subject.flags['validation'] else 'test'
+    figures = {
+        'reliability': plots.reliability({title: results['reliability'][at] for at, title in titles.items()}),
+        'risk_coverage': plots.risk_coverage(predictions, subject.labels),
+        'training': plots.training(runs.read_log(subject.run), split),
+        'images': plots.image_sheet(subject.images, subject.labels, prediction.probs),
+    }
+    if 'samples' in results:
+        figures['samples'] = plots.samples(results['samples'], results['mean'])
+    if 'corruptions' in results:
+        curves = {
+            title: [results[at], *evaluation.over_corruptions(results['corruptions'], at)]
+            for at, title in titles.items()
+        }
+        figures['severities'] = plots.severities(curves)
+    try:
+        for old in (*folder.glob('*.png'), *folder.glob('*.pdf')):
+            old.unlink()
+        for name, figure in figures.items():
+            plots.save(figure, folder, name)
+    except OSError as error:
+        raise runs.RunError(f'{folder} cannot be written: {error.strerror}') from error
+    return folder
+
+
+_SHORT = ('accuracy', 'nll', 'ece')
+
+
+def print_reference_lines(measured, num_samples):
+    """The reference's lines, whose auroc is that of the grid, and the exact one."""
+    line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})'
+    print('results at mean of distribution:')
+    print(line.format(**measured['mean']))
+    print(f'results at model average ({num_samples} samples):')
+    print(line.format(**measured['average']), flush=True)
+
+
+def print_metrics(measured, num_samples):
+    rows = []
+    for name, value in measured['average'].items():
+        cells = [name]
+        for at, shown in (('mean', measured['mean'].get(name)), ('average', value)):
+            interval = measured['intervals'][at].get(name, (math.nan, math.nan))
+            cells += [_cell(name, shown), ' to '.join(_cell(name, bound) for bound in interval if bound == bound)]
+        rows.append(cells)
+    print_table(['', 'mean', '95 % interval', f'{num_samples} samples', '95 % interval'], rows)
+
+
+def print_curve(points):
+    print_table(['samples', *_SHORT], [[str(p['testmc']), *(_cell(name, p[name]) for name in _SHORT)] for p in points])
+
+
+def print_temperature(measured, tempered, num_samples):
+    rows = []
+    for at, title in (('mean', 'mean'), ('average', f'{num_samples} samples')):
+        for label, summary in (('1', measured[at]), (f'{tempered[at]["temperature"]:.3f}', tempered[at])):
+            rows.append([title, label, *(_cell(name, summary[name]) for name in (*_SHORT, 'brier'))])
+    print_table(['', 'temperature', *_SHORT, 'brier'], rows)
+
+
+def print_ood(results):
+    names = ('auroc', 'aupr_unknown', 'aupr_known', 'fpr95')
+    for dataset, result in results.items():
+        rows = [
+            [f'{at}: {score}', *(_cell(name, separation[name]) for name in names)]
+            for at in ('mean', 'average')
+            for score, separation in result[at].items()
+        ]
+        print_table([f'unknown: {dataset}', *names], rows)
+
+
+def print_corruptions(results, measured, num_samples):
+
+    header = [f'{name} {at}' for name in _SHORT for at in ('mean', f'{num_samples}')]
+
+    def cells(points):
+        return [_cell(name, points[at][name]) for name in _SHORT for at in ('mean', 'average')]
+
+    of_severity = zip(*(evaluation.over_corruptions(results, at) for at in ('mean', 'average')), strict=True)
+    rows = [['0 (clean)', *cells(measured)]]
+    rows += [[str(i), *cells({'mean': m, 'average': a})] for i, (m, a) in enumerate(of_severity, start=1)]
+    print_table(['severity', *header], rows)
+    rows = [[name, *cells(evaluation.over_severities(points))] for name, points in results.items()]
+    print_table(['corruption', *header], rows)
+
+
+def _cell(name, value):
+    if value is None or value != value:
+        return '–'
+    return f'{value:.2%}' if name in ('accuracy', 'top5', 'risk_at_80', 'disagreement') else f'{value:.4f}'
+
+
+def print_table(header, rows):
+
+    print('\n' + tables.markdown(header, rows), end='', flush=True)
