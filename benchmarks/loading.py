@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import flags  # noqa: E402
-import runs  # noqa: E402
-import tables  # noqa: E402
+import flags
+import runs
+import tables
+
+ROOT = Path(__file__).parent.parent
 
 CLASSES, SIZE = 200, 64
 TRAINING = ['--dataset', 'tinyimagenet', '--model', 'lenet', '--optim', 'sgd', '--alpha', '0.01', '--warmup', '1']

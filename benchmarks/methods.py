@@ -25,7 +25,7 @@ import flags
 import jobs
 import runs
 import settings
-import test as evaluate
+import test
 
 _SGD = {'alpha': (0.003, 0.3), 'priorprec': (0.3, 30)}
 _ADAM = {'alpha': (1e-4, 1e-2), 'priorprec': (0.3, 30)}
@@ -55,7 +55,7 @@ def main(argv=None):
     record = runs.provenance('benchmarks/methods.py', argv)
     record['optimizers'] = {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen}
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        evaluate.main(['--reuse', '--ensemble', f'--output={args.folder}', '--resultsfolder', *map(str, trained)])
+        test.main(['--reuse', '--ensemble', f'--output={args.folder}', '--resultsfolder', *map(str, trained)])
     tables = out.getvalue()
     runs.write_json(args.output.with_suffix('.json'), record)
     args.output.with_suffix('.md').write_text(tables[: tables.index('written:')].strip() + '\n')

@@ -16,20 +16,20 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import loading
+import run
+import study
+import throughput
+
+import evaluation
+import jobs
+import plots
+import settings
+import tables
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import loading  # noqa: E402
-import run  # noqa: E402
-import study  # noqa: E402
-import throughput  # noqa: E402
-
-import evaluation  # noqa: E402
-import jobs  # noqa: E402
-import plots  # noqa: E402
-import settings  # noqa: E402
-import tables  # noqa: E402
-
 RESULTS = ROOT / 'results'
 NAMES = {
     'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM', 'ivon': 'IVON', 'adam': 'Adam', 'adamw': 'AdamW', 'samadam': 'SAM-Adam',

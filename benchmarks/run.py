@@ -18,24 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import baseline  # noqa: E402
+import baseline
 
-import data  # noqa: E402
-import devices  # noqa: E402
-import evaluation  # noqa: E402
-import experiments  # noqa: E402
-import flags  # noqa: E402
-import metrics  # noqa: E402
-import models  # noqa: E402
-import optimizers  # noqa: E402
-import posteriors  # noqa: E402
-import runs  # noqa: E402
-import settings  # noqa: E402
-import tables  # noqa: E402
-import training  # noqa: E402
+import data
+import devices
+import evaluation
+import experiments
+import flags
+import metrics
+import models
+import optimizers
+import posteriors
+import runs
+import settings
+import tables
+import training
 
 BATCH, SPLIT = 200, 8
 # Forward pass of an image at 32×32 in multiply-adds, convolutions and head; a gradient costs three forward passes.

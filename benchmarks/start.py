@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import flags  # noqa: E402
-import runs  # noqa: E402
+import flags
+import runs
+
+ROOT = Path(__file__).parent.parent
 
 
 def main(argv=None):

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jobs
+import runs
+import settings
+from flags import Parser, add_jobs
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import jobs  # noqa: E402
-import runs  # noqa: E402
-import settings  # noqa: E402
-from flags import Parser, add_jobs  # noqa: E402
-
 KEPT = ROOT / 'results' / 'studies'
 
 

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import jax
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import run  # noqa: E402
+import run
 
-import devices  # noqa: E402
-import flags  # noqa: E402
-import runs  # noqa: E402
-import settings  # noqa: E402
-import tables  # noqa: E402
+import devices
+import flags
+import runs
+import settings
+import tables
 
 # Of each way to take a step: its name in tables, the optimizer, flags other than the defaults, whether it has a mesh.
 WAYS = {
