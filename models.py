@@ -234,6 +234,10 @@ def _require_size(name, images, pixels, reason):
         raise ModelError(f'{name} needs images of {pixels}×{pixels} pixels or more {reason}, not {height}×{width}')
 
 
+_DECAY = 0.9  # of batch normalisation's running averages
+_BATCH_EPSILON, _RESPONSE_EPSILON = 1e-5, 1e-6  # ε of batch and of filter response normalisation
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy, 2015) with running averages that are zero-debiased.
 
@@ -243,8 +247,6 @@ class BatchNorm(nn.Module):
     ReLU follows if `relu`.
     """
 
-    decay: float = 0.9
-    epsilon: float = 1e-5
     relu: bool = False
 
     @nn.compact
@@ -257,18 +259,18 @@ class BatchNorm(nn.Module):
         count = self.variable('batch_stats', 'count', jnp.zeros, ())
 
         if not train:
-            return _outputs(x, running_mean.value, running_var.value, scale, bias, self.epsilon, self.relu)
-        y, mean, var = batch_norm(x, scale, bias, self.epsilon, self.relu)
+            return _outputs(x, running_mean.value, running_var.value, scale, bias, self.relu)
+        y, mean, var = batch_norm(x, scale, bias, self.relu)
         if not self.is_initializing():
             count.value += 1
-            weight = (1 - self.decay) / (1 - self.decay**count.value)
+            weight = (1 - _DECAY) / (1 - _DECAY**count.value)
             running_mean.value += weight * (mean - running_mean.value)
             running_var.value += weight * (var - running_var.value)
         return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def batch_norm(x, scale, bias, epsilon, relu):
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def batch_norm(x, scale, bias, relu):
     """γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), of each channel over all images and pixels; then ReLU if `relu`.
 
     x: [B, H, W, C]; scale γ and bias β: [C]. Returns the outputs [B, H, W, C] in the precision of x, and the mean μ and
@@ -276,21 +278,21 @@ def batch_norm(x, scale, bias, epsilon, relu):
     by x is γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own takes more passes over the images, where GPUs spend much of their
     time.
     """
-    return _batch_forward(x, scale, bias, epsilon, relu)[0]
+    return _batch_forward(x, scale, bias, relu)[0]
 
 
-def _batch_forward(x, scale, bias, epsilon, relu):
+def _batch_forward(x, scale, bias, relu):
     wide = convolution.at_least_float32(x)
     mean, mean_square = _means_of_channels(wide, jnp.square(wide))
     var = jnp.maximum(mean_square - jnp.square(mean), 0)
-    return (_outputs(x, mean, var, scale, bias, epsilon, relu), mean, var), (x, mean, var, scale, bias)
+    return (_outputs(x, mean, var, scale, bias, relu), mean, var), (x, mean, var, scale, bias)
 
 
-def _batch_backward(epsilon, relu, residuals, grads):
+def _batch_backward(relu, residuals, grads):
     x, mean, var, scale, bias = residuals
-    y_grads, r = convolution.at_least_float32(grads[0]), lax.rsqrt(var + epsilon)
+    y_grads, r = convolution.at_least_float32(grads[0]), lax.rsqrt(var + _BATCH_EPSILON)
     if relu:
-        y_grads = jnp.where(_outputs(x, mean, var, scale, bias, epsilon, relu) > 0, y_grads, 0)
+        y_grads = jnp.where(_outputs(x, mean, var, scale, bias, relu) > 0, y_grads, 0)
     normalised = (x - _channels(mean)) * _channels(r)
     of_bias, of_scale = _means_of_channels(y_grads, y_grads * normalised)
     of_var = jnp.where(var > 0, of_scale, 0)  # rounding can make the variance negative, and then it is a constant
@@ -302,8 +304,8 @@ def _batch_backward(epsilon, relu, residuals, grads):
 batch_norm.defvjp(_batch_forward, _batch_backward)
 
 
-def _outputs(x, mean, var, scale, bias, epsilon, relu):
-    factor = scale * lax.rsqrt(var + epsilon)
+def _outputs(x, mean, var, scale, bias, relu):
+    factor = scale * lax.rsqrt(var + _BATCH_EPSILON)
     y = ((x - _channels(mean)) * _channels(factor) + _channels(bias)).astype(x.dtype)
     return nn.relu(y) if relu else y
 
@@ -321,19 +323,17 @@ def _means_of_channels(*arrays):
 class FilterResponseNorm(nn.Module):
     """Filter response normalisation with a thresholded linear unit (Singh & Krishnan, 2020)."""
 
-    epsilon: float = 1e-6
-
     @nn.compact
     def __call__(self, x):
         shape = x.shape[-1:]
         scale = self.param('scale', nn.initializers.ones, shape)
         bias = self.param('bias', nn.initializers.zeros, shape)
         threshold = self.param('threshold', nn.initializers.zeros, shape)
-        return filter_response_norm(x, scale, bias, threshold, self.epsilon)
+        return filter_response_norm(x, scale, bias, threshold)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def filter_response_norm(x, scale, bias, threshold, epsilon):
+@jax.custom_vjp
+def filter_response_norm(x, scale, bias, threshold):
     """max(γ x̂ + β, τ) with x̂ = x r, r = 1/√(ν² + ε) and ν² the mean of x² over an image's pixels, for each channel.
 
     x: [B, H, W, C]; scale γ, bias β and threshold τ: [C]. Returns [B, H, W, C] in the precision of x.
@@ -341,17 +341,16 @@ def filter_response_norm(x, scale, bias, threshold, epsilon):
     γ r (d − x̂ mean(d x̂)) by x, if d is that by γ x̂ + β. JAX's own takes more passes over the images, and a gradient of
     ResNet-20 up to a tenth longer on CPUs.
     """
-    return _response_forward(x, scale, bias, threshold, epsilon)[0]
+    return _response_forward(x, scale, bias, threshold)[0]
 
 
-def _response_forward(x, scale, bias, threshold, epsilon):
-    r = lax.rsqrt(jnp.square(convolution.at_least_float32(x)).mean(axis=(1, 2), keepdims=True) + epsilon)
+def _response_forward(x, scale, bias, threshold):
+    r = lax.rsqrt(jnp.square(convolution.at_least_float32(x)).mean(axis=(1, 2), keepdims=True) + _RESPONSE_EPSILON)
     y = _channels(scale) * (x * r) + _channels(bias)
     return jnp.maximum(y, _channels(threshold)).astype(x.dtype), (x, r, scale, bias, threshold)
 
 
-def _response_backward(epsilon, residuals, grads):
-    del epsilon
+def _response_backward(residuals, grads):
     x, r, scale, bias, threshold = residuals
     normalised = x * r
     y, lowest = _channels(scale) * normalised + _channels(bias), _channels(threshold)

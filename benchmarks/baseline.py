@@ -52,11 +52,11 @@ def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_d
 def with_jax_gradients(loss):
     """The same loss, of a network whose layers have JAX's own gradients, under `vmap` too."""
 
-    def batch_norm(x, scale, bias, epsilon, relu):
+    def batch_norm(x, scale, bias, relu):
         wide = convolution.at_least_float32(x)
         mean = wide.mean(axis=(0, 1, 2))
         var = jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
-        return models._outputs(x, mean, var, scale, bias, epsilon, relu), mean, var
+        return models._outputs(x, mean, var, scale, bias, relu), mean, var
 
     def filter_response_norm(*args):
         return models._response_forward(*args)[0]

@@ -137,10 +137,10 @@ def test_running_averages_are_zero_debiased():
     np.testing.assert_allclose(normalised.std(axis=(0, 1, 2)), 1, rtol=1e-4)
 
 
-def plain_batch_norm(x, scale, bias, epsilon, relu):
+def plain_batch_norm(x, scale, bias, relu):
     scale, bias = (v.reshape(1, 1, 1, -1) for v in (scale, bias))
     mean, var = (f(x, axis=(0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
-    y = scale * (x - mean) / jnp.sqrt(var + epsilon) + bias
+    y = scale * (x - mean) / jnp.sqrt(var + 1e-5) + bias
     return jnp.where(y > 0, y, 0) if relu else y
 
 
@@ -153,7 +153,7 @@ def test_gradient_of_batch_norm(relu, x64):
 
     def results(function):
         def of_images(*arrays):
-            value, gradient = jax.vjp(lambda *arrays: function(*arrays, 1e-5, relu), *arrays)
+            value, gradient = jax.vjp(lambda *arrays: function(*arrays, relu), *arrays)
             return value, gradient(jnp.cos(3 * value))
 
         return jax.jit(jax.vmap(of_images))(x, scale, bias)
@@ -170,7 +170,7 @@ def test_batch_norm_in_bfloat16():
 
     @jax.jit
     def results(*arrays):
-        value, gradient = jax.vjp(lambda *arrays: models.batch_norm(*arrays, 1e-5, True)[0], *arrays)
+        value, gradient = jax.vjp(lambda *arrays: models.batch_norm(*arrays, True)[0], *arrays)
         return value, *gradient(jnp.ones_like(value).at[::2].set(-2))
 
     found = results(x, scale, bias)
@@ -186,15 +186,15 @@ def test_gradient_of_batch_norm_of_a_variance_that_was_negative(x64):
     x, grads = rng.standard_normal((2, 3, 5, 6, 4))
     scale = rng.standard_normal(4)
     residuals = x, x.mean(axis=(0, 1, 2)), np.zeros(4), scale, np.zeros(4)
-    backward = jax.jit(partial(models._batch_backward, 1e-5, False))
+    backward = jax.jit(partial(models._batch_backward, False))
     x_grads, *_ = backward(residuals, (grads, None, None))
     expected = scale / np.sqrt(1e-5) * (grads - grads.mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(x_grads, expected, rtol=1e-9)
 
 
-def plain_filter_response_norm(x, scale, bias, threshold, epsilon):
+def plain_filter_response_norm(x, scale, bias, threshold):
     scale, bias, threshold = (v.reshape(1, 1, 1, -1) for v in (scale, bias, threshold))
-    normalised = x / jnp.sqrt(jnp.mean(x**2, axis=(1, 2), keepdims=True) + epsilon)
+    normalised = x / jnp.sqrt(jnp.mean(x**2, axis=(1, 2), keepdims=True) + 1e-6)
     return jnp.maximum(scale * normalised + bias, threshold)
 
 
@@ -211,7 +211,7 @@ def test_filter_response_norm(axes, x64):
 
     def results(function):
         def of_images(x, parameters):
-            value, gradient = jax.vjp(lambda *args: function(*args, 1e-6), x, *parameters)
+            value, gradient = jax.vjp(function, x, *parameters)
             return value, gradient(jnp.sin(3 * value))
 
         return jax.jit(jax.vmap(of_images, axes))(x, parameters)
@@ -230,7 +230,7 @@ def test_filter_response_norm_in_bfloat16():
 
     @jax.jit
     def gradients(grads, *arrays):
-        value, gradient = jax.vjp(lambda *args: models.filter_response_norm(*args, 1e-6), *arrays)
+        value, gradient = jax.vjp(models.filter_response_norm, *arrays)
         return gradient(grads.astype(value.dtype))
 
     results = [gradients(*(a.astype(dtype) for a in (grads, x, *parameters))) for dtype in (np.float32, jnp.bfloat16)]
