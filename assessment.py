@@ -9,6 +9,7 @@ import checkpoints
 import comparison
 import devices
 import evaluation
+import metrics
 import runs
 import settings
 import tables
@@ -193,9 +194,6 @@ def draw(folder, subject, prediction, results):
     return folder
 
 
-_SHORT = ('accuracy', 'nll', 'ece')
-
-
 def print_reference_lines(measured, num_samples):
     """The reference's lines, whose auroc is that of the grid, and the exact one."""
     line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})'
@@ -217,15 +215,16 @@ def print_metrics(measured, num_samples):
 
 
 def print_curve(points):
-    print_table(['samples', *_SHORT], [[str(p['testmc']), *(_cell(name, p[name]) for name in _SHORT)] for p in points])
+    rows = [[str(point['testmc']), *(_cell(name, point[name]) for name in metrics.SHORT)] for point in points]
+    print_table(['samples', *metrics.SHORT], rows)
 
 
 def print_temperature(measured, tempered, num_samples):
     rows = []
     for at, title in (('mean', 'mean'), ('average', f'{num_samples} samples')):
         for label, summary in (('1', measured[at]), (f'{tempered[at]["temperature"]:.3f}', tempered[at])):
-            rows.append([title, label, *(_cell(name, summary[name]) for name in (*_SHORT, 'brier'))])
-    print_table(['', 'temperature', *_SHORT, 'brier'], rows)
+            rows.append([title, label, *(_cell(name, summary[name]) for name in (*metrics.SHORT, 'brier'))])
+    print_table(['', 'temperature', *metrics.SHORT, 'brier'], rows)
 
 
 def print_ood(results):
@@ -241,10 +240,10 @@ def print_ood(results):
 
 def print_corruptions(results, measured, num_samples):
 
-    header = [f'{name} {at}' for name in _SHORT for at in ('mean', f'{num_samples}')]
+    header = [f'{name} {at}' for name in metrics.SHORT for at in ('mean', f'{num_samples}')]
 
     def cells(points):
-        return [_cell(name, points[at][name]) for name in _SHORT for at in ('mean', 'average')]
+        return [_cell(name, points[at][name]) for name in metrics.SHORT for at in ('mean', 'average')]
 
     of_severity = zip(*(evaluation.over_corruptions(results, at) for at in ('mean', 'average')), strict=True)
     rows = [['0 (clean)', *cells(measured)]]

@@ -16,7 +16,7 @@ import tables
 # Flags that do not make a method another one.
 _NOT_OF_THE_METHOD = {'randomseed', 'resultsfolder', *settings.MAY_CHANGE} - {'epochs'}
 
-SHOWN = ('accuracy', 'nll', 'ece', 'auroc')
+SHOWN = (*metrics.SHORT, 'auroc')
 _HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')
 
 
@@ -150,13 +150,8 @@ def _best(name, column):
     return (max if name in _HIGHER_IS_BETTER else min)(numbers, default=None)
 
 
-def _scale(name):
-    """What a metric is shown times, and to how many digits."""
-    return (100, 2) if name == 'accuracy' else (1, 4)
-
-
 def _cell(name, values, best):
-    scale, digits = _scale(name)
+    scale, digits = metrics.scale_and_digits(name)
     text = f'{scale * np.mean(values):.{digits}f}'
     if len(values) > 1:
         text += f' ± {scale * _standard_deviation(values):.{digits}f}'
@@ -179,20 +174,17 @@ def _standard_deviation(values):
     return np.std(values, ddof=1) if len(values) > 1 and np.isfinite(values).all() else np.nan
 
 
-_TESTED = ('accuracy', 'nll', 'ece')
-
-
 def test_table(rows, labels, num_bins):
     """Header and rows: each row against the first, the difference with its 95 % interval and p-value (bootstrap)."""
-    tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in _TESTED}
+    tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in metrics.SHORT}
     drawn = [_resampled(tested, row.probs, labels) for row in rows]
-    header = [f'against {rows[0].name}', *(part for name in _TESTED for part in (name, 'p'))]
+    header = [f'against {rows[0].name}', *(part for name in metrics.SHORT for part in (name, 'p'))]
     cells = []
     for row, values in zip(rows[1:], drawn[1:], strict=True):
         line = [row.name]
-        for name in _TESTED:
+        for name in metrics.SHORT:
             low, high, p = bootstrap.difference(values[name], drawn[0][name])
-            scale, digits = _scale(name)
+            scale, digits = metrics.scale_and_digits(name)
             line += [f'[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]', f'{p:.3f}']
         cells.append(line)
     return header, cells

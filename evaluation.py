@@ -190,7 +190,7 @@ def curve(predictions, numbers, labels, num_bins):
 
 def _short_summary(probs, labels, num_bins):
     summary = metrics.summary(probs, labels, num_bins)
-    return {name: summary[name] for name in ('accuracy', 'nll', 'ece')}
+    return {name: summary[name] for name in metrics.SHORT}
 
 
 def require_held_out(run, flags):

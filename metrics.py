@@ -168,6 +168,14 @@ METRICS = {
 
 # Those without weights, or whose percentile interval lies above the metric itself: with many classes most of what a
 # resample's classwise ECE measures is the resample's own noise.
+SHORT = ('accuracy', 'nll', 'ece')  # what tables with many rows show
+
+
+def scale_and_digits(name):
+    """What tables show a metric times, and to how many digits: accuracy in per cent."""
+    return (100, 2) if name == 'accuracy' else (1, 4)
+
+
 _NOT_RESAMPLED = ('auroc_grid', 'classwise_ece')
 
 

@@ -23,8 +23,10 @@ import run
 import study
 import throughput
 
+import comparison
 import evaluation
 import jobs
+import metrics
 import plots
 import settings
 import tables
@@ -125,7 +127,7 @@ def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
         bnupdate=bnupdate_table(bnupdate),
         published=published_table(published),
         published_intervals=published_intervals(published),
-        comparisons='\n'.join(comparison(*row) for row in COMPARISONS),
+        comparisons='\n'.join(side_by_side(*row) for row in COMPARISONS),
         speed_table=speed_table(),
     )
 
@@ -143,14 +145,9 @@ def first_of(group):
     return next(iter(group.values()))
 
 
-def scale_and_digits(metric):
-    """Accuracy is shown in per cent."""
-    return (100, 2) if metric == 'accuracy' else (1, 4)
-
-
 def values(group, metric, at):
     """A metric of each record, as it is shown."""
-    scale, _ = scale_and_digits(metric)
+    scale, _ = metrics.scale_and_digits(metric)
     evaluation, part = ('laplace', 'average') if at == 'laplace' else ('test', at)
     return scale * np.array([record['evaluations'][evaluation][part][metric] for record in group.values()], float)
 
@@ -163,7 +160,7 @@ def differences(lower, higher, metric, at_lower='average', at_higher='average'):
 
 
 def cells(group, at, names):
-    return [spread(values(group, name, at), scale_and_digits(name)[1]) for name in names]
+    return [spread(values(group, name, at), metrics.scale_and_digits(name)[1]) for name in names]
 
 
 def spread(numbers, digits):
@@ -184,7 +181,7 @@ def tested(claim, found):
     """The claim, the difference of runs with the same seed, higher − lower, and a verdict."""
     lower, higher = claim.lower, claim.higher
     found = differences(found[lower.variant], found[higher.variant], claim.metric, lower.at, higher.at)
-    _, digits = scale_and_digits(claim.metric)
+    _, digits = metrics.scale_and_digits(claim.metric)
     return [claim.text, shown(found, digits), verdict(found)]
 
 
@@ -215,8 +212,8 @@ def methods_table(found):
         group, at = found[subject.variant], subject.at
         minutes = [sum(epoch['seconds'] for epoch in record['log']) / 60 for record in group.values()]
         further = [[pick(record['evaluations']['test'], at) for record in group.values()] for _, pick in more.values()]
-        metrics = cells(group, at, ('accuracy', 'nll', 'ece', 'auroc'))
-        rows.append([str(subject), str(len(group)), *metrics, spread(minutes, 1), *(spread(f, 4) for f in further)])
+        shown = cells(group, at, comparison.SHOWN)
+        rows.append([str(subject), str(len(group)), *shown, spread(minutes, 1), *(spread(f, 4) for f in further)])
     return tables.markdown(header + [title for title, _ in more.values()], rows)
 
 
@@ -247,7 +244,7 @@ def claims_table(found):
 
 def rho_table(found):
     rows = [
-        [NAMES[method], f'{rho:g}', *cells(group, 'average', ('accuracy', 'nll', 'ece'))]
+        [NAMES[method], f'{rho:g}', *cells(group, 'average', metrics.SHORT)]
         for method in PUBLISHED_RHO
         for rho, group in by_rho(found, method).items()
     ]
@@ -292,7 +289,7 @@ def bnupdate_table(found):
 
 
 def ablation(name, group, base):
-    accuracy, nll, ece = cells(group, 'average', ('accuracy', 'nll', 'ece'))
+    accuracy, nll, ece = cells(group, 'average', metrics.SHORT)
     row = [name, str(len(group)), accuracy, *cells(group, 'mean', ['nll']), nll, ece]
     if group is base:
         return [*row, '']
@@ -316,7 +313,7 @@ def published_table(found):
         flags = study.STUDIES['published'].variants[name]
         at = 'average' if flags['optim'] in settings.WITH_POSTERIOR else 'mean'
         ours = [
-            ', '.join(cells(found[run], at, ('accuracy', 'nll', 'ece'))) if run in found else ''
+            ', '.join(cells(found[run], at, metrics.SHORT)) if run in found else ''
             for run in (name, f'{name}_bfloat16')
         ]
         command = ' '.join(jobs.arguments(flags)).replace('=', ' ')
@@ -331,14 +328,14 @@ def published_intervals(found):
         if variant in found:
             test = first_of(found[variant])['evaluations']['test']
             for at, label in {'average': 'over 32 samples', 'mean': 'at the mean'}.items():
-                shown = [with_bounds(test, at, metric) for metric in ('accuracy', 'nll', 'ece', 'auroc_grid')]
+                shown = [with_bounds(test, at, metric) for metric in (*metrics.SHORT, 'auroc_grid')]
                 rows.append([f'bSAM here, {precision}, {label}', *shown])
     return tables.markdown(['CIFAR-10, ResNet-18', 'accuracy %', 'NLL', 'ECE', 'AUROC, grid'], rows)
 
 
 def with_bounds(test, at, metric):
     """A metric and its 95 % interval, if it has one."""
-    scale, digits = scale_and_digits(metric)
+    scale, digits = metrics.scale_and_digits(metric)
     value = f'{scale * test[at][metric]:.{digits}f}'
     if metric not in test['intervals'][at]:
         return value
@@ -352,7 +349,7 @@ COMPARISONS = [
 ]
 
 
-def comparison(name, title):
+def side_by_side(name, title):
     """All methods on one data set."""
     table = compared(RESULTS / f'{name}.csv')
     return f'{title} ([commands and settings]({name}.json), [paired tests]({name}.md)):\n\n{table}'
@@ -360,7 +357,7 @@ def comparison(name, title):
 
 def compared(path, only=''):
     """The rows of a CSV that test.py wrote, those whose method has `only` in its name."""
-    shown = ('accuracy', 'nll', 'ece', 'auroc')
+    shown = comparison.SHOWN
     with open(path, newline='') as file:
         rows = [
             [row['method'], row['runs'], *(from_csv(row, metric) for metric in shown)]
@@ -371,7 +368,7 @@ def compared(path, only=''):
 
 
 def from_csv(row, metric):
-    scale, digits = scale_and_digits(metric)
+    scale, digits = metrics.scale_and_digits(metric)
     mean, deviation = (scale * float(row[f'{metric}_{part}']) for part in ('mean', 'sd'))
     return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
@@ -386,10 +383,7 @@ THROUGHPUT = ('sgd', 'sam', 'bsam')
 def few_table(found):
     """Each method as it is meant to be used: averaged over samples where it has a posterior, else at the mean."""
     used = [Subject(name, 'average' if name in settings.WITH_POSTERIOR else 'mean') for name in NAMES if name in found]
-    rows = [
-        [NAMES[name], str(len(found[name])), *cells(found[name], at, ('accuracy', 'nll', 'ece', 'auroc'))]
-        for name, at in used
-    ]
+    rows = [[NAMES[name], str(len(found[name])), *cells(found[name], at, comparison.SHOWN)] for name, at in used]
     return tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
 
 
@@ -498,8 +492,8 @@ def reliability(found):
     diagrams = {}
     for subject in (SGD, SAM, BSAM):
         test = first_of(found[subject.variant])['evaluations']['test']
-        metrics = test[subject.at]
-        title = f'{NAMES[subject.variant]}: accuracy {100 * metrics["accuracy"]:.1f} %, NLL {metrics["nll"]:.2f}'
+        measured = test[subject.at]
+        title = f'{NAMES[subject.variant]}: accuracy {100 * measured["accuracy"]:.1f} %, NLL {measured["nll"]:.2f}'
         diagrams[title] = test['reliability'][subject.at]
     return plots.reliability(diagrams, fewest=10)
 
@@ -512,7 +506,7 @@ def over_samples(found):
             group = found[subject.variant]
             curves = [record['evaluations']['test']['samples'] for record in group.values()]
             numbers = [point['testmc'] for point in curves[0]]
-            scale, _ = scale_and_digits(metric)
+            scale, _ = metrics.scale_and_digits(metric)
             heights = scale * np.array([[point[metric] for point in curve] for curve in curves])
             colour = style['color']
             axes.axhline(values(group, metric, 'mean').mean(), color=colour, linestyle='--', linewidth=1)
