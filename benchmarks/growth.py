@@ -14,9 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import run
+from matplotlib import ticker
+from matplotlib.figure import Figure
 
 import flags
 import optimizers
+import plots
 import runs
 
 BATCHES, SUB_BATCHES, SAMPLES = (25, 50, 100, 200, 400), (1, 2, 4, 8, 20), (1, 2, 4, 8, 16, 32)
@@ -28,7 +31,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.plot:
         source, picture = args.plot
-        plot(json.loads(source.read_text()), picture)
+        drawn(json.loads(source.read_text())).savefig(picture, dpi=150)
         return
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     measured = runs.provenance('benchmarks/growth.py', argv)
@@ -98,35 +101,32 @@ PANELS = {
 }
 
 
-def plot(results, picture):
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot, ticker
-
+@plots.styled
+def drawn(results):
+    """A panel for each of PANELS, with a curve for each optimizer."""
     panels = [
         ('batch', 'images in a batch', f'a training step, sub-batches of {SUB_BATCH}'),
         ('sub_batches', 'sub-batches M', f'a training step, batch of {run.BATCH}'),
         ('samples', 'posterior samples', f'evaluation of {TEST_IMAGES} images'),
-        ('parameters', 'parameters', 'an optimizer without a network, M = 8'),
+        ('parameters', 'parameters', 'the optimizer alone, M = 8'),
     ]
-    labels = {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM'}
-    colours = {'sgd': '#8F5F3F', 'sam': '#6FA060', 'bsam': '#435571'}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.2), layout='constrained')
-    for axis, (name, size, title) in zip(axes, panels, strict=True):
+    styles = dict(zip(('SAM', 'bSAM', 'SGD'), plots.line_styles(), strict=False))
+    figure = Figure(figsize=(11, 2.8))
+    all_axes = figure.subplots(1, len(panels))
+    for axes, (name, size, title) in zip(all_axes, panels, strict=True):
         for optim, curve in results[name]['seconds'].items():
             sizes = [int(n) for n in curve]
-            axis.loglog(sizes, list(curve.values()), 'o-', label=labels[optim], color=colours[optim], markersize=4)
-        axis.set(xlabel=size)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
+            label = {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM'}[optim]
+            axes.loglog(sizes, list(curve.values()), label=label, marker='o', markersize=3, **styles[label])
+        axes.set_xlabel(size)
+        axes.set_title(title, fontsize=9)
         if name != 'parameters':
-            axis.set_xticks(sizes, sizes)
-            axis.set(ylim=(0.05, 10), yticks=(0.1, 1, 10), yticklabels=('0.1', '1', '10'))
-            axis.xaxis.set_minor_locator(ticker.NullLocator())
-    axes[0].set_ylabel('seconds')
-    axes[0].legend(frameon=False)
-    figure.savefig(picture, dpi=120)
+            axes.set_xticks(sizes, sizes)
+            axes.set(ylim=(0.05, 10), yticks=(0.1, 1, 10), yticklabels=('0.1', '1', '10'))
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+    all_axes[0].set_ylabel('seconds')
+    all_axes[0].legend(frameon=False)
+    return figure
 
 
 if __name__ == '__main__':
