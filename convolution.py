@@ -61,10 +61,10 @@ def _forward(strides, padding):
         return lax.platform_dependent(x, kernel, cpu=on_cpus, default=elsewhere)
 
     @forward.def_vmap
-    def of_several(number, batched, x, kernel):
+    def of_several(axis_size, batched, x, kernel):
         if not batched[1]:
             return _in_one_batch(partial(forward, kernel=kernel), x), True
-        return _with_own_kernels(*_stacked(number, batched, x, kernel), strides, padding), True
+        return _with_own_kernels(*_stacked(axis_size, batched, x, kernel), strides, padding), True
 
     return forward
 
@@ -78,9 +78,9 @@ def _backward(strides, padding):
         return _input_gradient(*arrays, strides, padding), _kernel_gradient(*arrays, strides, padding)
 
     @backward.def_vmap
-    def of_several(number, batched, x, kernel, grads):
+    def of_several(axis_size, batched, x, kernel, grads):
         shared = kernel
-        x, kernel, grads = _stacked(number, batched, x, kernel, grads)
+        x, kernel, grads = _stacked(axis_size, batched, x, kernel, grads)
         outputs = partial(_with_own_kernels, strides=strides, padding=padding)
         _, by_kernel = jax.vjp(partial(outputs, x, most_channels=_MOST_CHANNELS_OF_KERNELS), kernel)
         if batched[1]:
@@ -269,9 +269,9 @@ def _sides(x, kernel, grads, strides, padding):
     return list(zip(x.shape[1:3], kernel.shape[:2], low, reach, strict=True))
 
 
-def _stacked(number, batched, *arrays):
+def _stacked(axis_size, batched, *arrays):
     return [
-        x if is_batched else jnp.broadcast_to(x, (number, *x.shape))
+        x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
         for is_batched, x in zip(batched, arrays, strict=True)
     ]
 

@@ -54,8 +54,9 @@ class Keys(NamedTuple):
     samples: jax.Array
 
 
+@partial(jax.jit, static_argnames='seed')
 def keys(seed):
-    """The Keys of --randomseed."""
+    """The Keys of --randomseed. Compiled with it, as no transfer to a device is to be implicit."""
     return Keys(*jax.random.split(jax.random.key(seed), 3))
 
 

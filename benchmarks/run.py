@@ -189,9 +189,9 @@ def posterior_of(model, optim, precision, batch_size):
     experiment = experiments.create(configuration(model, optim, precision))
     state = devices.send(jax.jit(experiment.init)(jax.random.key(0)))
     sample = Partial(experiment.optimizer.sample, state)
-    network = experiment.apply, state.params, state.batch_stats
-    posterior = posteriors.Posterior(network[0], sample, *network[1:], jax.random.key(0), batch_size)
-    return posterior, partial(posteriors.logits, *network, batch_size=batch_size)
+    apply, params, batch_stats = experiment.apply, state.params, state.batch_stats
+    posterior = posteriors.Posterior(apply, sample, params, batch_stats, jax.random.key(0), batch_size)
+    return posterior, partial(posteriors.logits, apply, params, batch_stats, batch_size=batch_size)
 
 
 class Trainer:
