@@ -144,9 +144,10 @@ def traced_anew():
 
 
 @pytest.fixture(params=['own', 'gpu'])
-def platform(request, traced_anew, monkeypatch):
+def platform(request, monkeypatch):
     """Lets this platform compute what it does, or what GPUs do."""
     if request.param == 'gpu':
+        request.getfixturevalue('traced_anew')
         monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, default, **_: default(*arguments))
 
 
