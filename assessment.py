@@ -7,6 +7,7 @@ from pathlib import Path
 
 import checkpoints
 import comparison
+import data
 import devices
 import evaluation
 import metrics
@@ -30,7 +31,7 @@ def assess(args):
 
 
 def require_comparable(args):
-    """Raises a ComparisonError or a RunError for what would otherwise be found out after some runs are evaluated."""
+    """Raises ComparisonError, DataError or RunError for what would else be found out after some runs are evaluated."""
     if args.output and devices.is_first() and not os.path.isdir(args.output):
         raise runs.RunError(f'--output {args.output} is no folder: make it first')
     if devices.is_first() and not os.access(_common_folder(args), os.W_OK):
@@ -38,6 +39,7 @@ def require_comparable(args):
     configs = devices.from_first(lambda: [settings.read_config(run) for run in args.resultsfolder])
     comparison.check_flags([config['flags'] for config in configs], args.split)
     for run, config in zip(args.resultsfolder, configs, strict=True):
+        data.check_description(config.get('dataset'), run / 'config.json')
         if devices.is_first() and not args.reuse:
             checkpoints.require_any(run)
         for name in args.ood:

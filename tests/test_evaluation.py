@@ -228,6 +228,16 @@ def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, 
     assert line in error_of(['--resultsfolder', *runs, *flags], capsys)
 
 
+def test_one_of_several_runs_without_a_description(flags_of, monkeypatch, capsys):
+    """It is found before the first of them is evaluated."""
+    first, second = (train.main(flags_of(optim=optim)) for optim in ('sgd', 'bsam'))
+    config = runs.read_config(second)
+    del config['dataset']
+    runs.write_config(second, config)
+    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    assert 'does not describe images' in error_of(['--resultsfolder', str(first), str(second)], capsys)
+
+
 def test_an_earlier_checkpoint(trained, capsys):
     """Its results stand beside those of the end, and a warning says where it is."""
     run = trained()
