@@ -164,6 +164,9 @@ def compare(results, args):
         print('written: ' + ', '.join(str(path) for path in comparison.write(_common_folder(args), rows, values)))
 
 
+_PICTURES = ('reliability', 'risk_coverage', 'training', 'images', 'samples', 'severities')
+
+
 def draw(folder, subject, prediction, results):
     """Writes the pictures of a run, in place of those that there were; returns their folder."""
     import plots  # Matplotlib takes most of a second
@@ -187,8 +190,9 @@ def draw(folder, subject, prediction, results):
         }
         figures['severities'] = plots.severities(curves)
     try:
-        for old in (*folder.glob('*.png'), *folder.glob('*.pdf')):
-            old.unlink()
+        for name in _PICTURES:
+            for ending in ('png', 'pdf'):
+                (folder / f'{name}.{ending}').unlink(missing_ok=True)
         for name, figure in figures.items():
             plots.save(figure, folder, name)
     except OSError as error:

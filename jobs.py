@@ -176,6 +176,9 @@ def _call(run, folder, output, script, given):
         raise runs.RunError(f'{folder}: {script} ended with status {status}, see output.txt')
 
 
+_OF_A_START = ('config', 'lock', 'log', 'checkpoints')  # what train.py writes before its first checkpoint is whole
+
+
 def _trained(call, folder, values):
     require_same_flags(folder, values)
     begun = begun_run(folder)
@@ -184,6 +187,9 @@ def _trained(call, folder, values):
         call('train.py', [f'--resume={begun}', *arguments(may_change)])
         return begun
     for left in folder.glob('*/*/run_*'):
+        others = sorted(path.name for path in left.iterdir() if path.name.split('.')[0] not in _OF_A_START)
+        if others:
+            raise runs.RunError(f'{left} holds no checkpoint, but {others[0]}: move it away, and begin anew')
         with runs.locked(left):
             pass
         shutil.rmtree(left)  # not while its lock is open, which NFS would keep in the folder

@@ -30,6 +30,7 @@ import metrics
 import plots
 import settings
 import tables
+from flags import Parser
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'results'
@@ -85,7 +86,8 @@ CLAIMS = [
 ]
 
 
-def main():
+def main(argv=None):
+    Parser(__doc__.splitlines()[0]).parse_args(argv)
     found = all_records()
     (RESULTS / 'README.md').write_text(page(**found))
     for path in PAGES_WITH_TABLES:

@@ -39,6 +39,8 @@ def error_of(arguments, capsys):
 
 def test_everything_at_once(trained, capsys):
     run = trained()
+    (run / 'plots').mkdir()
+    (run / 'plots' / 'mine.png').touch()
     flags = ['--testmc', '1', '2', '4', '--temperature', '--ood', 'digits', '--corruptions', '--plots', '--bins', '10']
     evaluate.main([f'--resultsfolder={run}', *flags])
     out = capsys.readouterr().out
@@ -52,6 +54,7 @@ def test_everything_at_once(trained, capsys):
     assert len(results['corruptions']) == 9 and all(len(points) == 5 for points in results['corruptions'].values())
     low, high = results['intervals']['average']['nll']
     assert low < results['average']['nll'] < high
+    assert (run / 'plots' / 'mine.png').exists()
     for name in PICTURES:
         assert (run / 'plots' / f'{name}.pdf').read_bytes().startswith(b'%PDF')
         with Image.open(run / 'plots' / f'{name}.png') as image:

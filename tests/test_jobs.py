@@ -106,3 +106,14 @@ def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
         with runs.locked(folder), pytest.raises(runs.RunError, match='is being trained by'):
             jobs.trained_and_tested(pytest.fail, tmp_path / 'sweep', {'optim': 'sgd'}, [])
     assert run.exists()
+
+
+def test_folders_that_others_made_are_kept(tmp_path):
+    """Only what train.py leaves behind before its first checkpoint is removed."""
+    run = tmp_path / 'project' / 'images' / 'run_7'
+    run.mkdir(parents=True)
+    (run / 'lock').touch()
+    (run / 'precious.txt').touch()
+    with pytest.raises(runs.RunError, match=r'run_7 holds no checkpoint, but precious\.txt: move it away'):
+        jobs._trained(None, tmp_path, {})
+    assert (run / 'precious.txt').exists()
