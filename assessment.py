@@ -10,6 +10,7 @@ import comparison
 import data
 import devices
 import evaluation
+import experiments
 import metrics
 import runs
 import settings
@@ -49,7 +50,8 @@ def require_comparable(args):
         if args.temperature or args.split == 'validation':
             evaluation.require_held_out(run, config['flags'])
         if args.bnrefresh:
-            evaluation.require_batch_normalisation(config, args.bnrefresh)
+            shapes = experiments.create(config).state_shapes()
+            evaluation.require_batch_normalisation(shapes, config['flags'], args.bnrefresh)
 
 
 def _common_folder(args):
@@ -164,11 +166,8 @@ def compare(results, args):
         print('written: ' + ', '.join(str(path) for path in comparison.write(_common_folder(args), rows, values)))
 
 
-_PICTURES = ('reliability', 'risk_coverage', 'training', 'images', 'samples', 'severities')
-
-
 def draw(folder, subject, prediction, results):
-    """Writes the pictures of a run, in place of those that there were; returns their folder."""
+    """Writes the pictures of a run, in place of those that it wrote before; returns their folder."""
     import plots  # Matplotlib takes most of a second
 
     average = f'average of {results["testmc"]} samples'
@@ -180,6 +179,8 @@ def draw(folder, subject, prediction, results):
         'risk_coverage': plots.risk_coverage(predictions, subject.labels),
         'training': plots.training(runs.read_log(subject.run), split),
         'images': plots.image_sheet(subject.images, subject.labels, prediction.probs),
+        'samples': None,
+        'severities': None,
     }
     if 'samples' in results:
         figures['samples'] = plots.samples(results['samples'], results['mean'])
@@ -190,11 +191,10 @@ def draw(folder, subject, prediction, results):
         }
         figures['severities'] = plots.severities(curves)
     try:
-        for name in _PICTURES:
-            for ending in ('png', 'pdf'):
-                (folder / f'{name}.{ending}').unlink(missing_ok=True)
         for name, figure in figures.items():
-            plots.save(figure, folder, name)
+            plots.remove(folder, name)
+            if figure:
+                plots.save(figure, folder, name)
     except OSError as error:
         raise runs.RunError(f'{folder} cannot be written: {error.strerror}') from error
     return folder
@@ -245,7 +245,6 @@ def print_ood(results):
 
 
 def print_corruptions(results, measured, num_samples):
-
     header = [f'{name} {at}' for name in metrics.SHORT for at in ('mean', f'{num_samples}')]
 
     def cells(points):
@@ -266,5 +265,4 @@ def _cell(name, value):
 
 
 def print_table(header, rows):
-
     print('\n' + tables.markdown(header, rows), end='', flush=True)

@@ -65,7 +65,7 @@ def restore(run, step=None):
     config = devices.from_first(lambda: settings.read_config(run))
     data.check_description(config.get('dataset'), Path(run) / 'config.json')
     experiment = experiments.create(config)
-    _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
+    _, state, progress = checkpoints.restore(run, experiment.state_shapes(), step)
     return Trained(config, experiment, devices.send(state), progress)
 
 
@@ -80,7 +80,7 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
     config, experiment, state, progress = restore(run, step)
     flags = config['flags']
     if bn_refresh:
-        require_batch_normalisation(config, bn_refresh)
+        require_batch_normalisation(state, flags, bn_refresh)
     if devices.is_first() and not os.access(run, os.W_OK):
         raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
     folder = dataset_folder or flags['datasetfolder']
@@ -115,11 +115,10 @@ def _laplace_sample(experiment, flags, state, batch_size, images):
     return Partial(partial(laplace.sample, layer), factors, state.params)
 
 
-def require_batch_normalisation(config, bn_refresh):
-    """Raises a RunError for a run whose network has none."""
-    state = jax.eval_shape(experiments.create(config).init, jax.random.key(0))
+def require_batch_normalisation(state, flags, bn_refresh):
+    """Raises a RunError for a run whose state has no batch statistics."""
     if not jax.tree.leaves(state.batch_stats):
-        raise runs.RunError(f'--bnrefresh {bn_refresh}: {config["flags"]["model"]} has no batch normalisation')
+        raise runs.RunError(f'--bnrefresh {bn_refresh}: {flags["model"]} has no batch normalisation')
 
 
 def require_place_for_laplace(flags):

@@ -37,6 +37,10 @@ class Experiment(NamedTuple):
     apply: Callable
     update: Callable
 
+    def state_shapes(self):
+        """What `init` returns, as jax.ShapeDtypeStructs."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def probs(self, params, batch_stats, parts, batch_size):
         """Class probabilities, float64 [N, K] on the host, of images in parts as from feeds.parts."""
 

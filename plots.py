@@ -33,6 +33,12 @@ def save(figure, folder, name):
     figure.savefig(folder / f'{name}.pdf', metadata={'CreationDate': None})
 
 
+def remove(folder, name):
+    """Removes what `save` may have written. Raises OSError."""
+    for ending in ('png', 'pdf'):
+        (Path(folder) / f'{name}.{ending}').unlink(missing_ok=True)
+
+
 def styled(draw):
     """A function that draws a figure in the style of all of them."""
 

@@ -85,7 +85,7 @@ def resume(run, args, before, held, step=None):
     config, augmented, images = _read(args)
     data.require_same(config['dataset'], before['dataset'], args.datasetfolder, run)
     experiment = experiments.create(config)
-    _, state, progress = checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
+    _, state, progress = checkpoints.restore(run, experiment.state_shapes(), step)
     least = progress.epoch if step is None else before['flags']['epochs']  # later checkpoints may be there
     if args.epochs < least:
         raise runs.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')

@@ -110,14 +110,14 @@ def drawn(results):
         ('samples', 'posterior samples', f'evaluation of {TEST_IMAGES} images'),
         ('parameters', 'parameters', 'the optimizer alone, M = 8'),
     ]
-    styles = dict(zip(('SAM', 'bSAM', 'SGD'), plots.line_styles(), strict=False))
+    labels = {'sam': 'SAM', 'bsam': 'bSAM', 'sgd': 'SGD'}
+    styles = dict(zip(labels, plots.line_styles(), strict=False))
     figure = Figure(figsize=(11, 2.8))
     all_axes = figure.subplots(1, len(panels))
     for axes, (name, size, title) in zip(all_axes, panels, strict=True):
         for optim, curve in results[name]['seconds'].items():
             sizes = [int(n) for n in curve]
-            label = {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM'}[optim]
-            axes.loglog(sizes, list(curve.values()), label=label, marker='o', markersize=3, **styles[label])
+            axes.loglog(sizes, list(curve.values()), label=labels[optim], marker='o', markersize=3, **styles[optim])
         axes.set_xlabel(size)
         axes.set_title(title, fontsize=9)
         if name != 'parameters':

@@ -191,7 +191,7 @@ def count(model, number):
         key = jax.random.key(0)
         images = jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((50_000,), jnp.int32)
         arguments = (
-            jax.eval_shape(experiment.init, key),
+            experiment.state_shapes(),
             jax.eval_shape(start, key, jnp.int32(0)),
             *images,
             jax.ShapeDtypeStruct((), jnp.float32),

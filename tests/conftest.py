@@ -188,7 +188,7 @@ def read_log(run):
 def restore(run, step=None):
     """What checkpoints.restore returns for a run: (step, state, progress)."""
     experiment = experiments.create(runs.read_config(run))
-    return checkpoints.restore(run, jax.eval_shape(experiment.init, jax.random.key(0)), step)
+    return checkpoints.restore(run, experiment.state_shapes(), step)
 
 
 def arrays(state):

@@ -54,11 +54,14 @@ def test_everything_at_once(trained, capsys):
     assert len(results['corruptions']) == 9 and all(len(points) == 5 for points in results['corruptions'].values())
     low, high = results['intervals']['average']['nll']
     assert low < results['average']['nll'] < high
-    assert (run / 'plots' / 'mine.png').exists()
     for name in PICTURES:
         assert (run / 'plots' / f'{name}.pdf').read_bytes().startswith(b'%PDF')
         with Image.open(run / 'plots' / f'{name}.png') as image:
             assert image.width > 500 and len(np.unique(np.asarray(image))) > 10
+
+    evaluate.main([f'--resultsfolder={run}', '--plots'])
+    left = {path.stem for path in (run / 'plots').iterdir()}
+    assert left == {'mine', *PICTURES} - {'samples', 'severities'}, 'a curve of before, or what is not ours'
 
 
 def test_figures_can_be_computed_again_from_the_predictions(trained):

@@ -52,11 +52,11 @@ def test_memory_of_a_step(optim, most):
     assert (peak_bytes(step, *arguments) - of_gradient) / one_copy < most + 0.2
 
 
-@pytest.mark.parametrize(('optim', 'gradients'), [('sgd', 1), ('bsam', 2)])
-def test_step_for_gpus(optim, gradients, monkeypatch):
+@pytest.mark.parametrize(('optim', 'flags', 'gradients'), [('sgd', [], 1), ('bsam', ['--atonce=1'], 2)])
+def test_step_for_gpus(optim, flags, gradients, monkeypatch):
     """It can be lowered for them: two layers of three plain convolutions a gradient, no tiles, and noise in a loop."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
-    step, arguments = create(optim, more=['--model=resnet20', *(['--atonce=1'] if optim == 'bsam' else [])])
+    step, arguments = create(optim, more=['--model=resnet20', *flags])
     lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
     assert lowered.count('stablehlo.convolution(') == 2 * 3 * gradients and 'inlineable' not in lowered
 
