@@ -32,6 +32,7 @@ def parse_args(argv=None):
     return args
 
 
+@flags.script('demo2d.py')
 def main(argv=None):
     args = parse_args(argv)
     import jax

@@ -1,4 +1,4 @@
-"""Types of command-line flags, and errors of one line: what was wrong, with what, what to do; exit status 2."""
+"""Types of command-line flags; errors of one line: what was wrong, with what, what to do; exit status 2."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pathlib
+import signal
 import sys
 
 
@@ -198,6 +199,56 @@ def new_file(text):
 def first_line(error):
     """Of an error's message, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def script(name):
+    """Around a script's main: Ctrl-C ends it without a traceback, and what it prints may get lost but does not end it.
+
+    Once a stream cannot be written, as a pipe that nobody reads or a file on a full disk, the rest goes nowhere.
+    """
+
+    def warn(error):
+        what = f'what is printed goes nowhere from here on ({error.strerror})'
+        print(f'{name}: warning: {what}', file=sys.stderr, flush=True)
+
+    with (
+        open(os.devnull, 'w') as null,
+        contextlib.redirect_stdout(_Lasting(sys.stdout or null, warn)) as stdout,
+        contextlib.redirect_stderr(_Lasting(sys.stderr or null, lambda error: None)) as stderr,
+    ):
+        try:
+            yield
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        finally:
+            stdout.flush()
+            stderr.flush()
+
+
+class _Lasting:
+    """A text stream that becomes that of the null device, after a call of on_loss(error), when it cannot be written."""
+
+    def __init__(self, stream, on_loss):
+        self._stream, self._on_loss = stream, on_loss
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._try(self._stream.write, text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            return function(*args)
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # what is buffered is written again at the end of the process
+            os.close(null)
+            self._on_loss(error)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@flags.script('setup_tinyimagenet.py')
 def main(argv=None):
     args = parse_args(argv)
     import data

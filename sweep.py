@@ -64,6 +64,7 @@ def _part(text):
     return flags.integer(0, below=number)(index), number
 
 
+@flags.script('sweep.py')
 def main(argv=None):
     args = parse_args(argv)
     with flags.one_line_errors('sweep.py', SweepError, runs.RunError):

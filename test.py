@@ -99,6 +99,7 @@ def _expanded(patterns):
     return list({path.resolve(): path for path in map(Path, found)}.values())
 
 
+@flags.script('test.py')
 def main(argv=None):
     args = parse_args(argv)
 

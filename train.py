@@ -18,6 +18,7 @@ from settings import OF_START, WITH_POSTERIOR, continued, create_parser, flags_o
 LESS_MEMORY = '--stream takes less, and so do --atonce 1, a smaller --batchsize or --precision bfloat16'
 
 
+@flags.script('train.py')
 def main(argv=None):
     args = parse_args(argv)
     if args.seeds:

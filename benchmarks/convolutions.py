@@ -25,6 +25,7 @@ import tables
 SUB_BATCHES, SUB_BATCH = 4, 25
 
 
+@flags.script('convolutions.py')
 def main(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')

@@ -27,6 +27,7 @@ PARAMETERS = (10_000, 100_000, 1_000_000, 10_000_000, 40_000_000)
 NETWORK, SUB_BATCH, TEST_IMAGES, TURNS = 'resnet20', 25, 200, 5
 
 
+@flags.script('growth.py')
 def main(argv=None):
     args = parse_args(argv)
     if args.plot:

@@ -34,6 +34,7 @@ CLASSES, SIZE = 200, 64
 TRAINING = ['--dataset', 'tinyimagenet', '--model', 'lenet', '--optim', 'sgd', '--alpha', '0.01', '--warmup', '1']
 
 
+@flags.script('loading.py')
 def main(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
     add = parser.add_argument

@@ -42,6 +42,7 @@ RANGES = {
 }
 
 
+@flags.script('methods.py')
 def main(argv=None):
     args = parse_args(argv)
     drawn = [(optim, values) for optim in args.optimizers for values in draws(RANGES[optim], args.draws)]

@@ -25,12 +25,12 @@ import throughput
 
 import comparison
 import evaluation
+import flags
 import jobs
 import metrics
 import plots
 import settings
 import tables
-from flags import Parser
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'results'
@@ -86,8 +86,9 @@ CLAIMS = [
 ]
 
 
+@flags.script('report.py')
 def main(argv=None):
-    Parser(__doc__.splitlines()[0]).parse_args(argv)
+    flags.Parser(__doc__.splitlines()[0]).parse_args(argv)
     found = all_records()
     (RESULTS / 'README.md').write_text(page(**found))
     for path in PAGES_WITH_TABLES:

@@ -42,6 +42,7 @@ MULTIPLY_ADDS = {'resnet18': 0.5554e9, 'resnet20': 0.0408e9}
 NAMES = {'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}
 
 
+@flags.script('run.py')
 def main(argv=None):
     args = parse_args(argv)
     results = runs.provenance('benchmarks/run.py', argv) | {'machine': machine()}

@@ -38,6 +38,7 @@ NODE = 8  # devices of a node
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types, those of a step in float32
 
 
+@flags.script('scaling.py')
 def main(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
     add, positive = parser.add_argument, flags.number(above=0)

@@ -20,6 +20,7 @@ import runs
 ROOT = Path(__file__).parent.parent
 
 
+@flags.script('start.py')
 def main(argv=None):
     parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'])

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import flags
 import jobs
 import runs
 import settings
-from flags import Parser, add_jobs
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / 'results' / 'studies'
@@ -177,6 +177,7 @@ STUDIES = {
 }  # fmt: skip
 
 
+@flags.script('study.py')
 def main(argv=None):
     args = parse_args(argv)
     complete = True
@@ -193,11 +194,11 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__.splitlines()[0])
     parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'of {", ".join(STUDIES)}')
     parser.add_argument('--folder', type=Path, required=True, help='of the runs')
     parser.add_argument('--datasetfolder', default='datasets', help='folder of the data sets')
-    add_jobs(parser)
+    flags.add_jobs(parser)
     return parser.parse_args(argv)
 
 

@@ -55,6 +55,7 @@ class Trainer(run.Trainer):
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
 
+@flags.script('throughput.py')
 def main(argv=None):
     args = parse_args(argv)
     flags.use_compilecache(args.compilecache)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import archives
+import assessment
 import children
 import data
 import demo2d
@@ -288,6 +289,47 @@ def test_bad_evaluations(flags_of, tmp_path, capsys):
     error = evaluation_error([f'--resultsfolder={run}'], capsys)
     assert 'holds no checkpoint: no epoch of it was completed' in error
     assert not (run / 'metrics.json').exists()
+
+
+def test_output_that_nobody_reads_ends_no_script(flags_of, monkeypatch, capsys):
+    """As after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, 'w') as stream:
+        monkeypatch.setattr(sys, 'stdout', stream)
+        run = train.main(flags_of(epochs=1))
+        assert len(read_log(run)) == 2
+        warning = 'train.py: warning: what is printed goes nowhere from here on (Broken pipe)\n'
+        assert capsys.readouterr().err == warning
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device of Linux')
+def test_streams_that_cannot_be_written_end_no_evaluation(flags_of, monkeypatch):
+    run = train.main(flags_of())
+    with open('/dev/full', 'w') as stdout, open('/dev/full', 'w') as stderr:
+        monkeypatch.setattr(sys, 'stdout', stdout)
+        monkeypatch.setattr(sys, 'stderr', stderr)
+        evaluate.main([f'--resultsfolder={run}'])
+    assert (run / 'metrics.json').exists()
+
+
+def test_streams_that_are_closed(tmp_path):
+    command = f'{shlex.quote(sys.executable)} sweep.py nowhere.toml --output {shlex.quote(str(tmp_path))}'
+    assert subprocess.run(f'{command} 2>&-', cwd=ROOT, shell=True).returncode == 2
+    help = subprocess.run(f'{command} --help >&-', cwd=ROOT, shell=True, capture_output=True)
+    assert help.returncode == 0 and help.stderr == b''
+
+
+def test_ctrl_c_ends_an_evaluation_without_a_traceback(flags_of, monkeypatch, capsys):
+    run = train.main(flags_of())
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assessment, 'measure', interrupt)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([f'--resultsfolder={run}'])
+    assert stop.value.code == 130 and capsys.readouterr().err == ''
 
 
 def test_commands_that_are_printed_have_quotes(flags_of, tmp_path, capsys):
