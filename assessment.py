@@ -42,7 +42,8 @@ def require_comparable(args):
     for run, config in zip(args.resultsfolder, configs, strict=True):
         data.check_description(config.get('dataset'), run / 'config.json')
         if devices.is_first() and not args.reuse:
-            checkpoints.require_any(run)
+            evaluation.require_writable(run)
+            checkpoints.require_whole(run)
         for name in args.ood:
             evaluation.require_unknown(name, config['flags'])
         if args.laplace:
@@ -55,7 +56,7 @@ def require_comparable(args):
 
 
 def _common_folder(args):
-    return args.output or Path(os.path.commonpath([run.resolve() for run in args.resultsfolder]))
+    return args.output or Path(os.path.commonpath(map(os.path.realpath, args.resultsfolder)))
 
 
 def evaluate(run, args):

@@ -241,24 +241,28 @@ def restore(run, like, step=None):
 
 
 def _read(run, like, step):
-    folder, steps = Path(run).absolute() / 'checkpoints', require_any(run)
+    checkpoint = require_whole(run, step)
+    return int(checkpoint.name), _read_state(checkpoint, like), _read_progress(checkpoint)
+
+
+def require_whole(run, step=None):
+    """The folder of a run's newest checkpoint, or of that of `step`. Raises runs.RunError."""
+    folder = Path(run).absolute() / 'checkpoints'
+    try:
+        steps = all_steps(folder)
+    except OSError as error:
+        raise runs.RunError(f'{folder} cannot be read: {error.strerror}') from error
+    if not steps:
+        raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
     if step is not None and step not in steps:
         raise runs.RunError(f'{folder} holds no checkpoint {step}; there are {", ".join(map(str, steps))}')
     step = steps[-1] if step is None else step
     damage = find_damage(folder / str(step))
     if damage:
         whole = [old for old in steps if old < step and not find_damage(folder / str(old))]
-        offer = f'go on from the one before with --checkpoint {whole[-1]}' if whole else 'there is no whole one before'
+        offer = f'the one before is whole: --checkpoint {whole[-1]}' if whole else 'there is no whole one before'
         raise runs.RunError(f'{folder / str(step)} is damaged: {damage}; {offer}')
-    return step, _read_state(folder / str(step), like), _read_progress(folder / str(step))
-
-
-def require_any(run):
-    """The steps of a run's checkpoints, the newest last. Raises runs.RunError if there is none."""
-    steps = all_steps(Path(run) / 'checkpoints')
-    if not steps:
-        raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
-    return steps
+    return folder / str(step)
 
 
 def find_damage(checkpoint):

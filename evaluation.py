@@ -81,8 +81,8 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
     flags = config['flags']
     if bn_refresh:
         require_batch_normalisation(state, flags, bn_refresh)
-    if devices.is_first() and not os.access(run, os.W_OK):
-        raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
+    if devices.is_first():
+        require_writable(run)
     folder = dataset_folder or flags['datasetfolder']
     dataset = data.dataset(flags['dataset'], folder)
     if with_held_out or split == 'validation':
@@ -113,6 +113,12 @@ def _laplace_sample(experiment, flags, state, batch_size, images):
     outputs = Partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
     return Partial(partial(laplace.sample, layer), factors, state.params)
+
+
+def require_writable(run):
+    """Raises a RunError for a run folder that cannot be written."""
+    if not os.access(run, os.W_OK):
+        raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
 
 
 def require_batch_normalisation(state, flags, bn_refresh):

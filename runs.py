@@ -140,6 +140,14 @@ def read_json(path):
     return _parse_json(_read_text(path))
 
 
+def read_record(path):
+    """What a JSON file of measured figures holds. Raises RunError."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f'{path} is damaged or cannot be read: {error}') from error
+
+
 def _read_text(path, limit=1 << 24):
     if os.path.getsize(path) > limit:
         raise ValueError(f'it is larger than {limit} bytes')

@@ -24,8 +24,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     flags.require_whole_address(parser, args)
     args.testmc = sorted(set(args.testmc))
-    args.resultsfolder = _expanded(args.resultsfolder)
     try:
+        args.resultsfolder = _expanded(args.resultsfolder)
         _require_consistency(args, parser.given(argv))
     except ValueError as error:
         parser.error(str(error))
@@ -92,11 +92,20 @@ def _require_consistency(args, given):
 
 
 def _expanded(patterns):
-    """Folders of names and patterns, those that a shell left alone; each once."""
+    """Folders of names and patterns, those that a shell left alone; each once. Raises a ValueError if there is none.
+
+    A pattern also matches the tables that an evaluation before has left beside its runs: files are passed over.
+    """
     found = []
     for pattern in patterns:
-        found += [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)) or [pattern]
-    return list({path.resolve(): path for path in map(Path, found)}.values())
+        matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
+        if not matches and set(pattern) & set('*?['):
+            raise ValueError(f'--resultsfolder {pattern} matches nothing')
+        found += matches or [pattern]
+    folders = [path for path in found if not os.path.isfile(path)]
+    if not folders:
+        raise ValueError(f'--resultsfolder {found[0]} is a file: name the folder run_K that train.py printed')
+    return list({os.path.realpath(folder): Path(folder) for folder in folders}.values())
 
 
 @flags.script('test.py')

@@ -7,9 +7,7 @@ Seconds are medians over turns, so that what else a machine does disturbs all po
 but for the parameters: there the loss is |w|²/2, so that the optimizer itself is all that costs.
 """
 
-import json
 import statistics
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +28,12 @@ NETWORK, SUB_BATCH, TEST_IMAGES, TURNS = 'resnet20', 25, 200, 5
 @flags.script('growth.py')
 def main(argv=None):
     args = parse_args(argv)
-    if args.plot:
-        source, picture = args.plot
-        drawn(json.loads(source.read_text())).savefig(picture, dpi=150)
-        return
-    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    with flags.one_line_errors('growth.py', runs.RunError):
+        if args.plot:
+            source, picture = args.plot
+            drawn(all_panels(source)).savefig(picture, dpi=150)
+            return
+        results = runs.read_record(args.json) if args.json.exists() else {}
     measured = runs.provenance('benchmarks/growth.py', argv)
     for name in args.panels:
         results[name] = measured | {'seconds': curves(*PANELS[name])}
@@ -47,8 +46,22 @@ def parse_args(argv):
     action.add_argument('--json', type=flags.new_file, help='measure, and write the figures into this file')
     help = 'what to measure; others in the file stay (default: all)'
     parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
-    action.add_argument('--plot', type=Path, nargs=2, metavar=('JSON', 'PNG'), help='plot figures measured before')
-    return parser.parse_args(argv)
+    action.add_argument(
+        '--plot', type=flags.new_file, nargs=2, metavar=('JSON', 'PNG'), help='plot figures measured before'
+    )
+    args = parser.parse_args(argv)
+    if args.plot and args.plot[1].suffix != '.png':
+        parser.error(f'--plot {args.plot[1]} is not the name of a .png')
+    return args
+
+
+def all_panels(path):
+    """The figures of a JSON file with those of all panels. Raises RunError."""
+    results = runs.read_record(path)
+    lacking = PANELS.keys() - results
+    if lacking:
+        raise runs.RunError(f'{path} has no figures of {", ".join(sorted(lacking))}: measure them with --json {path}')
+    return results
 
 
 def curves(make, optims, sizes):

@@ -46,6 +46,9 @@ RANGES = {
 def main(argv=None):
     args = parse_args(argv)
     drawn = [(optim, values) for optim in args.optimizers for values in draws(RANGES[optim], args.draws)]
+    for draw in drawn:
+        for values in (tuning_flags(args, *draw), final_flags(args, *draw, seed=0)):
+            settings.parse_args(jobs.arguments(values))  # ends the script if train.py would not take them
     nlls = complete(args, [partial(tune, args, number, *draw) for number, draw in enumerate(drawn)])
     tried = {optim: [] for optim in args.optimizers}
     for (optim, values), nll in zip(drawn, nlls, strict=True):
@@ -66,22 +69,26 @@ def main(argv=None):
 
 def parse_args(argv):
     parser = flags.Parser(__doc__.splitlines()[0])
-    parser.add_argument('--dataset', default='digits')
-    parser.add_argument('--model', default='lenet')
-    parser.add_argument('--datasetfolder', default='datasets')
-    parser.add_argument('--batchsize', type=flags.integer(1), default=50)
+    parser.add_argument('--dataset', default='digits', help='as of train.py')
+    parser.add_argument('--model', default='lenet', help='as of train.py')
+    parser.add_argument('--datasetfolder', default='datasets', help='folder of the data sets')
+    parser.add_argument('--batchsize', type=flags.integer(1), default=50, help='images per training step')
     parser.add_argument('--batchsplit', type=flags.integer(1), default=5, help='of optimizers with several sub-batches')
     parser.add_argument('--draws', type=flags.integer(1), default=8, help='settings tried for each optimizer')
-    parser.add_argument('--tuneepochs', type=flags.integer(1), default=10)
-    parser.add_argument('--epochs', type=flags.integer(1), default=30)
+    parser.add_argument('--tuneepochs', type=flags.integer(1), default=10, help='epochs of each setting')
+    parser.add_argument('--epochs', type=flags.integer(1), default=30, help='epochs with the setting chosen')
     fraction = flags.number(above=0, below=1)
     parser.add_argument('--validation', type=fraction, default=0.2, help='fraction kept out for tuning')
-    parser.add_argument('--seeds', type=flags.integer(1), default=5)
-    parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES))
+    parser.add_argument('--seeds', type=flags.integer(1), default=5, help='runs with the setting chosen')
+    help = 'what is compared'
+    parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES), help=help)
     parser.add_argument('--folder', type=Path, required=True, help='of the runs; those that it has are gone on with')
     parser.add_argument('--output', type=flags.new_file, required=True, help='results/NAME, without a suffix')
     flags.add_jobs(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seeds * len(set(args.optimizers)) == 1:
+        parser.error('one run is no comparison: take more --seeds or --optimizers')
+    return args
 
 
 def draws(ranges, number):
@@ -102,7 +109,7 @@ def complete(args, tasks):
 
 def tune(args, number, optim, drawn, run):
     """Trains with the settings drawn; returns the NLL over samples on the images that were kept out."""
-    values = flags_of(args, optim, drawn) | {'validation': args.validation, 'epochs': args.tuneepochs - 1}
+    values = tuning_flags(args, optim, drawn)
     tests = [['--split=validation', '--testmc=8']]
     _, (measured,) = jobs.trained_and_tested(run, args.folder / 'tuning' / f'{number:03}', values, tests)
     nll = measured['average']['nll']
@@ -112,11 +119,19 @@ def tune(args, number, optim, drawn, run):
 
 def train(args, optim, chosen, seed, run):
     """Trains with the settings chosen and evaluates; returns the run folder."""
-    values = flags_of(args, optim, chosen) | {'epochs': args.epochs - 1, 'randomseed': seed}
+    values = final_flags(args, optim, chosen, seed)
     tests = [['--testmc=32']] + [['--testmc=32', '--laplace']] * (optim not in settings.WITH_POSTERIOR)
     trained, _ = jobs.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, tests)
     print(trained, flush=True)
     return trained
+
+
+def tuning_flags(args, optim, drawn):
+    return flags_of(args, optim, drawn) | {'validation': args.validation, 'epochs': args.tuneepochs - 1}
+
+
+def final_flags(args, optim, chosen, seed):
+    return flags_of(args, optim, chosen) | {'epochs': args.epochs - 1, 'randomseed': seed}
 
 
 def flags_of(args, optim, chosen):

@@ -6,7 +6,6 @@ The prose is report.md; here are its tables, verdicts and pictures.
 """
 
 import csv
-import json
 import re
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ import flags
 import jobs
 import metrics
 import plots
+import runs
 import settings
 import tables
 
@@ -89,10 +89,12 @@ CLAIMS = [
 @flags.script('report.py')
 def main(argv=None):
     flags.Parser(__doc__.splitlines()[0]).parse_args(argv)
-    found = all_records()
-    (RESULTS / 'README.md').write_text(page(**found))
-    for path in PAGES_WITH_TABLES:
-        path.write_text(with_tables(path.read_text()))
+    with flags.one_line_errors('report.py', runs.RunError):
+        found = all_records()
+        pages = {RESULTS / 'README.md': page(**found)}
+        pages |= {path: with_tables(path.read_text()) for path in PAGES_WITH_TABLES}
+    for path, text in pages.items():
+        path.write_text(text)
     pictures = {
         'reliability': reliability(found['cifar10_few']),
         'few_samples': over_samples(found['cifar10_few']),
@@ -140,7 +142,7 @@ def records(name):
     found = {}
     for variant, seed, path in study.records(name):
         if path.exists():
-            found.setdefault(variant, {})[seed] = json.loads(path.read_text())
+            found.setdefault(variant, {})[seed] = runs.read_record(path)
     return found
 
 
@@ -391,7 +393,7 @@ def few_table(found):
 
 
 def kept(name):
-    return json.loads((RESULTS / f'{name}.json').read_text())
+    return runs.read_record(RESULTS / f'{name}.json')
 
 
 def measured_scaling_table():

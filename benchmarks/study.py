@@ -8,7 +8,6 @@ metrics with the bins of the reliability diagram, but neither weights nor predic
 trained again, and an interrupted one goes on where it was. report.py makes tables and pictures of these files.
 """
 
-import json
 import shutil
 import sys
 from functools import partial
@@ -236,7 +235,7 @@ def keep(args, name, variant, seed, path, run):
 
 def require_record(path, flags, evaluations):
     """Raises a RunError if a record is not of these flags and evaluations, as when its study was changed since."""
-    record = json.loads(path.read_text())
+    record = runs.read_record(path)
     same = set(record['command'].split()) == set(command_of(flags).split())
     if not same or record['evaluations'].keys() != evaluations.keys():
         raise runs.RunError(f'{path} is not what STUDIES asks for now: remove it')
@@ -292,7 +291,7 @@ def validation_nll(study, variant):
     path = KEPT / study / f'{variant}_0.json'
     if not path.exists():
         raise runs.RunError(f'{path} is missing: run the study {study} first')
-    nll = json.loads(path.read_text())['evaluations']['validation']['average']['nll']
+    nll = runs.read_record(path)['evaluations']['validation']['average']['nll']
     return float('inf') if nll is None else nll
 
 

@@ -85,6 +85,31 @@ def test_methods(benchmark, forked_jobs, datasets, tmp_path):
     assert '| sgd, mean' in (tmp_path / 'mnist.md').read_text() and (tmp_path / 'mnist.csv').exists()
 
 
+@pytest.mark.parametrize(
+    ('flags', 'reason'),
+    [
+        (['--dataset=moons'], "unknown: 'moons'"),
+        (['--batchsize=51'], 'take --batchsize 50 or 55'),
+        (['--optimizers', 'sgd', 'swag', '--epochs=1'], 'swag needs two epochs'),
+        (['--optimizers', 'sgd', '--seeds=1'], 'one run is no comparison'),
+    ],
+)
+def test_methods_that_would_fail_are_not_begun(benchmark, flags, reason, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark('methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "mnist"}'])
+    assert stop.value.code == 2 and reason in capsys.readouterr().err and not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize('text', [None, '{', '[]', '{}'])
+def test_figures_that_cannot_be_plotted(benchmark, text, tmp_path, capsys):
+    figures, picture = tmp_path / 'growth.json', tmp_path / 'growth.png'
+    if text is not None:
+        figures.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        benchmark('growth').main(['--plot', str(figures), str(picture)])
+    assert stop.value.code == 2 and capsys.readouterr().err.count('\n') == 1 and not picture.exists()
+
+
 def test_growth(benchmark, tmp_path, monkeypatch):
     growth = benchmark('growth')
     monkeypatch.setattr(growth, 'TURNS', 1)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import zipfile
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import assessment
+import checkpoints
 import data
 import evaluation
 import metrics
@@ -254,6 +256,30 @@ def test_an_earlier_checkpoint(trained, capsys):
     assert f'{run} is evaluated in epoch 1 of 2' in capsys.readouterr().err
     assert results_of(run, 'metrics-3')['trained'] == {'epoch': 0, 'steps_of_epoch': 3}
     assert (run / 'metrics.json').read_text() == before
+
+
+def test_one_of_several_runs_that_is_damaged_or_read_only(flags_of, monkeypatch, capsys):
+    """It is found before the first of them is evaluated."""
+    first, second = (train.main(flags_of(randomseed=seed)) for seed in (0, 1))
+    both = ['--resultsfolder', str(first), str(second)]
+    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != second)  # the superuser could write it
+    assert f'{second} cannot be written' in error_of(both, capsys)
+    monkeypatch.undo()
+    newest = second / 'checkpoints' / str(checkpoints.all_steps(second / 'checkpoints')[-1])
+    (newest / 'progress.json').unlink()
+    assert 'progress.json is missing; the one before is whole: --checkpoint' in error_of(both, capsys)
+    assert not (first / 'metrics.json').exists()
+
+
+def test_a_pattern_that_also_names_the_tables_of_before(flags_of, capsys):
+    first, _ = (train.main(flags_of(randomseed=seed)) for seed in (0, 1))
+    everything = f'--resultsfolder={first.parent}/*'
+    evaluate.main([everything])
+    assert (first.parent / 'comparison.csv').exists()
+    evaluate.main([everything])
+    assert 'comparison.csv is a file' in error_of([f'--resultsfolder={first.parent}/*.csv'], capsys)
+    assert 'run_x* matches nothing' in error_of([f'--resultsfolder={first.parent}/run_x*'], capsys)
 
 
 def test_one_of_several_runs_without_a_checkpoint(flags_of, capsys):
