@@ -101,7 +101,11 @@ def check_flags(flags, split):
 
 def check_labels(results):
     """Raises a ComparisonError unless all results are of the same images."""
-    if not all(np.array_equal(result.labels, results[0].labels) for result in results):
+    first = results[0]
+    same = (
+        np.array_equal(result.labels, first.labels) and result.probs.shape == first.probs.shape for result in results
+    )
+    if not all(same):
         raise ComparisonError('the runs were evaluated on different images: evaluate them again, without --reuse')
 
 

@@ -26,6 +26,7 @@ import models
 import posteriors
 import runs
 import settings
+import training
 
 
 class Trained(NamedTuple):
@@ -109,6 +110,8 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
 def _laplace_sample(experiment, flags, state, batch_size, images):
     """sample(key) of a Laplace approximation around the trained weights. Raises RunError."""
     require_place_for_laplace(flags)
+    if not jax.device_get(training.all_finite(state)):
+        raise runs.RunError('--laplace: weights of the run are not finite, so that there is nothing to approximate')
     layer = models.LAST_LAYERS[flags['model']]
     outputs = Partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])

@@ -135,14 +135,16 @@ def require_whole_address(parser, args):
         parser.error('--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1')
 
 
-def integer(minimum, below=math.inf):
-    """A flag type: whole numbers from `minimum` on and less than `below`."""
+def integer(minimum, below=2**31):
+    """A flag type: whole numbers from `minimum` on and less than `below`, by default those that fit in an int32."""
 
     def parse(text):
+        too_large = False
         with contextlib.suppress(ValueError):
             if minimum <= int(text) < below:
                 return int(text)
-        bound = '' if below == math.inf else f' and less than {below}'
+            too_large = int(text) >= below
+        bound = f' and less than {below}' if too_large or below < 2**31 else ''
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {minimum} or more{bound}')
 
     parse.whole = True

@@ -145,12 +145,20 @@ def _gpus():
 
 def train_seeds(values, seeds):
     """Trains with the flags {name: value} and each seed, in processes whose lines it prints; returns an exit status."""
+    begun = set()
 
     def train(seed, run):
+        begun.add(seed)
         command = [sys.executable, SCRIPTS / 'train.py', *arguments(values | {'randomseed': seed})]
         return run(command, lambda line: print(f'seed {seed}: {line}', end='', flush=True))
 
-    statuses = on_devices([partial(train, seed) for seed in seeds])
+    try:
+        statuses = on_devices([partial(train, seed) for seed in seeds])
+    except SystemExit:
+        left = [str(seed) for seed in seeds if seed not in begun]
+        if left:
+            print(f'not begun; train with the same flags and --seeds {" ".join(left)}', file=sys.stderr)
+        raise
     return max(128 - status if status < 0 else status for status in statuses)
 
 
@@ -205,7 +213,11 @@ def _tested(call, trained, values, given):
 
 def metrics(trained, given):
     """What test.py measured of a run folder when it was last called with such arguments. Raises OSError, ValueError."""
-    return runs.read_json(runs.metrics_file(trained, test.parse_args([f'--resultsfolder={trained}', *given])))
+    path = runs.metrics_file(trained, test.parse_args([f'--resultsfolder={trained}', *given]))
+    measured = runs.read_json(path)
+    if not isinstance(measured, dict):
+        raise ValueError(f'{path.name} is not what test.py writes')
+    return measured
 
 
 def require_same_flags(folder, values):

@@ -231,7 +231,12 @@ def temper(probs, temperature):
 
 
 def fit_temperature(probs, labels):
-    """The temperature, between 0.05 and 20, at which the NLL of `temper(probs, temperature)` is least."""
+    """The temperature, between 0.05 and 20, at which the NLL of `temper(probs, temperature)` is least.
+
+    nan if a probability is, as after a divergence.
+    """
+    if not np.isfinite(probs).all():
+        return float('nan')
     import scipy.optimize  # a third of a second that no start of a training should wait for
 
     def loss(log_temperature):

@@ -59,7 +59,8 @@ def reliability(diagrams, fewest=1):
     for (title, bins), (top, bottom) in zip(diagrams.items(), axes.T, strict=True):
         counts = np.asarray(bins['counts'])
         accuracy, confidence = (np.asarray(bins[name], float) for name in ('accuracy', 'confidence'))
-        error = np.nansum(counts * np.abs(accuracy - confidence)) / counts.sum()
+        held = counts > 0
+        error = np.sum(counts[held] * np.abs(accuracy - confidence)[held]) / counts.sum()
         width = 1 / len(counts)
         edges = np.arange(len(counts)) * width
         drawn = counts >= fewest

@@ -39,6 +39,7 @@ import settings
 import tables
 import test
 
+_MOST_RUNS = 10_000  # whose folders have numbers of four digits
 SHOWN = ('nll', 'accuracy', 'ece')
 
 
@@ -95,7 +96,7 @@ def read(path):
     draws = ranges.pop('draws', 1)
     if unknown:
         raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
-    reserved = {*settings.OF_START, 'resultsfolder', 'devices'} & {*fixed, *grid, *ranges}
+    reserved = {*settings.OF_START, 'resultsfolder', 'devices', 'help'} & {*fixed, *grid, *ranges}
     if reserved:
         raise SweepError(f'{path}: {min(reserved)} is not for sweeps, whose runs have folders and devices of their own')
     if grid.keys() & ranges.keys():
@@ -108,6 +109,9 @@ def read(path):
         raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
     if 'random' in sweep and not ranges:
         raise SweepError(f'{path}: [random] draws nothing: give it flags, each with two numbers')
+    number = draws * math.prod(len(values) for values in grid.values())
+    if number > _MOST_RUNS:
+        raise SweepError(f'{path} asks for {number} runs: {_MOST_RUNS} are the most')
     rng = random.Random(0)
     whole = {name for name in ranges if settings.create_parser().takes_whole_numbers(name)}
     drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]
@@ -171,7 +175,7 @@ def _measured(args, number, values):
 
 
 def summarise(args, sweep, varied):
-    """Writes summary.md and summary.csv, the run of least validation NLL first; returns the first.
+    """Writes summary.md and summary.csv, the run of least validation NLL first, if any is complete; returns the first.
 
     sweep: all flags of each run; varied: those of them that are not the same for all. Raises RunError.
     """
@@ -189,8 +193,9 @@ def summarise(args, sweep, varied):
         for number in complete
     ]
     text = tables.markdown(header, rows) + f'\n{len(complete)} of {len(sweep)} runs, by validation metrics\n'
-    runs.write_bytes(args.output / 'summary.md', text.encode())
-    runs.write_bytes(args.output / 'summary.csv', tables.comma_separated(header, rows).encode())
+    if complete:
+        runs.write_bytes(args.output / 'summary.md', text.encode())
+        runs.write_bytes(args.output / 'summary.csv', tables.comma_separated(header, rows).encode())
     return text
 
 

@@ -106,6 +106,12 @@ def test_laplace_has_the_name_of_its_method():
     ]  # fmt: skip
 
 
+def test_runs_of_other_classes_are_refused():
+    other = result('sam', 0)._replace(probs=np.full((400, 4), 0.25))
+    with pytest.raises(comparison.ComparisonError, match='evaluated on different images'):
+        comparison.check_labels([result('sgd', 0), other])
+
+
 def test_perfect_values_are_bold_only_where_asked():
     certain = np.eye(3)[LABELS]
     rows = comparison.rows([result('sgd', 0)._replace(probs_at_mean=certain, probs=certain)])

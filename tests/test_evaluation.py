@@ -246,6 +246,17 @@ def test_one_of_several_runs_without_a_description(flags_of, monkeypatch, capsys
     assert 'does not describe images' in error_of(['--resultsfolder', str(first), str(second)], capsys)
 
 
+def test_a_diverged_run(flags_of, monkeypatch, capsys):
+    """No picture, temperature or approximation of it looks like a result."""
+    run = train.main([*flags_of(optim='sgd', alpha=1e30, validation=0.25), '--keepgoing'])
+    drawn = []
+    monkeypatch.setattr('plots.save', lambda figure, folder, name: drawn.append(figure))
+    evaluate.main([f'--resultsfolder={run}', '--plots', '--temperature'])
+    (title,) = {axes.get_title().splitlines()[1] for axes in drawn[0].axes[:2]}
+    assert title == 'ECE nan' and results_of(run)['temperature']['mean']['temperature'] is None
+    assert 'weights of the run are not finite' in error_of([f'--resultsfolder={run}', '--laplace'], capsys)
+
+
 def test_an_earlier_checkpoint(trained, capsys):
     """Its results stand beside those of the end, and a warning says where it is."""
     run = trained()

@@ -58,6 +58,17 @@ def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
     assert jobs.train_seeds({}, [0, 1, 2]) == 137
 
 
+def test_seeds_that_a_signal_left_out_are_named(monkeypatch, capsys):
+    def first_alone(tasks):
+        tasks[0](lambda command, write: 0)
+        sys.exit(143)
+
+    monkeypatch.setattr(jobs, 'on_devices', first_alone)
+    with pytest.raises(SystemExit):
+        jobs.train_seeds({}, [0, 1, 2])
+    assert capsys.readouterr().err == 'not begun; train with the same flags and --seeds 1 2\n'
+
+
 def test_run_to_go_on_with(tmp_path):
     """One with a whole checkpoint, not with one that a kill left half written."""
     checkpoints = tmp_path / 'mnist_mlp' / 'sgd' / 'run_0' / 'checkpoints'
@@ -69,9 +80,12 @@ def test_run_to_go_on_with(tmp_path):
 
 def test_what_test_py_measured(tmp_path):
     for mark in ('', '-validation', '-laplace'):
-        (tmp_path / f'metrics{mark}.json').write_text(json.dumps(mark))
+        (tmp_path / f'metrics{mark}.json').write_text(json.dumps({'of': mark}))
     given = {'': ['--testmc=8'], '-validation': ['--split', 'validation'], '-laplace': ['--testmc=8', '--laplace']}
-    assert all(jobs.metrics(tmp_path, arguments) == mark for mark, arguments in given.items())
+    assert all(jobs.metrics(tmp_path, arguments) == {'of': mark} for mark, arguments in given.items())
+    (tmp_path / 'metrics.json').write_text('[]')
+    with pytest.raises(ValueError, match=r'metrics\.json is not what test\.py writes'):
+        jobs.metrics(tmp_path, [])
 
 
 def test_several_processes_on_a_gpu(monkeypatch):

@@ -243,6 +243,7 @@ def test_summary_of_a_diverged_network():
     """argmax of NaN is class 0: an accuracy of a tenth would look like a result."""
     summary = metrics.summary(np.full((4, 10), np.nan), np.zeros(4, int))
     assert len(summary) == 13 and np.isnan(list(summary.values())).all()
+    assert np.isnan(metrics.fit_temperature(np.full((4, 10), np.nan), np.zeros(4, int)))
 
 
 def test_softmax_of_large_logits():

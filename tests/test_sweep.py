@@ -107,11 +107,12 @@ def test_an_evaluation_by_hand_is_not_the_sweep_s(toml, output, capsys):
     """Runs are ranked by evaluations that are alike: one with other flags is made again."""
     arguments = [str(toml), f'--output={output}', '--testmc=1', '--part=0/4']
     (run,) = output.glob('0000/*/*/run_*')
+    summary = (output / 'summary.md').read_text()
     for flag in ('--bins=7', '--testimages=3'):
         evaluate.main([f'--resultsfolder={run}', '--split=validation', '--testmc=1', flag])
         capsys.readouterr()
         sweep.main([*arguments, '--summary'])
-        assert '0 of 4 runs' in capsys.readouterr().out
+        assert '0 of 4 runs' in capsys.readouterr().out and (output / 'summary.md').read_text() == summary
         sweep.main(arguments)
         assert '1 of 4 runs' in capsys.readouterr().out
 
@@ -161,6 +162,9 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
         ('epochs = 0', 'epoch = 0', 'unrecognized arguments: --epoch=0'),
         ('epochs = 0', "resume = 'run_0'", 'resume is not for sweeps'),
         ('epochs = 0', 'devices = 2', 'devices is not for sweeps'),
+        ('epochs = 0', 'help = true', 'help is not for sweeps'),
+        ('epochs = 0', f'epochs = {2**31}', 'is not a whole number of 0 or more and less than 2147483648'),
+        ('draws = 2', 'draws = 300_000_000', 'asks for 600000000 runs'),
         ('alpha = [', 'optim = [', 'optim is in [grid] and in [random]: leave one out'),
     ],
 )
