@@ -30,10 +30,13 @@ def main(argv=None):
     root = args.datasetfolder / 'tiny-imagenet-200'
     archive = args.datasetfolder / 'tiny-imagenet-200.zip'
     with flags.one_line_errors('setup_tinyimagenet.py', data.DataError):
-        if not os.path.exists(root):
+        if not os.path.lexists(root):
             if not os.path.exists(archive):
                 data.download(data.TINYIMAGENET, archive)
             unpack(archive, root)
+        for name in ('train', 'val'):
+            if not (root / name).is_dir():
+                raise data.DataError(f'{root} is not the unpacked zip: it has no folder {name}; move it away')
         try:
             sort_validation_images(root / 'val')
         except (OSError, ValueError) as error:
@@ -58,9 +61,13 @@ def unpack(archive, root):
     try:
         with zipfile.ZipFile(archive) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
+            if not wanted:
+                raise zipfile.BadZipFile(f'it holds no folder {root.name}')
             for name in tqdm(wanted, 'unpacking', unit=' files', leave=False, disable=None):
                 if members.getinfo(name).file_size > _LARGEST_MEMBER:
                     raise zipfile.BadZipFile(f'{name} has more than {_LARGEST_MEMBER} bytes')
+                if '..' in PurePosixPath(name).parts:
+                    raise zipfile.BadZipFile(f'{name} leads out of its folder')
                 members.extract(name, partial)
         os.replace(partial / root.name, root)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
@@ -88,7 +95,7 @@ def sort_validation_images(val):
     if not annotations.exists():
         raise DataError(f'{annotations} is missing, so the images in {unsorted} cannot be sorted')
     for line in annotations.read_text().splitlines():
-        name, class_name = line.split('\t')[:2]
+        name, class_name, *_ = [*line.split('\t'), '']
         if not _FILE_NAME.fullmatch(name) or not _FILE_NAME.fullmatch(class_name):
             raise DataError(f'{annotations} is damaged: {name[:50]!r} in {class_name[:50]!r} are not plain names')
         (val / class_name).mkdir(exist_ok=True)

@@ -395,17 +395,24 @@ def test_annotations_that_lead_outside(name, where, tmp_path, capsys):
     folder = tmp_path / 'datasets'
     archives.write_files(folder / 'tiny-imagenet-200' / 'val', {'val_annotations.txt': f'{name}\t{where}\n'.encode()})
     (folder / 'tiny-imagenet-200' / 'val' / 'images').mkdir()
+    (folder / 'tiny-imagenet-200' / 'train').mkdir()
     error = error_of(setup_tinyimagenet.main, [f'--datasetfolder={folder}'], capsys)
     assert 'are not plain names' in error and [path.name for path in tmp_path.iterdir()] == ['datasets']
 
 
-def test_zip_with_a_bomb_and_outside_paths(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ('name', 'size', 'reason'),
+    [
+        ('n0/images/bomb.JPEG', 1 << 21, 'has more than 1048576 bytes'),
+        ('../../../../evil.JPEG', 1, 'leads out of its folder'),
+    ],
+)
+def test_zip_with_a_bomb_and_outside_paths(name, size, reason, tmp_path, capsys):
     folder = tmp_path / 'datasets'
     folder.mkdir()
     with zipfile.ZipFile(folder / 'tiny-imagenet-200.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('tiny-imagenet-200/train/../../../../evil.JPEG', b'')
         archive.writestr('/tiny-imagenet-200/val/evil.JPEG', b'')
-        archive.writestr('tiny-imagenet-200/train/n0/images/bomb.JPEG', b'\0' * (1 << 21))
+        archive.writestr(f'tiny-imagenet-200/train/{name}', b'\0' * size)
     error = error_of(setup_tinyimagenet.main, [f'--datasetfolder={folder}'], capsys)
-    assert 'bomb.JPEG has more than 1048576 bytes' in error
+    assert f'{name} {reason}' in error
     assert os.listdir(tmp_path) == ['datasets'] and os.listdir(folder) == ['tiny-imagenet-200.zip']

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +138,23 @@ def test_damaged_zip(folder, capsys):
 def test_damaged_annotations(folder, capsys):
     shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
     (folder / 'tiny-imagenet-200' / 'val' / 'val_annotations.txt').write_text('one word a line\n')
-    assert 'cannot be sorted' in error_of(['--datasetfolder', str(folder)], capsys)
+    error = error_of(['--datasetfolder', str(folder)], capsys)
+    assert "val_annotations.txt is damaged: 'one word a line' in '' are not plain names" in error
     assert len(os.listdir(folder / 'tiny-imagenet-200' / 'val' / 'images')) == 200
+
+
+def test_something_else_in_place_of_the_folder(folder, capsys):
+    root = folder / 'tiny-imagenet-200'
+    for make in (root.touch, root.mkdir, lambda: root.symlink_to('nowhere')):
+        make()
+        assert f'{root} is not the unpacked zip' in error_of(['--datasetfolder', str(folder)], capsys)
+        root.rmdir() if root.is_dir() else root.unlink()
+
+
+def test_zip_of_something_else(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / 'tiny-imagenet-200.zip', 'w') as archive:
+        archive.writestr('readme.txt', 'text')
+    assert 'it holds no folder tiny-imagenet-200' in error_of(['--datasetfolder', str(tmp_path)], capsys)
 
 
 def test_damaged_image(folder, capsys):
