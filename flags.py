@@ -86,13 +86,26 @@ def add_compilecache(parser):
     """--compilecache, the folder where XLA keeps what it compiled for the next start."""
     default = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'bayesian-sam')
     help = 'folder of compiled functions, which make the next start fast; "off" for none'
-    parser.add_argument('--compilecache', default=default, help=help)
+    parser.add_argument('--compilecache', type=_folder_or_off, default=default, help=help)
+
+
+def _folder_or_off(text):
+    """A flag type: 'off', or the absolute path of a folder: a run may be resumed elsewhere."""
+    return text if text == 'off' else os.path.abspath(text)
 
 
 def use_compilecache(folder):
-    """Turns JAX's persistent compilation cache on, unless folder is 'off'."""
+    """Turns JAX's persistent compilation cache on, unless folder is 'off', or cannot be written: then it warns."""
     import jax
 
+    if folder != 'off':
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            script = os.path.basename(sys.argv[0])
+            what = f'--compilecache {folder} cannot be written: what is compiled is not kept'
+            print(f'{script}: warning: {what}', file=sys.stderr)
+            folder = 'off'
     jax.config.update('jax_enable_compilation_cache', folder != 'off')
     if folder != 'off':
         jax.config.update('jax_compilation_cache_dir', folder)

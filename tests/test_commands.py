@@ -23,10 +23,12 @@ import experiments
 import models
 import optimizers
 import posteriors
+import runs
 import settings
 import test as evaluate
 import train
 from conftest import read_log, restore
+from flags import use_compilecache
 
 ROOT = Path(__file__).parent.parent
 LINE = re.compile(
@@ -138,6 +140,19 @@ def test_compiled_functions_are_kept_where_the_flag_says(flags_of, tmp_path):
         children.run(['train.py', *flags_of(epochs=0), f'--compilecache={folder}']).check_returncode()
         assert (tmp_path / 'compiled').exists() == exists
     assert any((tmp_path / 'compiled').iterdir()) and not (ROOT / 'off').exists()
+
+
+def test_compiled_functions_that_have_no_place(flags_of, compilecache, tmp_path, monkeypatch, capsys):
+    """They are not kept, and training goes on."""
+    (tmp_path / 'file').touch()
+    monkeypatch.chdir(tmp_path)
+    try:
+        run = train.main(flags_of(compilecache='file'))
+        error = capsys.readouterr().err
+        assert f'warning: --compilecache {tmp_path}/file cannot be written' in error and error.count('\n') == 1
+        assert runs.read_config(run)['flags']['compilecache'] == f'{tmp_path}/file'
+    finally:
+        use_compilecache(str(compilecache))
 
 
 def test_runs_started_together_get_different_folders(tmp_path):
