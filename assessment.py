@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+
 import checkpoints
 import comparison
 import data
@@ -20,8 +22,12 @@ import tables
 def assess(args):
     """Prints and writes all that the arguments of test.py ask for. Raises DataError, RunError and others."""
     several = len(args.resultsfolder) > 1
+    configs = devices.from_first(lambda: [settings.read_config(run) for run in args.resultsfolder])
     if several:
-        require_comparable(args)
+        require_comparable(configs, args)
+    if not args.reuse:
+        for run, config in zip(args.resultsfolder, configs, strict=True):
+            require_possible(run, config, args)
     results = []
     for run in args.resultsfolder:
         if several and not args.reuse:
@@ -31,28 +37,43 @@ def assess(args):
         compare(results, args)
 
 
-def require_comparable(args):
-    """Raises ComparisonError, DataError or RunError for what would else be found out after some runs are evaluated."""
-    if args.output and devices.is_first() and not os.path.isdir(args.output):
-        raise runs.RunError(f'--output {args.output} is no folder: make it first')
-    if devices.is_first() and not os.access(_common_folder(args), os.W_OK):
-        raise runs.RunError(f'{_common_folder(args)} cannot be written: name another --output')
-    configs = devices.from_first(lambda: [settings.read_config(run) for run in args.resultsfolder])
+def require_comparable(configs, args):
+    """Raises a ComparisonError or RunError for what would be found out after some of several runs are evaluated."""
+    if devices.is_first():
+        if args.output and not os.path.isdir(args.output):
+            raise runs.RunError(f'--output {args.output} is no folder: make it first')
+        if not os.access(_common_folder(args), os.W_OK):
+            raise runs.RunError(f'{_common_folder(args)} cannot be written: name another --output')
+        if not args.reuse:
+            for run in args.resultsfolder:
+                checkpoints.require_whole(run)
     comparison.check_flags([config['flags'] for config in configs], args.split)
-    for run, config in zip(args.resultsfolder, configs, strict=True):
-        data.check_description(config.get('dataset'), run / 'config.json')
-        if devices.is_first() and not args.reuse:
-            evaluation.require_writable(run)
-            checkpoints.require_whole(run)
-        for name in args.ood:
-            evaluation.require_unknown(name, config['flags'])
-        if args.laplace:
-            evaluation.require_place_for_laplace(config['flags'])
-        if args.temperature or args.split == 'validation':
-            evaluation.require_held_out(run, config['flags'])
-        if args.bnrefresh:
-            shapes = experiments.create(config).state_shapes()
-            evaluation.require_batch_normalisation(shapes, config['flags'], args.bnrefresh)
+
+
+def require_possible(run, config, args):
+    """Raises a DataError, ModelError or RunError for what cannot be asked of a run with this configuration."""
+    flags, described = config['flags'], config.get('dataset')
+    data.check_description(described, run / 'config.json')
+    if devices.is_first():
+        if not os.access(run, os.W_OK):
+            raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
+        if args.plots:
+            runs.read_log(run)
+    if flags['dataset'] in args.ood:
+        raise data.DataError(f'--ood {flags["dataset"]}: these are the images that the run knows')
+    if args.laplace and flags['optim'] in settings.WITH_POSTERIOR:
+        raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
+    if args.laplace and flags['priorprec'] == 0:
+        raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
+    if (args.temperature or args.split == 'validation') and not flags['validation']:
+        raise runs.RunError(f'{run} kept no training images out: train with --validation 0.1')
+    if args.bnrefresh:
+        batches = described['num_train'] // flags['batchsize']
+        if args.bnrefresh > batches:
+            what = f'the training images are {batches} batches of {flags["batchsize"]}'
+            raise runs.RunError(f'--bnrefresh {args.bnrefresh}: {what}')
+        if not jax.tree.leaves(experiments.create(config).state_shapes().batch_stats):
+            raise runs.RunError(f'--bnrefresh {args.bnrefresh}: {flags["model"]} has no batch normalisation')
 
 
 def _common_folder(args):

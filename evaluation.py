@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import zipfile
 import zlib
 from functools import partial
@@ -80,14 +79,8 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
     """
     config, experiment, state, progress = restore(run, step)
     flags = config['flags']
-    if bn_refresh:
-        require_batch_normalisation(state, flags, bn_refresh)
-    if devices.is_first():
-        require_writable(run)
     folder = dataset_folder or flags['datasetfolder']
     dataset = data.dataset(flags['dataset'], folder)
-    if with_held_out or split == 'validation':
-        require_held_out(run, flags)
     needs_training_images = with_held_out or split == 'validation' or bn_refresh or with_laplace
     train, held_out = data.read_train(dataset, flags) if needs_training_images else (None, None)
     found = data.describe(dataset, *train) if train else {'num_classes': dataset.num_classes}
@@ -109,33 +102,12 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
 
 def _laplace_sample(experiment, flags, state, batch_size, images):
     """sample(key) of a Laplace approximation around the trained weights. Raises RunError."""
-    require_place_for_laplace(flags)
     if not jax.device_get(training.all_finite(state)):
         raise runs.RunError('--laplace: weights of the run are not finite, so that there is nothing to approximate')
     layer = models.LAST_LAYERS[flags['model']]
     outputs = Partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
     return Partial(partial(laplace.sample, layer), factors, state.params)
-
-
-def require_writable(run):
-    """Raises a RunError for a run folder that cannot be written."""
-    if not os.access(run, os.W_OK):
-        raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
-
-
-def require_batch_normalisation(state, flags, bn_refresh):
-    """Raises a RunError for a run whose state has no batch statistics."""
-    if not jax.tree.leaves(state.batch_stats):
-        raise runs.RunError(f'--bnrefresh {bn_refresh}: {flags["model"]} has no batch normalisation')
-
-
-def require_place_for_laplace(flags):
-    """Raises a RunError for a run with a posterior of its own, or without a prior."""
-    if flags['optim'] in settings.WITH_POSTERIOR:
-        raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
-    if flags['priorprec'] == 0:
-        raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
 
 
 def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, augment):
@@ -151,9 +123,6 @@ def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, 
 def _training_batches(key, images, number, flags, augment):
     """uint8 [number, B, H, W, C], shuffled and augmented as in training."""
     order_key, augment_key = jax.random.split(key)
-    steps = len(images) // flags['batchsize']
-    if number > steps:
-        raise runs.RunError(f'--bnrefresh {number}: the training images are {steps} batches of {flags["batchsize"]}')
     batches = jax.device_get(data.shuffled_batches(order_key, len(images), flags['batchsize']))[:number]
     batches = devices.send(images[batches])
     if augment and not flags['noaugment']:
@@ -201,12 +170,6 @@ def _short_summary(probs, labels, num_bins):
     return {name: summary[name] for name in metrics.SHORT}
 
 
-def require_held_out(run, flags):
-    """Raises a RunError if a run kept no images out of training: on those it was trained on, a network is too sure."""
-    if not flags['validation']:
-        raise runs.RunError(f'{run} kept no training images out: train with --validation 0.1')
-
-
 def tempered(subject, prediction, num_samples, num_bins):
     """The metrics at the temperature that is best for images kept out of training, {'mean': ..., 'average': ...}."""
     images, held_labels = subject.held_out
@@ -220,18 +183,11 @@ def tempered(subject, prediction, num_samples, num_bins):
     return results
 
 
-def require_unknown(name, flags):
-    """Raises a DataError if a data set is the one that a run was trained on."""
-    if name == flags['dataset']:
-        raise data.DataError(f'--ood {name}: these are the images that the run knows')
-
-
 def read_ood(subject, name, num_images):
     """The test images of another data set in the shape of the run's, and the shape that they had. Raises DataError.
 
     num_images: that many of them at most, None for all.
     """
-    require_unknown(name, subject.flags)
     images, labels = data.dataset(name, subject.dataset_folder).read('test')
     images, _ = data.some('--testimages', num_images and min(num_images, len(images)), images, labels)
     return data.fitted(images, subject.images.shape[1:]), list(images.shape[1:])

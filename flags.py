@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import difflib
 import io
-import math
 import os
 import pathlib
 import signal
@@ -164,14 +163,17 @@ def integer(minimum, below=2**31):
     return parse
 
 
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
+
+
 def number(above=None, minimum=None, below=None):
-    """A flag type: finite numbers > `above`, >= `minimum` and < `below`, of those that are given."""
+    """A flag type: numbers, finite in float32, > `above`, >= `minimum` and < `below`, of those that are given."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
             value = float(text)
             inside = (
-                math.isfinite(value)
+                abs(value) <= _LARGEST
                 and (above is None or value > above)
                 and (minimum is None or value >= minimum)
                 and (below is None or value < below)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 import metrics
@@ -119,11 +120,14 @@ def samples(curve, at_mean):
     """Accuracy, NLL and ECE over the number of posterior samples, curve: [{'testmc': n, 'accuracy': ...}, ...]."""
     figure = Figure(figsize=(7.5, 2.5))
     numbers = [point['testmc'] for point in curve]
+    powers = [2**i for i in range(numbers[-1].bit_length()) if 2**i >= numbers[0]]
+    ticks = numbers if len(numbers) < 9 else powers  # labels of more would overlap
     for axes, (name, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
         axes.axhline(scale * at_mean[name], color=ORANGE, linestyle='--', label='at the mean')
         axes.plot(numbers, [scale * point[name] for point in curve], color=BLUE, marker='o', label='average')
         axes.set_xscale('log', base=2)
-        axes.set_xticks(numbers, numbers)
+        axes.set_xticks(ticks, ticks)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set(xlabel='samples', ylabel=LABELS[name])
     legend_above(figure, axes)
     return figure

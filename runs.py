@@ -46,6 +46,14 @@ def create(results_folder, dataset, model, optim):
         raise RunError(f'no run folder can be made in {parent}: {error.strerror}') from error
 
 
+def require_place(results_folder):
+    """Raises a RunError if no folder can be made there, as far as the nearest one that exists tells."""
+    folder = Path(results_folder).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f'--resultsfolder {results_folder} cannot be written: {nearest} is no folder, or read-only')
+
+
 @contextlib.contextmanager
 def locked(run):
     """Keeps a run folder for this process. Raises RunError if another one has it, or it cannot be written."""

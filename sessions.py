@@ -58,6 +58,8 @@ def begin(args, held):
     Raises DataError, DeviceError, ModelError and RunError.
     """
     mesh = share(args)
+    if devices.is_first():
+        runs.require_place(args.resultsfolder)
     config, augmented, images = _read(args)
     experiment = experiments.create(config)
     state = jax.jit(experiment.init)(experiments.keys(args.randomseed).init)
@@ -231,11 +233,12 @@ class Trainer:
     def _diverged(self, progress, step, what):
         if self.args.keepgoing:
             return
+        saved = 'checkpoints before it stay' if progress.epoch or progress.step else 'there is no checkpoint'
         smaller = '--alpha' if self.args.rho is None else '--alpha or --rho'
         raise DivergenceError(
             f'{what} after step {progress.epoch * self.steps + step} (epoch {progress.epoch + 1}), learning rate '
             f'{self.args.alpha * progress.lr_factor:g}: try a run with a smaller {smaller}, or more --warmup; '
-            f'checkpoints before it stay in {self.session.run}; --keepgoing trains on all the same'
+            f'{saved} in {self.session.run}; --keepgoing trains on all the same'
         )
 
     def _start_epoch(self, progress):

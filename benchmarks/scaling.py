@@ -45,7 +45,8 @@ def main(argv=None):
     add('part', choices=('measure', 'predict'))
     add('--json', type=flags.new_file, help='write all figures here')
     add('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
-    add('--processes', type=flags.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes')
+    cores = flags.integer(1, below=os.cpu_count() + 1)
+    add('--processes', type=cores, nargs='+', default=[1, 2], help='measure: numbers of processes, a core each')
     add('--steps', type=flags.integer(1), default=5, help='measure: steps that are timed')
     add('--devices', type=flags.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
     add('--teraflops', type=positive, default=100, help='predict: what a device reaches in convolutions')
@@ -68,8 +69,6 @@ def main(argv=None):
 
 def measured(args):
     """Images per second of numbers of processes, and their share of so many times those of one."""
-    if max(args.processes) > os.cpu_count():
-        sys.exit(f'scaling.py: error: {max(args.processes)} processes need as many cores')
     rows = []
     training = {'function': 'training', 'steps': args.steps}
     workers = {

@@ -186,6 +186,7 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'batchsize': 0}, "--batchsize: '0' is not a whole number of 1 or more"),
         ({'alpha': -1}, "--alpha: '-1' is not a number > 0"),
         ({'alpha': 'nan'}, "--alpha: 'nan' is not a number > 0"),
+        ({'alpha': 3.41e38}, "--alpha: '3.41e+38' is not a number > 0"),
         ({'beta1': 1}, "--beta1: '1' is not a number >= 0 and < 1"),
         ({'rho': 'inf'}, "--rho: 'inf' is not a number >= 0"),
         ({'custominit': 0}, "--custominit: '0' is not a number > 0"),
@@ -206,6 +207,14 @@ def test_bad_flags(changes, message, flags_of, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1 and message in error
     assert not (tmp_path / 'results').exists()
+
+
+def test_results_without_a_place_are_refused_before_data_are_read(flags_of, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(resultsfolder=tmp_path / 'file' / 'results', datasetfolder=tmp_path / 'nowhere'))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f'{tmp_path / "file"} is no folder, or read-only' in error
 
 
 def test_names_in_any_case(flags_of):

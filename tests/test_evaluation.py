@@ -15,6 +15,7 @@ import checkpoints
 import data
 import evaluation
 import metrics
+import plots
 import runs
 import test as evaluate
 import train
@@ -244,6 +245,20 @@ def test_one_of_several_runs_without_a_description(flags_of, monkeypatch, capsys
     runs.write_config(second, config)
     monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
     assert 'does not describe images' in error_of(['--resultsfolder', str(first), str(second)], capsys)
+
+
+def test_a_damaged_log_is_found_before_a_run_is_evaluated_for_its_picture(trained, monkeypatch, capsys):
+    run = trained()
+    (run / 'log.jsonl').write_text('{')
+    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    assert 'log.jsonl is damaged' in error_of([f'--resultsfolder={run}', '--plots'], capsys)
+
+
+@pytest.mark.parametrize(('numbers', 'ticks'), [([1, 5], [1, 5]), (range(3, 34), [4, 8, 16, 32])])
+def test_labels_of_a_curve_do_not_overlap(numbers, ticks):
+    points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in numbers]
+    figure = plots.samples(points, points[0])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list(map(str, ticks))
 
 
 def test_a_diverged_run(flags_of, monkeypatch, capsys):

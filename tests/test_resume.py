@@ -267,9 +267,16 @@ def test_divergence_keeps_the_last_finite_checkpoint(flags_of, monkeypatch, caps
     run = Path(out.split(':')[0])
     assert stop.value.code == 1 and error.count('\n') == 1
     assert 'after step 4 (epoch 2), learning rate 5e+28: try a run with a smaller --alpha, or' in error
+    assert f'checkpoints before it stay in {run}' in error
     assert restore(run)[0] == 2 and all(np.isfinite(leaf).all() for leaf in arrays(restore(run)[1]))
     assert train.main([f'--resume={run}', '--keepgoing']) == run
     assert restore(run)[0] == 4 and [record['loss'] is None for record in read_log(run)] == [False, True]
+
+
+def test_divergence_before_the_first_checkpoint(flags_of, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(optim='sgd', alpha=1e30))
+    assert stop.value.code == 1 and 'there is no checkpoint in' in capsys.readouterr().err
 
 
 def test_state_that_is_not_finite_is_not_saved(flags_of, monkeypatch, capsys):
