@@ -32,8 +32,8 @@ def convolve(x, kernel, strides, padding):
     """A 2-D convolution with a gradient of its own.
 
     JAX's permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for those inside
-    loops, where it is some twenty times slower (jax-ml/jax issue 12868). `vmap` over kernels would turn the
-    gradient by them into convolutions with windows as large as the image, see `_with_own_kernels`. Arrays: as above.
+    loops, where it is some twenty times slower (jax-ml/jax issue 12868). `vmap` over kernels would turn their
+    gradients into convolutions with windows as large as the image, see `_with_own_kernels`. Arrays: as above.
     """
     return _forward(tuple(strides), padding)(x, kernel)
 
@@ -82,13 +82,13 @@ def _backward(strides, padding):
         shared = kernel
         x, kernel, grads = _stacked(axis_size, batched, x, kernel, grads)
         outputs = partial(_with_own_kernels, strides=strides, padding=padding)
-        _, by_kernel = jax.vjp(partial(outputs, x, most_channels=_MOST_CHANNELS_OF_KERNELS), kernel)
+        _, kernel_gradient = jax.vjp(partial(outputs, x, most_channels=_MOST_CHANNELS_OF_KERNELS), kernel)
         if batched[1]:
-            _, by_input = jax.vjp(lambda x: outputs(x, kernel), x)
-            (x_grads,) = by_input(grads)
+            _, input_gradient = jax.vjp(lambda x: outputs(x, kernel), x)
+            (x_grads,) = input_gradient(grads)
         else:
             x_grads = _in_one_batch(lambda x, grads: _input_gradient(x, shared, grads, strides, padding), x, grads)
-        return (x_grads, *by_kernel(grads)), (True, True)
+        return (x_grads, *kernel_gradient(grads)), (True, True)
 
     return backward
 
@@ -99,9 +99,9 @@ def _outweighs(x, kernel):
     return kernel.size > 2 * x.size
 
 
-@jax.named_scope('by_input')
+@jax.named_scope('input_gradient')
 def _input_gradient(x, kernel, grads, strides, padding):
-    """The gradient by x: a convolution with strides turned into dilations, padded to the size that it must have."""
+    """The gradient with respect to x: a convolution with strides turned into dilations, padded to the size of x."""
     x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
 
     def by_convolution(grads, kernel):
@@ -116,9 +116,9 @@ def _input_gradient(x, kernel, grads, strides, padding):
     return lax.platform_dependent(grads, kernel, cpu=on_cpus, default=elsewhere)
 
 
-@jax.named_scope('by_kernel')
+@jax.named_scope('kernel_gradient')
 def _kernel_gradient(x, kernel, grads, strides, padding):
-    """The gradient by the kernel: a convolution as for the input; the batch is what is summed over.
+    """The gradient with respect to the kernel: a convolution as for the input; the batch is what is summed over.
 
     On CPUs XLA's convolution takes several times as long where its images leave a core's caches: there the gradient is
     summed over blocks of images, in tiles, or as a product of matrices for each weight, the pixels under it and
@@ -283,7 +283,7 @@ def _in_one_batch(function, *arrays):
 
 
 # Of grouped convolutions with stride 1, measured with cuDNN on an H100: up to so many channels of all groups together,
-# fewer in the gradient by the kernel, one GPU kernel computes all groups. Else each has its own, with copies around it,
+# fewer in the kernel gradient, one GPU kernel computes all groups. Else each has its own, with copies around it,
 # and products of matrices were faster, as they are with images of few channels.
 _MOST_CHANNELS, _MOST_CHANNELS_OF_KERNELS, _FEWEST_CHANNELS = 2048, 1024, 16
 

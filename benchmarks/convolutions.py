@@ -86,7 +86,7 @@ def operation_times(call, names):
 def kinds_of_operations(hlo):
     """{operation: 'forward, stage1' or the like, None for what is no part of a convolution} of a compiled module.
 
-    A fusion is what its last operation is, the gradient by a bias None. Loops are left out, for what they hold.
+    A fusion is what its last operation is, the gradient of a bias None. Loops are left out, for what they hold.
     """
     operations = re.findall(r'%([\w.\-]+) = (.*)', hlo)
     return {name: kind_of(line) for name, line in operations if not name.startswith('while')}
@@ -96,9 +96,9 @@ def kind_of(operation):
     layer = re.search(r'op_name="[^"]*/(stem|stage\d)/[^"]*conv/', operation)
     if not layer:
         return None
-    gradient = re.search('by_input|by_kernel', operation)
+    gradient = re.search('(input|kernel)_gradient', operation)
     if gradient:
-        return f'gradient {gradient[0].replace("_", " the ")}, {layer[1]}'
+        return f'{gradient[1]} gradient, {layer[1]}'
     return None if 'transpose(' in operation else f'forward, {layer[1]}'
 
 

@@ -421,7 +421,7 @@ def loading_table():
 
 def convolutions_table():
     """GFLOP/s of each kind of convolution in each stage, of both networks."""
-    kinds = ('forward', 'gradient by the input', 'gradient by the kernel')
+    kinds = ('forward', 'input gradient', 'kernel gradient')
     rows = []
     for network, profile in {'ResNet-18': kept('convolutions'), 'ResNet-20': kept('convolutions_resnet20')}.items():
         measured = profile['milliseconds_and_gflop']

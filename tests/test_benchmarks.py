@@ -139,7 +139,7 @@ def test_convolutions(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv('PJRT_NPROC', '1')  # which the benchmark sets
     benchmark('convolutions').main(['--model=resnet20', f'--json={path}'])
     table = json.loads(path.read_text())['milliseconds_and_gflop']
-    assert set(table) == {'forward, stem', 'gradient by the kernel, stem'}
+    assert set(table) == {'forward, stem', 'kernel gradient, stem'}
     for milliseconds, gflop in table.values():
         assert gflop == pytest.approx(2 * 9 * 3 * 4 * 25 * 32 * 32 / 1e9) and milliseconds > 0
 
@@ -148,15 +148,15 @@ def test_convolutions(benchmark, tmp_path, monkeypatch):
     ('op_name', 'kind'),
     [
         ('jvp(ResNet18)/stage1/block1/layer1/conv/dot_general', 'forward, stage1'),
-        ('transpose(jvp(ResNet18))/stage2/block1/shortcut/conv/by_input/dot_general', 'gradient by the input, stage2'),
-        ('transpose(jvp(ResNet20))/stem/conv/by_kernel/while/body/add', 'gradient by the kernel, stem'),
+        ('transpose(jvp(ResNet18))/stage2/block1/shortcut/conv/input_gradient/dot_general', 'input gradient, stage2'),
+        ('transpose(jvp(ResNet20))/stem/conv/kernel_gradient/while/body/add', 'kernel gradient, stem'),
         ('transpose(jvp(ResNet20))/stem/conv/reduce_sum', None),
         ('jvp(ResNet18)/stage1/block1/layer1/norm/reduce_sum', None),
         ('', None),
     ],
 )
 def test_kind_of_operation(benchmark, op_name, kind):
-    """The gradient by a bias is no part of a convolution here."""
+    """The gradient of a bias is no part of a convolution here."""
     hlo = f'  %fusion.7 = f32[25,64] fusion(%a), metadata={{op_name="jit(gradient)/{op_name}" source_line=4}}\n'
     loop = '  %while.2 = (f32[1]) while(%b), metadata={op_name="jit(gradient)/stem/conv/while"}\n'
     assert benchmark('convolutions').kinds_of_operations(hlo + loop) == {'fusion.7': kind}
@@ -191,7 +191,7 @@ def test_scaling_joins_processes(benchmark, monkeypatch):
 
 
 def test_scaling_counts_convolutions_as_gpus_compute_them(benchmark, traced_anew, monkeypatch):
-    """Two gradients over one sub-batch: forwards and by the kernel, the second convolution's by its input too."""
+    """Two gradients over one sub-batch: forwards and of the kernel, the second convolution's of its input too."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
     scaling = benchmark('scaling')
     weighted_pixels = (3 * 32 - 2) ** 2  # of an image of 32×32 by a 3×3 kernel, less those beyond its borders

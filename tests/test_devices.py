@@ -89,7 +89,7 @@ def test_eight_devices_train_as_one(compilecache):
     assert differences['bsam resnet18 16'][0] > 0 < differences['sgd resnet18'][1]
 
 
-# The gradients by a kernel and by more images than two blocks on each of four devices, against those on one.
+# The gradients of a kernel and of more images than two blocks on each of four devices, against those on one.
 GRADIENTS = """if True:
     import re, sys
     sys.path[:0] = ['.']
@@ -103,8 +103,8 @@ GRADIENTS = """if True:
     def gradients(images, kernel):
         def loss(images, kernel):
             return jnp.square(convolution.convolve(images, kernel, (1, 1), 'SAME')).sum()
-        by_images, by_kernel = jax.grad(loss, (0, 1))(devices.shard(images), kernel)
-        return devices.shard(by_images), devices.gather(by_kernel)
+        of_images, of_kernel = jax.grad(loss, (0, 1))(devices.shard(images), kernel)
+        return devices.shard(of_images), devices.gather(of_kernel)
 
     mesh = devices.create_mesh()
     with jax.set_mesh(mesh):
