@@ -130,20 +130,20 @@ def read_train(dataset, of_run):
 
     of_run: the run's flags. Raises DataError.
     """
-    train = some('--trainimages', of_run['trainimages'], *dataset.read('train'))
+    train = subset('--trainimages', of_run['trainimages'], *dataset.read('train'))
     return hold_out(*train, of_run['validation']) if of_run['validation'] else (train, None)
 
 
-def some(flag, number, images, labels):
-    """So many of images and labels, all for None: a random part, the same one whatever a run's seed is.
+def subset(flag, size, images, labels):
+    """A random subset of images and labels, the same one whatever a run's seed is; all of them for None.
 
     Raises DataError, which names the flag, if there are fewer.
     """
-    if number is None:
+    if size is None:
         return images, labels
-    if number > len(images):
-        raise DataError(f'{flag} {number} exceeds the {len(images)} images that there are')
-    chosen = np.sort(_fixed_order(images)[:number])
+    if size > len(images):
+        raise DataError(f'{flag} {size} exceeds the {len(images)} images that there are')
+    chosen = np.sort(_fixed_order(images)[:size])
     return images[chosen], labels[chosen]
 
 
@@ -165,17 +165,17 @@ def _fixed_order(images):
     return np.random.default_rng(0).permutation(len(images))
 
 
-def fitted(images, shape):
+def resized(images, shape):
     """Images uint8 [N, H, W, C] in the shape (H', W', C'): grey turned to colour or back, and resized, where needed."""
     if images.shape[1:] == tuple(shape):
         return images
     mode = 'L' if shape[2] == 1 else 'RGB'
-    fitted = np.empty((len(images), *shape), np.uint8)
+    outputs = np.empty((len(images), *shape), np.uint8)
     for i, image in enumerate(images):
         image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert(mode)
-        resized = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-        fitted[i] = np.asarray(resized).reshape(shape)
-    return fitted
+        output = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+        outputs[i] = np.asarray(output).reshape(shape)
+    return outputs
 
 
 def check_description(description, where):

@@ -88,7 +88,7 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
     if train:
         devices.require_same_arrays('training images', *train)
     whole_split = held_out if split == 'validation' else dataset.read('test')
-    images, labels = data.some('--testimages', num_images, *whole_split)
+    images, labels = data.subset('--testimages', num_images, *whole_split)
     if list(images.shape[1:]) != config['dataset']['image_shape']:
         raise data.DataError(
             f'the {split} images are {images.shape[1:]}, not {config["dataset"]["image_shape"]} as in training'
@@ -120,13 +120,13 @@ def _posterior(experiment, flags, state, sample, batch_size, bn_refresh, train, 
     return posteriors.Posterior(apply, sample, params, batch_stats, sample_key, batch_size, refresh)
 
 
-def _training_batches(key, images, number, flags, augment):
-    """uint8 [number, B, H, W, C], shuffled and augmented as in training."""
+def _training_batches(key, images, num_batches, flags, augment):
+    """uint8 [num_batches, B, H, W, C], shuffled and augmented as in training."""
     order_key, augment_key = jax.random.split(key)
-    batches = jax.device_get(data.shuffled_batches(order_key, len(images), flags['batchsize']))[:number]
+    batches = jax.device_get(data.shuffled_batches(order_key, len(images), flags['batchsize']))[:num_batches]
     batches = devices.send(images[batches])
     if augment and not flags['noaugment']:
-        batches = jax.vmap(data.augment)(jax.random.split(augment_key, number), batches)
+        batches = jax.vmap(data.augment)(jax.random.split(augment_key, num_batches), batches)
     return batches
 
 
@@ -189,8 +189,8 @@ def read_ood(subject, name, num_images):
     num_images: that many of them at most, None for all.
     """
     images, labels = data.dataset(name, subject.dataset_folder).read('test')
-    images, _ = data.some('--testimages', num_images and min(num_images, len(images)), images, labels)
-    return data.fitted(images, subject.images.shape[1:]), list(images.shape[1:])
+    images, _ = data.subset('--testimages', num_images and min(num_images, len(images)), images, labels)
+    return data.resized(images, subject.images.shape[1:]), list(images.shape[1:])
 
 
 def all_ood(subject, known, sets, num_samples):

@@ -47,8 +47,8 @@ class Streamed:
         batches = np.array(epoch.batches)[done:]
         with ThreadPoolExecutor(1) as reader:
             ahead = [reader.submit(self._read, indices) for indices in batches[:2]]
-            for number in range(len(batches)):
-                ahead += [reader.submit(self._read, indices) for indices in batches[number + 2 : number + 3]]
+            for i in range(len(batches)):
+                ahead += [reader.submit(self._read, indices) for indices in batches[i + 2 : i + 3]]
                 yield ahead.pop(0).result()
 
     def _read(self, indices):

@@ -492,7 +492,7 @@ def _normal_like(key, params):
     """
     flat, unravel = ravel_pytree(params)
     num_blocks = -(-flat.size // _NOISE_BLOCK)
-    draw = partial(_normal, number=128 * -(-flat.size // (128 * num_blocks)))
+    draw = partial(_normal, size=128 * -(-flat.size // (128 * num_blocks)))
 
     def on_cpus(key):
         keys = jax.random.split(key, num_blocks)
@@ -510,13 +510,13 @@ def _normal_like(key, params):
 _NOISE_BLOCK = 1 << 18
 
 
-def _normal(key, number):
-    """jax.random.normal(key, (number,)), float32, but sooner on CPUs.
+def _normal(key, size):
+    """jax.random.normal(key, (size,)), float32, but sooner on CPUs.
 
     There JAX takes the rounds of Threefry in a loop, with a pass over memory for each turn.
     """
     key_data = jax.random.key_data(key)
-    counts = jnp.arange(number, dtype=jnp.uint32)
+    counts = jnp.arange(size, dtype=jnp.uint32)
     bits = jnp.bitwise_xor(*_threefry2x32(key_data[0], key_data[1], jnp.zeros_like(counts), counts))
     from_1_to_2 = jax.lax.bitcast_convert_type(bits >> 9 | np.float32(1).view(np.uint32), jnp.float32)
     low = np.nextafter(np.float32(-1), np.float32(0))

@@ -122,14 +122,14 @@ class Posterior:
         params = _samples_at(np.int32(0), self._draw, self._key, devices.on_all)
         return bool(jax.device_get(_equal(params, self._mean[0])))
 
-    def _samples(self, parts, number):
-        """Yields the logits of so many samples: those that make whole groups on a device each, the others on all."""
+    def _samples(self, parts, num_samples):
+        """Yields the logits of samples: of those that make whole groups on a device each, of the others on all."""
         size = devices.num_devices()
-        left = number if size == 1 else number % size
-        for first in range(0, number - left, size):
+        left = num_samples if size == 1 else num_samples % size
+        for first in range(0, num_samples - left, size):
             weights = self._weights(np.arange(first, first + size, dtype=np.int32), devices.on_each)
             yield from self._logits(weights, parts, devices.on_each)
-        for i in range(number - left, number):
+        for i in range(num_samples - left, num_samples):
             yield self._logits(self._weights(np.int32(i), devices.on_all), parts, devices.on_all)
 
     def _logits(self, weights, parts, where):

@@ -57,7 +57,7 @@ def begin(args, held):
 
     Raises DataError, DeviceError, ModelError and RunError.
     """
-    mesh = share(args)
+    mesh = create_mesh(args)
     if devices.is_first():
         runs.require_place(args.resultsfolder)
     config, augmented, images = _read(args)
@@ -82,7 +82,7 @@ def resume(run, args, before, held, step=None):
     """
     if devices.is_first():
         held.enter_context(runs.locked(run))
-    mesh = share(args, flags_hold=True)
+    mesh = create_mesh(args, flags_hold=True)
     data.check_description(before.get('dataset'), Path(run) / 'config.json')
     config, augmented, images = _read(args)
     data.require_same(config['dataset'], before['dataset'], args.datasetfolder, run)
@@ -97,7 +97,7 @@ def resume(run, args, before, held, step=None):
     return Session(run, args, mesh, experiment, images, augmented, state, progress)
 
 
-def share(args, flags_hold=False):
+def create_mesh(args, flags_hold=False):
     """The mesh of devices, if each of them can have an equal share of a batch. Raises DeviceError.
 
     flags_hold: the run is resumed, so that no other flags are offered than those of devices.
@@ -112,9 +112,9 @@ def share(args, flags_hold=False):
     return mesh
 
 
-def _shareable(batch_size, batchsplit, number):
+def _shareable(batch_size, batchsplit, num_devices):
     """Flags with the nearest batches that so many devices can share, or sub-batches of optimizers that have them."""
-    multiples = range(number, batch_size + number + 1, number)
+    multiples = range(num_devices, batch_size + num_devices + 1, num_devices)
     if batchsplit is None:
         return [f'--batchsize {size}' for size in _nearest(batch_size, multiples)]
     splits = [n for n in multiples if batch_size % n == 0]
@@ -244,14 +244,14 @@ class Trainer:
     def _start_epoch(self, progress):
         """The epoch on the device, as it was after progress.step steps, and its lr_factor there."""
         numbers = {
-            'number': np.int32(progress.epoch),
+            'epoch': np.int32(progress.epoch),
             'step': np.int32(progress.step),
             'loss': np.float32(progress.loss),
             'lr_factor': np.float32(progress.lr_factor),
         }
         sent = devices.replicate(numbers, self.session.mesh)
         num_images = len(self.session.images.train)
-        epoch = training.start_epoch(self.data_key, sent['number'], num_images, self.args.batchsize)
+        epoch = training.start_epoch(self.data_key, sent['epoch'], num_images, self.args.batchsize)
         return epoch._replace(step=sent['step'], loss=sent['loss']), sent['lr_factor']
 
     def _evaluate(self, state, progress):

@@ -24,9 +24,9 @@ class Epoch(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=('num_images', 'batch_size'))
-def start_epoch(key, number, num_images, batch_size):
-    """Epoch `number` of a run: the same key and number give the same batches and augmentation."""
-    order_key, augment_key = jax.random.split(jax.random.fold_in(key, number))
+def start_epoch(key, epoch, num_images, batch_size):
+    """Epoch number `epoch` of a run: the same key and number give the same batches and augmentation."""
+    order_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
     batches = data.shuffled_batches(order_key, num_images, batch_size)
     return Epoch(batches, augment_key, step=jnp.zeros((), jnp.int32), loss=jnp.zeros(()))
 

@@ -11,7 +11,7 @@ import data
 def smooth_images(n, size, channels):
     """Blurred noise, which has the smoothness of photographs."""
     noise = np.random.default_rng(0).integers(0, 256, (n, size // 4, size // 4, channels), np.uint8)
-    return data.fitted(noise, (size, size, channels))
+    return data.resized(noise, (size, size, channels))
 
 
 def distance(images, others):
@@ -71,8 +71,8 @@ def test_official_files(tmp_path):
 
 def test_fitted_images():
     colour = smooth_images(2, 32, 3)
-    grey = data.fitted(colour, (28, 28, 1))
-    assert grey.shape == (2, 28, 28, 1) and data.fitted(colour, (32, 32, 3)) is colour
+    grey = data.resized(colour, (28, 28, 1))
+    assert grey.shape == (2, 28, 28, 1) and data.resized(colour, (32, 32, 3)) is colour
     expected = Image.fromarray(colour[1]).convert('L').resize((28, 28), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(grey[1, ..., 0], expected)
-    assert (np.ptp(data.fitted(grey, (32, 32, 3)), axis=3) == 0).all()
+    assert (np.ptp(data.resized(grey, (32, 32, 3)), axis=3) == 0).all()

@@ -80,16 +80,16 @@ def test_held_out_images():
 def test_some_images():
     """Each with its own label, the same at every call, fewer of them among more, and no more than there are."""
     images, labels = archives.cifar_images(0, 50, 10)
-    few, few_labels = data.some('--trainimages', 10, images, labels)
-    more, _ = data.some('--trainimages', 20, images, labels)
+    few, few_labels = data.subset('--trainimages', 10, images, labels)
+    more, _ = data.subset('--trainimages', 20, images, labels)
     places = [np.flatnonzero((images == image).all(axis=(1, 2, 3))).item() for image in few]
     assert len(set(places)) == 10
     np.testing.assert_array_equal(few_labels, labels[places])
     assert all((more == image).all(axis=(1, 2, 3)).any() for image in few)
-    np.testing.assert_array_equal(data.some('--trainimages', 10, images, labels)[0], few)
-    assert data.some('--trainimages', None, images, labels)[0] is images
+    np.testing.assert_array_equal(data.subset('--trainimages', 10, images, labels)[0], few)
+    assert data.subset('--trainimages', None, images, labels)[0] is images
     with pytest.raises(data.DataError, match='--trainimages 51 exceeds the 50 images'):
-        data.some('--trainimages', 51, images, labels)
+        data.subset('--trainimages', 51, images, labels)
 
 
 def test_cifar100_has_fine_labels(tmp_path):

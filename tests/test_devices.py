@@ -182,11 +182,11 @@ def test_shares_that_are_not_equal(flags, number, offers, monkeypatch):
     monkeypatch.setattr(devices, 'create_mesh', lambda n: jax.sharding.AbstractMesh((n or number,), (devices.AXIS,)))
     args = settings.parse_args(flags)
     with pytest.raises(devices.DeviceError, match=f'cannot be shared out over {number} devices: take {offers}$'):
-        sessions.share(args)
+        sessions.create_mesh(args)
     for offer in offers.split(', or '):
-        sessions.share(settings.parse_args([*flags, *offer.split()]))
+        sessions.create_mesh(settings.parse_args([*flags, *offer.split()]))
     with pytest.raises(devices.DeviceError, match=f'devices: take {offers.split(", or ")[-1]}$'):
-        sessions.share(args, flags_hold=True)
+        sessions.create_mesh(args, flags_hold=True)
 
 
 def test_devices_that_are_not_there(flags_of, capsys):
