@@ -23,11 +23,14 @@ def assess(args):
     """Prints and writes all that the arguments of test.py ask for. Raises DataError, RunError and others."""
     several = len(args.resultsfolder) > 1
     configs = devices.from_first(lambda: [settings.read_config(run) for run in args.resultsfolder])
+    for run, config in zip(args.resultsfolder, configs, strict=True):
+        data.check_description(config.get('dataset'), run / 'config.json')
+        if not args.reuse:
+            require_possible(run, config, args)
     if several:
         require_comparable(configs, args)
-    if not args.reuse:
-        for run, config in zip(args.resultsfolder, configs, strict=True):
-            require_possible(run, config, args)
+        if not args.reuse:
+            devices.from_first(lambda: [checkpoints.require_whole(run).name for run in args.resultsfolder])
     results = []
     for run in args.resultsfolder:
         if several and not args.reuse:
@@ -38,22 +41,18 @@ def assess(args):
 
 
 def require_comparable(configs, args):
-    """Raises a ComparisonError or RunError for what would be found out after some of several runs are evaluated."""
+    """Raises a ComparisonError for runs that are not to be compared, a RunError if their tables have no place."""
     if devices.is_first():
         if args.output and not os.path.isdir(args.output):
             raise runs.RunError(f'--output {args.output} is no folder: make it first')
         if not os.access(_common_folder(args), os.W_OK):
             raise runs.RunError(f'{_common_folder(args)} cannot be written: name another --output')
-        if not args.reuse:
-            for run in args.resultsfolder:
-                checkpoints.require_whole(run)
     comparison.check_flags([config['flags'] for config in configs], args.split)
 
 
 def require_possible(run, config, args):
     """Raises a DataError, ModelError or RunError for what cannot be asked of a run with this configuration."""
-    flags, described = config['flags'], config.get('dataset')
-    data.check_description(described, run / 'config.json')
+    flags = config['flags']
     if devices.is_first():
         if not os.access(run, os.W_OK):
             raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
@@ -68,7 +67,7 @@ def require_possible(run, config, args):
     if (args.temperature or args.split == 'validation') and not flags['validation']:
         raise runs.RunError(f'{run} kept no training images out: train with --validation 0.1')
     if args.bnrefresh:
-        batches = described['num_train'] // flags['batchsize']
+        batches = config['dataset']['num_train'] // flags['batchsize']
         if args.bnrefresh > batches:
             what = f'the training images are {batches} batches of {flags["batchsize"]}'
             raise runs.RunError(f'--bnrefresh {args.bnrefresh}: {what}')

@@ -246,7 +246,10 @@ def _read(run, like, step):
 
 
 def require_whole(run, step=None):
-    """The folder of a run's newest checkpoint, or of that of `step`. Raises runs.RunError."""
+    """The folder of a run's newest checkpoint, or of that of `step`.
+
+    Raises runs.RunError if there is none, or its files are not as they were written.
+    """
     folder = Path(run).absolute() / 'checkpoints'
     try:
         steps = all_steps(folder)
@@ -260,7 +263,9 @@ def require_whole(run, step=None):
     damage = find_damage(folder / str(step))
     if damage:
         whole = [old for old in steps if old < step and not find_damage(folder / str(old))]
-        offer = f'the one before is whole: --checkpoint {whole[-1]}' if whole else 'there is no whole one before'
+        offer = 'there is no whole one before'
+        if whole:
+            offer = f'{whole[-1]} is whole: take it with --checkpoint {whole[-1]}, of this run alone'
         raise runs.RunError(f'{folder / str(step)} is damaged: {damage}; {offer}')
     return folder / str(step)
 

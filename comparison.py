@@ -179,25 +179,31 @@ def _standard_deviation(values):
 
 
 def test_table(rows, labels, num_bins):
-    """Header and rows: each row against the first, the difference with its 95 % interval and p-value (bootstrap)."""
+    """Header and rows: each row's difference from the first, with its 95 % interval and p-value (bootstrap)."""
     tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in metrics.SHORT}
-    drawn = [_resampled(tested, row.probs, labels) for row in rows]
+    measured = [_averages(tested, row.probs, labels) for row in rows]
     header = [f'against {rows[0].name}', *(part for name in metrics.SHORT for part in (name, 'p'))]
     cells = []
-    for row, values in zip(rows[1:], drawn[1:], strict=True):
+    for row, (observed, resampled) in zip(rows[1:], measured[1:], strict=True):
         line = [row.name]
         for name in metrics.SHORT:
-            low, high, p = bootstrap.difference(values[name], drawn[0][name])
+            with np.errstate(invalid='ignore'):  # of an infinite NLL
+                difference = observed[name] - measured[0][0][name]
+                low, high, p = bootstrap.difference(difference, resampled[name] - measured[0][1][name])
             scale, digits = metrics.scale_and_digits(name)
-            line += [f'[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]', f'{p:.3f}']
+            value, low, high = (f'{scale * x:+.{digits}f}' for x in (difference, low, high))
+            line += [f'{value} [{low}, {high}]', f'{p:.3f}']
         cells.append(line)
     return header, cells
 
 
-def _resampled(tested, probs, labels):
-    """The average over runs of each metric on every resample of the images."""
-    runs = [bootstrap.resampled(tested, p, labels) for p in probs]
-    return {name: np.mean([run[name] for run in runs], axis=0) for name in tested}
+def _averages(tested, probs, labels):
+    """The average over runs of each metric, {name: float}, and that on every resample of the images, {name: [R]}."""
+    resampled = [bootstrap.resampled(tested, p, labels) for p in probs]
+    return (
+        {name: np.mean([metric(p, labels) for p in probs]) for name, metric in tested.items()},
+        {name: np.mean([run[name] for run in resampled], axis=0) for name in tested},
+    )
 
 
 def write(folder, rows, values):

@@ -82,13 +82,13 @@ def _backward(strides, padding):
         shared = kernel
         x, kernel, grads = _stacked(axis_size, batched, x, kernel, grads)
         outputs = partial(_with_own_kernels, strides=strides, padding=padding)
-        _, kernel_gradient = jax.vjp(partial(outputs, x, most_channels=_MOST_CHANNELS_OF_KERNELS), kernel)
+        _, kernel_vjp = jax.vjp(partial(outputs, x, most_channels=_MOST_CHANNELS_OF_KERNELS), kernel)
         if batched[1]:
-            _, input_gradient = jax.vjp(lambda x: outputs(x, kernel), x)
-            (x_grads,) = input_gradient(grads)
+            _, input_vjp = jax.vjp(lambda x: outputs(x, kernel), x)
+            (x_grads,) = input_vjp(grads)
         else:
             x_grads = _in_one_batch(lambda x, grads: _input_gradient(x, shared, grads, strides, padding), x, grads)
-        return (x_grads, *kernel_gradient(grads)), (True, True)
+        return (x_grads, *kernel_vjp(grads)), (True, True)
 
     return backward
 

@@ -70,7 +70,9 @@ def restore(run, step=None):
 
 
 def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
-    """The Subject of a run. Raises DataError, DeviceError, ModelError and RunError.
+    """The Subject of a run, of which assessment.require_possible has found that it can be.
+
+    Raises DataError, DeviceError, ModelError and RunError.
 
     with_held_out: whether the images are wanted that the run kept out of training, besides those of the split;
     num_images: of the split, None for all; step: a checkpoint, None for the newest; bn_refresh: training batches over

@@ -1,13 +1,16 @@
-"""Types of command-line flags; errors of one line: what was wrong, with what, what to do; exit status 2."""
+"""What scripts share: types of flags; errors of one line, with exit status 2; output that may break off."""
 
 import argparse
 import contextlib
 import difflib
 import io
+import math
 import os
 import pathlib
 import signal
 import sys
+import threading
+import warnings
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,9 +18,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors='replace')  # the formulas in --help are not ASCII
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message} (see --help)\n')
@@ -90,21 +90,22 @@ def add_compilecache(parser):
 
 def _folder_or_off(text):
     """A flag type: 'off', or the absolute path of a folder: a run may be resumed elsewhere."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder: name one, or give off")
     return text if text == 'off' else os.path.abspath(text)
 
 
 def use_compilecache(folder):
-    """Turns JAX's persistent compilation cache on, unless folder is 'off', or cannot be written: then it warns."""
+    """Turns JAX's persistent compilation cache on, unless folder is 'off'. Warns if it cannot be written, once."""
     import jax
 
     if folder != 'off':
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-            script = os.path.basename(sys.argv[0])
-            what = f'--compilecache {folder} cannot be written: what is compiled is not kept'
-            print(f'{script}: warning: {what}', file=sys.stderr)
-            folder = 'off'
+            print(f'warning: --compilecache {folder} cannot be written: what is compiled is not kept', file=sys.stderr)
+            warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')
+        folder = folder if os.path.isdir(folder) else 'off'
     jax.config.update('jax_enable_compilation_cache', folder != 'off')
     if folder != 'off':
         jax.config.update('jax_compilation_cache_dir', folder)
@@ -151,41 +152,44 @@ def integer(minimum, below=2**31):
     """A flag type: whole numbers from `minimum` on and less than `below`, by default those that fit in an int32."""
 
     def parse(text):
-        too_large = False
+        value = None
         with contextlib.suppress(ValueError):
-            if minimum <= int(text) < below:
-                return int(text)
-            too_large = int(text) >= below
-        bound = f' and less than {below}' if too_large or below < 2**31 else ''
+            value = int(text)
+        if value is not None and minimum <= value < below:
+            return value
+        bound = f' and less than {below}' if below < 2**31 or (value or 0) >= below else ''
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {minimum} or more{bound}')
 
     parse.whole = True
     return parse
 
 
-_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
-
-
 def number(above=None, minimum=None, below=None):
-    """A flag type: numbers, finite in float32, > `above`, >= `minimum` and < `below`, of those that are given."""
+    """A flag type: numbers that float32 holds, > `above`, >= `minimum` and < `below`, of those that are given."""
 
     def parse(text):
+        value = math.nan
         with contextlib.suppress(ValueError):
             value = float(text)
-            inside = (
-                abs(value) <= _LARGEST
-                and (above is None or value > above)
-                and (minimum is None or value >= minimum)
-                and (below is None or value < below)
-            )
-            if inside:
-                return value
+        inside = (
+            (above is None or value > above)
+            and (minimum is None or value >= minimum)
+            and (below is None or value < below)
+        )
+        if inside and _in_float32(value):
+            return value
         bounds = [
             f'{sign} {bound:g}' for sign, bound in (('>', above), ('>=', minimum), ('<', below)) if bound is not None
         ]
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number {" and ".join(bounds)}')
+        held = ' that float32 holds' if inside else ''
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number {" and ".join(bounds)}{held}')
 
     return parse
+
+
+def _in_float32(value):
+    """Whether a number is 0 or neither overflows nor underflows, which would make it 0, in float32."""
+    return value == 0 or 2.0**-126 <= abs(value) < 2.0**128
 
 
 def steps_or_minutes(text):
@@ -220,19 +224,23 @@ def first_line(error):
 
 @contextlib.contextmanager
 def script(name):
-    """Around a script's main: Ctrl-C ends it without a traceback, and what it prints may get lost but does not end it.
+    """Around a script's main: neither Ctrl-C nor output that cannot be written ends in a traceback.
 
-    Once a stream cannot be written, as a pipe that nobody reads or a file on a full disk, the rest goes nowhere.
+    Once a stream cannot be written, as a pipe that nobody reads or a file on a full disk, the rest goes nowhere, and
+    the script goes on.
     """
 
     def warn(error):
         what = f'what is printed goes nowhere from here on ({error.strerror})'
         print(f'{name}: warning: {what}', file=sys.stderr, flush=True)
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='replace')  # formulas and tables are not ASCII
     with (
         open(os.devnull, 'w') as null,
-        contextlib.redirect_stdout(_Lasting(sys.stdout or null, warn)) as stdout,
-        contextlib.redirect_stderr(_Lasting(sys.stderr or null, lambda error: None)) as stderr,
+        contextlib.redirect_stdout(_BreakableStream(sys.stdout or null, warn)) as stdout,
+        contextlib.redirect_stderr(_BreakableStream(sys.stderr or null, lambda error: None)) as stderr,
     ):
         try:
             yield
@@ -243,11 +251,12 @@ def script(name):
             stderr.flush()
 
 
-class _Lasting:
-    """A text stream that becomes that of the null device, after a call of on_loss(error), when it cannot be written."""
+class _BreakableStream:
+    """A text stream that goes to the null device, after one call of on_break(error), once it cannot be written."""
 
-    def __init__(self, stream, on_loss):
-        self._stream, self._on_loss = stream, on_loss
+    def __init__(self, stream, on_break):
+        self._stream, self._on_break = stream, on_break
+        self._broken = threading.Lock()
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -262,10 +271,11 @@ class _Lasting:
         try:
             return function(*args)
         except OSError as error:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())  # what is buffered is written again at the end of the process
-            os.close(null)
-            self._on_loss(error)
+            if self._broken.acquire(blocking=False):  # by the first of several threads
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())  # what is buffered is written again at the end of the process
+                os.close(null)
+                self._on_break(error)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import runs
 import settings
+import signals
 import test
 
 SCRIPTS = Path(__file__).parent
@@ -145,19 +146,24 @@ def _gpus():
 
 def train_seeds(values, seeds):
     """Trains with the flags {name: value} and each seed, in processes whose lines it prints; returns an exit status."""
-    begun = set()
+    left = set(seeds)
 
     def train(seed, run):
-        begun.add(seed)
-        command = [sys.executable, SCRIPTS / 'train.py', *arguments(values | {'randomseed': seed})]
-        return run(command, lambda line: print(f'seed {seed}: {line}', end='', flush=True))
+        def write(line):
+            print(f'seed {seed}: {line}', end='', flush=True)
+            if line.startswith(signals.SAVED):
+                left.discard(seed)
+
+        status = run([sys.executable, SCRIPTS / 'train.py', *arguments(values | {'randomseed': seed})], write)
+        left.discard(seed)
+        return status
 
     try:
         statuses = on_devices([partial(train, seed) for seed in seeds])
     except SystemExit:
-        left = [str(seed) for seed in seeds if seed not in begun]
         if left:
-            print(f'not begun; train with the same flags and --seeds {" ".join(left)}', file=sys.stderr)
+            numbers = ' '.join(str(seed) for seed in seeds if seed in left)
+            print(f'nothing is saved of the others: train with the same flags and --seeds {numbers}', file=sys.stderr)
         raise
     return max(128 - status if status < 0 else status for status in statuses)
 

@@ -138,7 +138,7 @@ def risk_at_80(probs, labels, weights=None):
 
 def risk_coverage(probs, labels, weights=None):
     """The risk-coverage curve: for every confidence, from the highest, the share of images at least as confident, and
-    their error rate. Both [T], or [R, T]."""
+    their error rate, nan if a probability is. Both [T], or [R, T]."""
     wrong, counts = _errors_by_confidence(probs, labels, weights)
     covered = np.cumsum(counts, axis=-1)
     return covered / covered[..., -1:], np.cumsum(wrong, axis=-1) / np.maximum(covered, 1)
@@ -146,7 +146,7 @@ def risk_coverage(probs, labels, weights=None):
 
 def _errors_by_confidence(probs, labels, weights):
     """How many images each confidence has, from the highest, and how many of these are wrong: (wrong, counts)."""
-    return _by_threshold(-_confidence(probs), ~_correct(probs, labels), weights)
+    return _by_threshold(-_confidence(probs), _where_finite(~_correct(probs, labels), probs), weights)
 
 
 METRICS = {
@@ -166,8 +166,6 @@ METRICS = {
 }
 
 
-# Those without weights, or whose percentile interval lies above the metric itself: with many classes most of what a
-# resample's classwise ECE measures is the resample's own noise.
 SHORT = ('accuracy', 'nll', 'ece')  # what tables with many rows show
 
 
@@ -176,6 +174,8 @@ def scale_and_digits(name):
     return (100, 2) if name == 'accuracy' else (1, 4)
 
 
+# Those without weights, or whose percentile interval lies above the metric itself: with many classes most of what a
+# resample's classwise ECE measures is the resample's own noise.
 _NOT_RESAMPLED = ('auroc_grid', 'classwise_ece')
 
 

@@ -274,9 +274,9 @@ def batch_norm(x, scale, bias, relu):
     """γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), of each channel over all images and pixels; then ReLU if `relu`.
 
     x: [B, H, W, C]; scale γ and bias β: [C]. Returns the outputs [B, H, W, C] in the precision of x, and the mean μ and
-    the variance σ² [C], float32 at least; these two are not to be differentiated. If d is the gradient of γ x̂ + β, that
-    of x is γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own takes more passes over the images, where GPUs spend much of their
-    time.
+    the variance σ² [C], float32 at least; these two are not to be differentiated. If d is the loss's gradient with
+    respect to γ x̂ + β, that with respect to x is γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own takes more passes over the
+    images, where GPUs spend much of their time.
     """
     return _batch_forward(x, scale, bias, relu)[0]
 

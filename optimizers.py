@@ -82,14 +82,14 @@ class AdamState(NamedTuple):
 class SWAGState(NamedTuple):
     """State of SWAG after `count` steps and `num_snapshots` snapshots.
 
-    params: the snapshots' mean, SGD's weights before the first; iterate: SGD's weights; squares: the mean of squared
+    params: the snapshots' mean, SGD's weights before the first; iterate: SGD's weights; variance: that of the
     snapshots; deviations: the last snapshots minus the mean of their time, [rank, ...].
     """
 
     params: Any
     iterate: Any
     momentum: Any
-    squares: Any
+    variance: Any
     deviations: Any
     num_snapshots: jax.Array
     count: jax.Array
@@ -156,7 +156,9 @@ def bsam(
     """Bayesian SAM (Möllenhoff & Khan, 2023, Algorithm 1) with a diagonal Gaussian posterior N(w, 1/(N s)).
 
     For each sub-batch, with noise ε ~ N(0, I) of its own: g = ∇ℓ(w + ε/√(N s)), g' = ∇ℓ(w + ρ g/s).
-    The mean is perturbed, not the sampled weights, and nothing is normalised. `step` returns the loss at
+    The mean is perturbed, not the sampled weights, and nothing is normalised. With averages over the sub-batches,
+    m ← β₁m + (1−β₁)(g' + δw);  w ← w − α m/s;  s ← β₂s + (1−β₂)(√s|g| + γ + δ);  in this order, as in the published
+    code: the mean moves by the precision of before. `step` returns the loss at
     the perturbed mean. Batch statistics are updated at `bnupdate` of the two points, and those of the first
     sub-batch are kept. The precision starts at `initial_precision`.
     """
@@ -266,18 +268,19 @@ def asam(loss, *, learning_rate, beta1, weight_decay, rho, eta, num_sub_batches,
 def swag(loss, *, learning_rate, beta1, weight_decay, swagstart, swagevery, swagrank=20):
     """SWAG (Maddox et al., 2019): SGD, and the Gaussian of the weights that it passes.
 
-    After step `swagstart` and every `swagevery` steps from there the weights θ are recorded: their mean θ̄ (SWA), that
-    of θ², and the last K ≤ `swagrank` deviations D = θ − θ̄. The posterior has half of the covariance
-    diag(mean θ² − θ̄²) + DDᵀ/(K − 1). Batch statistics are those of SGD's weights: estimate them again for others.
+    After step `swagstart` and every `swagevery` steps from there the weights θ are recorded: their mean θ̄ (SWA), their
+    variance, and the last K ≤ `swagrank` deviations D = θ − θ̄. The posterior has half of the covariance
+    diag(mean θ² − θ̄²) + DDᵀ/(K − 1); the variance is updated as by Welford (1962), as the difference of the two squares
+    would lose its digits in float32. Batch statistics are those of SGD's weights: estimate them again for others.
     """
     value_and_grad = _value_and_grad(loss)
 
     def init(params, batch_stats, key):
-        momentum, squares = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
+        momentum, variance = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
         deviations = tree.map(lambda w: jnp.zeros((swagrank, *w.shape), w.dtype), params)
         num_snapshots, count = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         iterate = tree.map(jnp.copy, params)
-        return SWAGState(params, iterate, momentum, squares, deviations, num_snapshots, count, batch_stats, key)
+        return SWAGState(params, iterate, momentum, variance, deviations, num_snapshots, count, batch_stats, key)
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.iterate, state.batch_stats, batch)
@@ -294,9 +297,15 @@ def swag(loss, *, learning_rate, beta1, weight_decay, swagstart, swagevery, swag
     def record(state):
         n = state.num_snapshots
         params = tree.map(lambda m, w: (n * m + w) / (n + 1), state.params, state.iterate)
-        squares = tree.map(lambda s, w: (n * s + jnp.square(w)) / (n + 1), state.squares, state.iterate)
+        variance = tree.map(
+            lambda v, w, before, m: (n * v + (w - before) * (w - m)) / (n + 1),
+            state.variance,
+            state.iterate,
+            state.params,
+            params,
+        )
         deviations = tree.map(lambda d, w, m: d.at[n % swagrank].set(w - m), state.deviations, state.iterate, params)
-        return state._replace(params=params, squares=squares, deviations=deviations, num_snapshots=n + 1)
+        return state._replace(params=params, variance=variance, deviations=deviations, num_snapshots=n + 1)
 
     def sample(state, key):
         diagonal_key, low_rank_key = jax.random.split(key)
@@ -304,10 +313,10 @@ def swag(loss, *, learning_rate, beta1, weight_decay, swagstart, swagevery, swag
         weights = jax.random.normal(low_rank_key, (swagrank,))
         weights /= jnp.sqrt(2 * jnp.maximum(jnp.minimum(state.num_snapshots, swagrank) - 1, 1))
 
-        def draw(w, s, d, e):
-            return w + jnp.sqrt(jnp.maximum(s - jnp.square(w), 0) / 2) * e + jnp.tensordot(weights, d, 1)
+        def draw(w, v, d, e):
+            return w + jnp.sqrt(jnp.maximum(v, 0) / 2) * e + jnp.tensordot(weights, d, 1)
 
-        drawn = tree.map(draw, state.params, state.squares, state.deviations, noise)
+        drawn = tree.map(draw, state.params, state.variance, state.deviations, noise)
         return tree.map(lambda x, w: jnp.where(state.num_snapshots > 1, x, w), drawn, state.params)
 
     return Optimizer(init, step, sample)

@@ -120,8 +120,10 @@ def samples(curve, at_mean):
     """Accuracy, NLL and ECE over the number of posterior samples, curve: [{'testmc': n, 'accuracy': ...}, ...]."""
     figure = Figure(figsize=(7.5, 2.5))
     numbers = [point['testmc'] for point in curve]
-    powers = [2**i for i in range(numbers[-1].bit_length()) if 2**i >= numbers[0]]
-    ticks = numbers if len(numbers) < 9 else powers  # labels of more would overlap
+    ticks = []
+    for number in numbers:
+        if not ticks or number >= 1.4 * ticks[-1]:  # labels of closer ones would overlap
+            ticks.append(number)
     for axes, (name, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
         axes.axhline(scale * at_mean[name], color=ORANGE, linestyle='--', label='at the mean')
         axes.plot(numbers, [scale * point[name] for point in curve], color=BLUE, marker='o', label='average')

@@ -32,7 +32,7 @@ class RunError(Exception):
 
 def create(results_folder, dataset, model, optim):
     """A new folder run_K with the first free K, made by this process and no other. Raises RunError."""
-    parent = Path(results_folder) / f'{dataset}_{model}'.replace('/', '_') / optim
+    parent = _folder_of_runs(results_folder, dataset, model, optim)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for k in itertools.count():
@@ -46,12 +46,16 @@ def create(results_folder, dataset, model, optim):
         raise RunError(f'no run folder can be made in {parent}: {error.strerror}') from error
 
 
-def require_place(results_folder):
-    """Raises a RunError if no folder can be made there, as far as the nearest one that exists tells."""
-    folder = Path(results_folder).absolute()
-    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+def require_place(results_folder, dataset, model, optim):
+    """Raises a RunError if `create` would, as far as the nearest folder that exists tells."""
+    parent = _folder_of_runs(results_folder, dataset, model, optim)
+    nearest = next(path for path in (parent.absolute(), *parent.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f'--resultsfolder {results_folder} cannot be written: {nearest} is no folder, or read-only')
+        raise RunError(f'no run folder can be made in {parent}: {nearest} is no folder, or read-only')
+
+
+def _folder_of_runs(results_folder, dataset, model, optim):
+    return Path(results_folder) / f'{dataset}_{model}'.replace('/', '_') / optim
 
 
 @contextlib.contextmanager
@@ -149,11 +153,14 @@ def read_json(path):
 
 
 def read_record(path):
-    """What a JSON file of measured figures holds. Raises RunError."""
+    """The object of a JSON file of measured figures. Raises RunError."""
     try:
-        return read_json(path)
+        record = read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f'{path} is damaged or cannot be read: {error}') from error
+    if not isinstance(record, dict):
+        raise RunError(f'{path} is damaged: it holds no object')
+    return record
 
 
 def _read_text(path, limit=1 << 24):
@@ -248,7 +255,17 @@ def environment():
         'versions': {package: metadata.version(package) for package in packages},
         'git_commit': _git_commit(),
         'device': f'{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores',
+        'cpu': _cpu_name(),
     }
+
+
+def _cpu_name():
+    """Where Linux tells it; else the architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.machine()
 
 
 def provenance(script, argv=None):

@@ -59,7 +59,7 @@ def begin(args, held):
     """
     mesh = create_mesh(args)
     if devices.is_first():
-        runs.require_place(args.resultsfolder)
+        runs.require_place(args.resultsfolder, args.dataset, args.model, args.optim)
     config, augmented, images = _read(args)
     experiment = experiments.create(config)
     state = jax.jit(experiment.init)(experiments.keys(args.randomseed).init)

@@ -61,14 +61,15 @@ def unpack(archive, root):
     try:
         with zipfile.ZipFile(archive) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
-            if not wanted:
-                raise zipfile.BadZipFile(f'it holds no folder {root.name}')
             for name in tqdm(wanted, 'unpacking', unit=' files', leave=False, disable=None):
                 if members.getinfo(name).file_size > _LARGEST_MEMBER:
                     raise zipfile.BadZipFile(f'{name} has more than {_LARGEST_MEMBER} bytes')
                 if '..' in PurePosixPath(name).parts:
                     raise zipfile.BadZipFile(f'{name} leads out of its folder')
                 members.extract(name, partial)
+        for name in ('train', 'val'):
+            if not (partial / root.name / name).is_dir():
+                raise zipfile.BadZipFile(f'it holds no folder {root.name}/{name}')
         os.replace(partial / root.name, root)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(damaged(archive, error, TINYIMAGENET)) from error
@@ -95,7 +96,7 @@ def sort_validation_images(val):
     if not annotations.exists():
         raise DataError(f'{annotations} is missing, so the images in {unsorted} cannot be sorted')
     for line in annotations.read_text().splitlines():
-        name, class_name, *_ = [*line.split('\t'), '']
+        name, class_name = [*line.split('\t'), ''][:2]
         if not _FILE_NAME.fullmatch(name) or not _FILE_NAME.fullmatch(class_name):
             raise DataError(f'{annotations} is damaged: {name[:50]!r} in {class_name[:50]!r} are not plain names')
         (val / class_name).mkdir(exist_ok=True)

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 
+SAVED = 'saved; go on with: python train.py --resume'  # what a run says that a signal has stopped
+
 
 class Stop:
     """What the two signals do while it is entered.

@@ -98,7 +98,7 @@ def read(path):
         raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
     reserved = {*settings.OF_START, 'resultsfolder', 'devices', 'help'} & {*fixed, *grid, *ranges}
     if reserved:
-        raise SweepError(f'{path}: {min(reserved)} is not for sweeps, whose runs have folders and devices of their own')
+        raise SweepError(f'{path}: --{min(reserved)} is not for the runs of a sweep: leave it out')
     if grid.keys() & ranges.keys():
         raise SweepError(f'{path}: {min(grid.keys() & ranges.keys())} is in [grid] and in [random]: leave one out')
     if not fixed.get('validation'):
@@ -109,9 +109,9 @@ def read(path):
         raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
     if 'random' in sweep and not ranges:
         raise SweepError(f'{path}: [random] draws nothing: give it flags, each with two numbers')
-    number = draws * math.prod(len(values) for values in grid.values())
-    if number > _MOST_RUNS:
-        raise SweepError(f'{path} asks for {number} runs: {_MOST_RUNS} are the most')
+    num_runs = draws * math.prod(len(values) for values in grid.values())
+    if num_runs > _MOST_RUNS:
+        raise SweepError(f'{path} asks for {num_runs} runs: {_MOST_RUNS} are the most')
     rng = random.Random(0)
     whole = {name for name in ranges if settings.create_parser().takes_whole_numbers(name)}
     drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]

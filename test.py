@@ -81,6 +81,8 @@ def _require_consistency(args, given):
         )
     if args.testimages and args.corruptions:
         raise ValueError('--testimages goes without a folder of corrupted images, which are those of all test images')
+    if args.laplace and args.bnrefresh:
+        raise ValueError('--laplace goes without --bnrefresh: it is fitted with the batch statistics of the training')
     for flag in ('ensemble', 'reuse', 'output'):
         if getattr(args, flag) and not several:
             raise ValueError(f'--{flag} goes with several run folders')

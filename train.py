@@ -102,7 +102,7 @@ def exit_unless_complete(session, stop, all_saved):
         sys.exit(128 + stop.signal if stop.signal else 1)
     if stop.signal:
         if devices.is_first():
-            print(f'saved; go on with: python train.py --resume {shlex.quote(str(session.run))}', file=sys.stderr)
+            print(f'{signals.SAVED} {shlex.quote(str(session.run))}', file=sys.stderr)
         sys.exit(128 + stop.signal)
 
 

@@ -7,7 +7,9 @@ Seconds are medians over turns, so that what else a machine does disturbs all po
 but for the parameters: there the loss is |w|²/2, so that the optimizer itself is all that costs.
 """
 
+import io
 import statistics
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,7 @@ def main(argv=None):
     args = parse_args(argv)
     with flags.one_line_errors('growth.py', runs.RunError):
         if args.plot:
-            source, picture = args.plot
-            drawn(all_panels(source)).savefig(picture, dpi=150)
+            plot(*args.plot)
             return
         results = runs.read_record(args.json) if args.json.exists() else {}
     measured = runs.provenance('benchmarks/growth.py', argv)
@@ -46,9 +47,8 @@ def parse_args(argv):
     action.add_argument('--json', type=flags.new_file, help='measure, and write the figures into this file')
     help = 'what to measure; others in the file stay (default: all)'
     parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
-    action.add_argument(
-        '--plot', type=flags.new_file, nargs=2, metavar=('JSON', 'PNG'), help='plot figures measured before'
-    )
+    help = 'plot figures measured before'
+    action.add_argument('--plot', type=Path, nargs=2, metavar=('JSON', 'PNG'), help=help)
     args = parser.parse_args(argv)
     if args.plot and args.plot[1].suffix != '.png':
         parser.error(f'--plot {args.plot[1]} is not the name of a .png')
@@ -58,10 +58,18 @@ def parse_args(argv):
 def all_panels(path):
     """The figures of a JSON file with those of all panels. Raises RunError."""
     results = runs.read_record(path)
-    lacking = PANELS.keys() - results
+    lacking = [name for name in PANELS if 'seconds' not in (results.get(name) or {})]
     if lacking:
-        raise runs.RunError(f'{path} has no figures of {", ".join(sorted(lacking))}: measure them with --json {path}')
+        raise runs.RunError(f'{path} has no figures of {", ".join(lacking)}: measure them with --json {path}')
     return results
+
+
+def plot(source, picture):
+    """Raises RunError."""
+    figure = drawn(all_panels(source))
+    with io.BytesIO() as file:
+        figure.savefig(file, dpi=150)
+        runs.write_bytes(picture, file.getvalue())
 
 
 def curves(make, optims, sizes):

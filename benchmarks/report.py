@@ -281,7 +281,9 @@ def ablations_table(name_of_base, base, found):
     """The records `base`, and every group that was found with the difference of its NLL to them."""
     rows = [ablation(name_of_base, base, base)]
     rows += [ablation(name.replace('_', ' '), group, base) for name, group in found.items() if group is not base]
-    header = ['', 'runs', 'accuracy %', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL']
+    header = [
+        '', 'runs', 'accuracy %, samples', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL, samples',
+    ]  # fmt: skip
     return tables.markdown(header, rows)
 
 

@@ -45,8 +45,7 @@ def main(argv=None):
     add('part', choices=('measure', 'predict'))
     add('--json', type=flags.new_file, help='write all figures here')
     add('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
-    cores = flags.integer(1, below=os.cpu_count() + 1)
-    add('--processes', type=cores, nargs='+', default=[1, 2], help='measure: numbers of processes, a core each')
+    add('--processes', type=flags.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes')
     add('--steps', type=flags.integer(1), default=5, help='measure: steps that are timed')
     add('--devices', type=flags.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
     add('--teraflops', type=positive, default=100, help='predict: what a device reaches in convolutions')
@@ -61,6 +60,8 @@ def main(argv=None):
         functions = {'training': time_training, 'evaluation': time_evaluation, 'count': count}
         print(json.dumps(functions[args.worker.pop('function')](**args.worker)))
         return
+    if args.part == 'measure' and max(args.processes) > os.cpu_count():
+        parser.error(f'--processes {max(args.processes)}: there are {os.cpu_count()} cores, and each takes one')
     rows = measured(args) if args.part == 'measure' else predicted(args)
     print(tables.markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     if args.json:

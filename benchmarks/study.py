@@ -236,8 +236,8 @@ def keep(args, name, variant, seed, path, run):
 def require_record(path, flags, evaluations):
     """Raises a RunError if a record is not of these flags and evaluations, as when its study was changed since."""
     record = runs.read_record(path)
-    same = set(record['command'].split()) == set(command_of(flags).split())
-    if not same or record['evaluations'].keys() != evaluations.keys():
+    same = set(record.get('command', '').split()) == set(command_of(flags).split())
+    if not same or record.get('evaluations', {}).keys() != evaluations.keys():
         raise runs.RunError(f'{path} is not what STUDIES asks for now: remove it')
 
 
@@ -291,7 +291,10 @@ def validation_nll(study, variant):
     path = KEPT / study / f'{variant}_0.json'
     if not path.exists():
         raise runs.RunError(f'{path} is missing: run the study {study} first')
-    nll = runs.read_record(path)['evaluations']['validation']['average']['nll']
+    try:
+        nll = runs.read_record(path)['evaluations']['validation']['average']['nll']
+    except (KeyError, TypeError) as error:
+        raise runs.RunError(f'{path} is no record of this study: remove it') from error
     return float('inf') if nll is None else nll
 
 

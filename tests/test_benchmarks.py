@@ -100,14 +100,31 @@ def test_methods_that_would_fail_are_not_begun(benchmark, flags, reason, tmp_pat
     assert stop.value.code == 2 and reason in capsys.readouterr().err and not (tmp_path / 'runs').exists()
 
 
-@pytest.mark.parametrize('text', [None, '{', '[]', '{}'])
-def test_figures_that_cannot_be_plotted(benchmark, text, tmp_path, capsys):
-    figures, picture = tmp_path / 'growth.json', tmp_path / 'growth.png'
+@pytest.mark.parametrize(
+    ('text', 'name', 'reason'),
+    [
+        (None, 'growth.png', 'growth.json is damaged or cannot be read: '),
+        ('{', 'growth.png', 'growth.json is damaged or cannot be read: '),
+        ('[]', 'growth.png', 'growth.json is damaged: it holds no object'),
+        ('{"batch": {"seconds": {}}}', 'growth.png', 'growth.json has no figures of sub_batches, samples, parameters'),
+        ('{}', 'growth.txt', 'growth.txt is not the name of a .png'),
+    ],
+)
+def test_figures_that_cannot_be_plotted(benchmark, text, name, reason, tmp_path, capsys):
+    figures, picture = tmp_path / 'growth.json', tmp_path / name
     if text is not None:
         figures.write_text(text)
     with pytest.raises(SystemExit) as stop:
         benchmark('growth').main(['--plot', str(figures), str(picture)])
-    assert stop.value.code == 2 and capsys.readouterr().err.count('\n') == 1 and not picture.exists()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and reason in error and not picture.exists()
+
+
+def test_more_processes_than_cores(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr('os.cpu_count', lambda: 1)
+    with pytest.raises(SystemExit) as stop:
+        benchmark('scaling').main(['measure'])
+    assert stop.value.code == 2 and '--processes 2: there are 1 cores' in capsys.readouterr().err
 
 
 def test_growth(benchmark, tmp_path, monkeypatch):
@@ -191,7 +208,7 @@ def test_scaling_joins_processes(benchmark, monkeypatch):
 
 
 def test_scaling_counts_convolutions_as_gpus_compute_them(benchmark, traced_anew, monkeypatch):
-    """Two gradients over one sub-batch: forwards and of the kernel, the second convolution's of its input too."""
+    """Two gradients over one sub-batch: forward, kernel gradients, and the second convolution's input gradient."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
     scaling = benchmark('scaling')
     weighted_pixels = (3 * 32 - 2) ** 2  # of an image of 32×32 by a 3×3 kernel, less those beyond its borders

@@ -41,8 +41,30 @@ def test_differences_are_paired():
     better[wrong[:20]] = 0
     values = bootstrap.resampled({'a': metrics.accuracy}, probs, labels)['a']
     others = bootstrap.resampled({'a': metrics.accuracy}, probs, better)['a']
-    low, high, p = bootstrap.difference(values, others)
+    observed = metrics.accuracy(probs, labels) - metrics.accuracy(probs, better)
+    low, high, p = bootstrap.difference(observed, values - others)
     assert -0.03 < low < high < -0.01 and p == 2 / 1001
     (one, two), (three, four) = bootstrap.interval(values), bootstrap.interval(others)
     assert one < four and three < two
-    assert bootstrap.difference(values, values)[2] == 1
+    assert bootstrap.difference(0, values - values)[2] == 1
+
+
+def calibrated(rng, n, gap):
+    """Binary predictions whose ECE would be `gap` over infinitely many images."""
+    confidence = rng.uniform(0.6, 0.9, n)
+    right = rng.random(n) < confidence - gap
+    return np.column_stack([confidence, 1 - confidence]), np.where(right, 0, 1)
+
+
+def test_intervals_of_differences_of_calibration_errors_hold_the_truth():
+    """40 pairs of test sets, one of a calibrated predictor: most of them, where percentiles hold it in half of them."""
+    rng = np.random.default_rng(3)
+    hits = percentile_hits = 0
+    for _ in range(40):
+        pair = calibrated(rng, 1000, 0), calibrated(rng, 1000, 0.1)
+        first, second = (bootstrap.resampled({'ece': metrics.ece}, *one)['ece'] for one in pair)
+        low, high, _ = bootstrap.difference(metrics.ece(*pair[1]) - metrics.ece(*pair[0]), second - first)
+        hits += low <= 0.1 <= high
+        low, high = bootstrap.interval(second - first)
+        percentile_hits += low <= 0.1 <= high
+    assert hits >= 30 and percentile_hits <= 24

@@ -149,8 +149,12 @@ def test_compiled_functions_that_have_no_place(flags_of, compilecache, tmp_path,
     try:
         run = train.main(flags_of(compilecache='file'))
         error = capsys.readouterr().err
-        assert f'warning: --compilecache {tmp_path}/file cannot be written' in error and error.count('\n') == 1
+        assert error == f'warning: --compilecache {tmp_path}/file cannot be written: what is compiled is not kept\n'
+        assert not jax.config.jax_enable_compilation_cache
         assert runs.read_config(run)['flags']['compilecache'] == f'{tmp_path}/file'
+        monkeypatch.setattr(os, 'access', lambda path, mode: False)  # as of a folder that others keep
+        use_compilecache(str(tmp_path))
+        assert jax.config.jax_enable_compilation_cache and 'cannot be written' in capsys.readouterr().err
     finally:
         use_compilecache(str(compilecache))
 
@@ -186,7 +190,9 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'batchsize': 0}, "--batchsize: '0' is not a whole number of 1 or more"),
         ({'alpha': -1}, "--alpha: '-1' is not a number > 0"),
         ({'alpha': 'nan'}, "--alpha: 'nan' is not a number > 0"),
-        ({'alpha': 3.41e38}, "--alpha: '3.41e+38' is not a number > 0"),
+        ({'alpha': 3.41e38}, "--alpha: '3.41e+38' is not a number > 0 that float32 holds"),
+        ({'custominit': 1e-50}, "--custominit: '1e-50' is not a number > 0 that float32 holds"),
+        ({'compilecache': ''}, "--compilecache: '' is no folder: name one, or give off"),
         ({'beta1': 1}, "--beta1: '1' is not a number >= 0 and < 1"),
         ({'rho': 'inf'}, "--rho: 'inf' is not a number >= 0"),
         ({'custominit': 0}, "--custominit: '0' is not a number > 0"),
@@ -339,9 +345,18 @@ def test_streams_that_cannot_be_written_end_no_evaluation(flags_of, monkeypatch)
 
 def test_streams_that_are_closed(tmp_path):
     command = f'{shlex.quote(sys.executable)} sweep.py nowhere.toml --output {shlex.quote(str(tmp_path))}'
-    assert subprocess.run(f'{command} 2>&-', cwd=ROOT, shell=True).returncode == 2
+    closed = subprocess.run(f'{command} 2>&-', cwd=ROOT, shell=True, capture_output=True)
+    assert closed.returncode == 2 and closed.stdout == b''
     help = subprocess.run(f'{command} --help >&-', cwd=ROOT, shell=True, capture_output=True)
     assert help.returncode == 0 and help.stderr == b''
+
+
+def test_formulas_on_a_terminal_of_ascii():
+    environment = os.environ | {'PYTHONIOENCODING': 'ascii'}
+    help = subprocess.run(
+        [sys.executable, 'train.py', '--help'], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert help.returncode == 0 and 'learning rate ?' in help.stdout and not help.stderr
 
 
 def test_ctrl_c_ends_an_evaluation_without_a_traceback(flags_of, monkeypatch, capsys):

@@ -58,10 +58,11 @@ def test_test_table():
     """A method against itself does not differ; one that is much better does."""
     rows = comparison.rows([result('sgd', 0, strength=5), result('sam', 0, strength=5), result('bsam', 0, strength=1)])
     header, (same, worse) = comparison.test_table(rows, LABELS, num_bins=20)
-    assert header[1:3] == ['accuracy', 'p'] and same[1:3] == ['[+0.00, +0.00]', '1.000'] and worse[2] == '0.002'
-    low, high = (float(x) for x in worse[header.index('nll')].strip('[]').split(','))
+    assert header[1:3] == ['accuracy', 'p'] and same[1:3] == ['+0.00 [+0.00, +0.00]', '1.000'] and worse[2] == '0.002'
+    value, *interval = worse[header.index('nll')].split()
+    low, high = (float(x.strip('[],')) for x in interval)
     difference = metrics.nll(rows[2].probs[0], LABELS) - metrics.nll(rows[0].probs[0], LABELS)
-    assert 0 < low < difference < high
+    assert value == f'{difference:+.4f}' and 0 < low < difference < high
 
 
 def test_impossible_classes():
@@ -72,7 +73,7 @@ def test_impossible_classes():
     values = comparison.values(rows, LABELS, num_bins=20)
     assert comparison.main_table(rows, values, bold=True)[1][1][3] == 'inf ± nan'
     assert comparison.full_table(rows, values)[1][1][6:8] == ['inf', 'nan']
-    assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['[+nan, +nan]', 'nan']
+    assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['+inf [+nan, +nan]', 'nan']
 
 
 def test_diverged_runs_come_last_and_are_not_tested():
@@ -84,7 +85,7 @@ def test_diverged_runs_come_last_and_are_not_tested():
     assert [rows[i].name for i in order] == ['bsam, mean', 'sam, mean', 'sgd, mean', 'sgd, 8 samples']
     rows, values = [rows[i] for i in order], [values[i] for i in order]
     assert comparison.main_table(rows, values, bold=True)[1][2][2:] == ['nan ± nan'] * 4
-    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['[+nan, +nan]', 'nan'] * 3
+    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['+nan [+nan, +nan]', 'nan'] * 3
 
 
 def test_laplace_is_a_row_beside_its_run():

@@ -69,7 +69,7 @@ def test_official_files(tmp_path):
     refused('holds no corruptions')
 
 
-def test_fitted_images():
+def test_resized_images():
     colour = smooth_images(2, 32, 3)
     grey = data.resized(colour, (28, 28, 1))
     assert grey.shape == (2, 28, 28, 1) and data.resized(colour, (32, 32, 3)) is colour

@@ -74,7 +74,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_offered(name, damage, ru
     DAMAGES[damage](run / 'checkpoints' / '6' / name, 20)
     for main, arguments in ((evaluate.main, [f'--resultsfolder={run}']), (train.main, [f'--resume={run}'])):
         error = error_of(main, arguments, capsys)
-        assert f'{run}/checkpoints/6 is damaged: ' in error and 'the one before is whole: --checkpoint 4' in error
+        assert f'{run}/checkpoints/6 is damaged: ' in error and '4 is whole: take it with --checkpoint 4' in error
         assert f'is damaged: {name}' in error or name == 'checksums.json'
     assert not (run / 'metrics.json').exists()
     evaluate.main([f'--resultsfolder={run}', '--checkpoint=4'])

@@ -77,7 +77,7 @@ def test_held_out_images():
     np.testing.assert_array_equal(data.hold_out(images, labels, 0.2)[1][0], held)
 
 
-def test_some_images():
+def test_subset():
     """Each with its own label, the same at every call, fewer of them among more, and no more than there are."""
     images, labels = archives.cifar_images(0, 50, 10)
     few, few_labels = data.subset('--trainimages', 10, images, labels)

@@ -1,5 +1,6 @@
 """Processes side by side: what they share, what they say, and how they end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 import jobs
 import runs
+import signals
 
 WAITS = [sys.executable, '-c', 'import time; print("begun", flush=True); time.sleep(60)']
 
@@ -59,14 +61,25 @@ def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
 
 
 def test_seeds_that_a_signal_left_out_are_named(monkeypatch, capsys):
-    def first_alone(tasks):
-        tasks[0](lambda command, write: 0)
+    """Seed 0 is complete, 1 is saved, 2 had nothing to save, 3 was not begun."""
+
+    def saved(command, write):
+        write(f'{signals.SAVED} run_1\n')
+        raise jobs._StoppedError
+
+    def stopped(command, write):
+        raise jobs._StoppedError
+
+    def on_devices(tasks):
+        for task, run in zip(tasks, (lambda command, write: 0, saved, stopped), strict=False):
+            with contextlib.suppress(jobs._StoppedError):
+                task(run)
         sys.exit(143)
 
-    monkeypatch.setattr(jobs, 'on_devices', first_alone)
+    monkeypatch.setattr(jobs, 'on_devices', on_devices)
     with pytest.raises(SystemExit):
-        jobs.train_seeds({}, [0, 1, 2])
-    assert capsys.readouterr().err == 'not begun; train with the same flags and --seeds 1 2\n'
+        jobs.train_seeds({}, [0, 1, 2, 3])
+    assert capsys.readouterr().err.endswith('train with the same flags and --seeds 2 3\n')
 
 
 def test_run_to_go_on_with(tmp_path):

@@ -405,7 +405,7 @@ def test_asam_equals_the_equations(problem, x64):
 
 
 def test_swag_records_what_sgd_passes(problem, x64):
-    """SGD's weights after the steps 2, 4, ... 10: their mean, and the mean of squares; the last three deviations."""
+    """SGD's weights after the steps 2, 4, ... 10: their mean and variance; the last three deviations."""
     x, y, w = problem
     common = {'learning_rate': 0.4, 'beta1': 0.8, 'weight_decay': 0.03}
     swag = optimizers.swag(logistic_loss, **common, swagstart=2, swagevery=2, swagrank=3)
@@ -426,11 +426,25 @@ def test_swag_records_what_sgd_passes(problem, x64):
         np.testing.assert_allclose(
             state.params, np.mean(snapshots, axis=0) if snapshots else iterate.params, rtol=1e-12
         )
-    np.testing.assert_allclose(state.squares, np.mean(np.square(snapshots), axis=0), rtol=1e-12)
+    np.testing.assert_allclose(state.variance, np.var(snapshots, axis=0), rtol=1e-12)
     np.testing.assert_allclose(
         sorted(state.deviations.tolist()), sorted(np.array(deviations[-3:]).tolist()), atol=1e-14
     )
     assert state.num_snapshots == 5
+
+
+def test_variance_of_swag_in_float32():
+    """Of weights near 1 that move by 1e-4 a step: their squares differ by no more than float32's rounding."""
+
+    def loss(params, batch_stats, batch):
+        return (params * batch).sum(), batch_stats
+
+    common = {'learning_rate': 1e-4, 'beta1': 0.0, 'weight_decay': 0.0}
+    swag = optimizers.swag(loss, **common, swagstart=1, swagevery=1, swagrank=2)
+    state, step = swag.init(jnp.ones(3), {}, jax.random.key(0)), jax.jit(swag.step)
+    for _ in range(9):
+        state, _ = step(state, jnp.array([1.0, -1.0, 2.0]))
+    np.testing.assert_allclose(state.variance, np.var(1e-4 * np.arange(9)) * np.array([1, 1, 4]), rtol=0.01)
 
 
 def test_moments_of_swag_samples(x64):
@@ -438,7 +452,7 @@ def test_moments_of_swag_samples(x64):
     swag = optimizers.swag(quadratic_loss, **SETTINGS['swag'])
     mean, deviations = np.array([1.0, -2.0]), np.array([[1.0, 1.0], [0.5, -1.0], [-2.0, 0.0]])
     state = swag.init(mean, {}, jax.random.key(0))
-    state = state._replace(squares=mean**2 + np.array([0.5, 2.0]), deviations=deviations, num_snapshots=jnp.int32(7))
+    state = state._replace(variance=np.array([0.5, 2.0]), deviations=deviations, num_snapshots=jnp.int32(7))
     sample = jax.jit(jax.vmap(swag.sample, (None, 0)))
     drawn = np.asarray(sample(state, jax.random.split(jax.random.key(1), 40_000)))
     covariance = np.diag([0.25, 1.0]) + deviations.T @ deviations / 4

@@ -153,8 +153,9 @@ def test_something_else_in_place_of_the_folder(folder, capsys):
 
 def test_zip_of_something_else(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / 'tiny-imagenet-200.zip', 'w') as archive:
-        archive.writestr('readme.txt', 'text')
-    assert 'it holds no folder tiny-imagenet-200' in error_of(['--datasetfolder', str(tmp_path)], capsys)
+        archive.writestr('tiny-imagenet-200/train/n0.txt', 'text')
+    assert 'it holds no folder tiny-imagenet-200/val' in error_of(['--datasetfolder', str(tmp_path)], capsys)
+    assert os.listdir(tmp_path) == ['tiny-imagenet-200.zip']
 
 
 def test_damaged_image(folder, capsys):
