@@ -42,7 +42,7 @@ def test_published_commands_are_understood():
     """Every set of flags in a table, and every whole command of train.py."""
     tables = re.findall(r'\| `(--[^`]*--optim [^`]*|--optim [^`]*)` \|', README)
     whole = re.findall(r'python train\.py (--dataset [^`\n]*)', README.replace('\\\n', ' '))
-    assert len(tables) == 7 and len(whole) == 3
+    assert len(tables) == 7 and len(whole) == 4
     for flags in [*tables, *whole]:
         assert settings.parse_args(shlex.split(flags)).optim in settings.OPTIMIZERS
 
