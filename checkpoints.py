@@ -279,7 +279,7 @@ def find_damage(checkpoint):
         return 'checksums.json is missing'
     except (ValueError, OSError) as error:
         return f'checksums.json cannot be read ({error})'
-    if not isinstance(expected, dict) or not expected:
+    if not expected:
         return 'checksums.json lists no files'
     for name in sorted({*expected, *found}):
         if name not in found:

@@ -148,19 +148,19 @@ def flush(path):
 
 
 def read_json(path):
-    """What a JSON file of ours holds. Raises OSError, and ValueError for what is no JSON or larger than any of them."""
-    return _parse_json(_read_text(path))
+    """The object of a JSON file of ours. Raises OSError, and ValueError for anything else or what is far too large."""
+    content = _parse_json(_read_text(path))
+    if not isinstance(content, dict):
+        raise ValueError('it holds no object')
+    return content
 
 
 def read_record(path):
     """The object of a JSON file of measured figures. Raises RunError."""
     try:
-        record = read_json(path)
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f'{path} is damaged or cannot be read: {error}') from error
-    if not isinstance(record, dict):
-        raise RunError(f'{path} is damaged: it holds no object')
-    return record
 
 
 def _read_text(path, limit=1 << 24):
@@ -194,15 +194,12 @@ def write_config(run, content):
 def read_config(run):
     """The configuration that train.py wrote, a dict. Raises RunError."""
     path = Path(run) / 'config.json'
-    try:
-        config = read_json(path)
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise RunError(
             f'{run} is not a run folder: it holds no config.json (name the folder run_K that train.py printed)'
-        ) from error
-    except (ValueError, OSError) as error:
-        raise RunError(f'{path} is damaged or cannot be read: {error}') from error
-    sha256 = config.pop('sha256', None) if isinstance(config, dict) else None
+        )
+    config = read_record(path)
+    sha256 = config.pop('sha256', None)
     if sha256 is None:
         raise RunError(f'{path} lacks its checksum: it is incomplete, or of another version of train.py')
     if sha256 != _digest(config):

@@ -105,7 +105,7 @@ def test_methods_that_would_fail_are_not_begun(benchmark, flags, reason, tmp_pat
     [
         (None, 'growth.png', 'growth.json is damaged or cannot be read: '),
         ('{', 'growth.png', 'growth.json is damaged or cannot be read: '),
-        ('[]', 'growth.png', 'growth.json is damaged: it holds no object'),
+        ('[]', 'growth.png', 'growth.json is damaged or cannot be read: it holds no object'),
         ('{"batch": {"seconds": {}}}', 'growth.png', 'growth.json has no figures of sub_batches, samples, parameters'),
         ('{}', 'growth.txt', 'growth.txt is not the name of a .png'),
     ],

@@ -100,7 +100,7 @@ def test_no_whole_checkpoint(run, capsys):
         (lambda text: text.replace('"alpha": 0.1', '"alpha": 0.2'), 'config.json is damaged: its SHA-256 is '),
         (lambda text: text[:-40], 'config.json is damaged or cannot be read'),
         (lambda text: '{}', 'config.json lacks its checksum'),
-        (lambda text: '[]', 'config.json lacks its checksum'),
+        (lambda text: '[]', 'config.json is damaged or cannot be read: it holds no object'),
         (lambda text: '', 'config.json is damaged or cannot be read'),
     ],
 )
