@@ -183,6 +183,10 @@ def compare(results, args):
     if len(rows) > 1:
         print('difference to the first: 95 % interval and p-value over resampled test images (paired bootstrap)\n')
         print(tables.markdown(*comparison.test_table(rows, results[0].labels, args.bins)))
+    header, over_seeds = comparison.seeds_table(rows, values)
+    if over_seeds:
+        print("difference to the first of several runs: 95 % interval and p-value over seeds (Welch's t-test)\n")
+        print(tables.markdown(header, over_seeds))
     if devices.is_first():
         print('written: ' + ', '.join(str(path) for path in comparison.write(_common_folder(args), rows, values)))
 

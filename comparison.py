@@ -2,6 +2,7 @@
 
 import collections
 import json
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,19 +183,49 @@ def test_table(rows, labels, num_bins):
     """Header and rows: each row's difference from the first, with its 95 % interval and p-value (bootstrap)."""
     tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in metrics.SHORT}
     measured = [_averages(tested, row.probs, labels) for row in rows]
-    header = [f'against {rows[0].name}', *(part for name in metrics.SHORT for part in (name, 'p'))]
     cells = []
     for row, (observed, resampled) in zip(rows[1:], measured[1:], strict=True):
         line = [row.name]
         for name in metrics.SHORT:
             with np.errstate(invalid='ignore'):  # of an infinite NLL
                 difference = observed[name] - measured[0][0][name]
-                low, high, p = bootstrap.difference(difference, resampled[name] - measured[0][1][name])
-            scale, digits = metrics.scale_and_digits(name)
-            value, low, high = (f'{scale * x:+.{digits}f}' for x in (difference, low, high))
-            line += [f'{value} [{low}, {high}]', f'{p:.3f}']
+                test = bootstrap.difference(difference, resampled[name] - measured[0][1][name])
+            line += _test_cells(name, difference, *test)
         cells.append(line)
-    return header, cells
+    return _test_header(rows[0].name), cells
+
+
+def seeds_table(rows, values):
+    """As `test_table`, of the rows with several runs, over those: what other seeds would have given (Welch's t-test).
+
+    values: those of the rows. Neither interval nor p where the runs of both rows are all alike, or a value is infinite.
+    """
+    import scipy.stats  # takes most of a second
+
+    of_several = [(row.name, v) for row, v in zip(rows, values, strict=True) if len(row.probs) > 1]
+    cells = []
+    for name, of_row in of_several[1:]:
+        line = [name]
+        for metric in metrics.SHORT:
+            numbers, firsts = of_row[metric], of_several[0][1][metric]
+            with warnings.catch_warnings(action='ignore', category=RuntimeWarning):
+                difference = np.mean(numbers) - np.mean(firsts)
+                test = scipy.stats.ttest_ind(numbers, firsts, equal_var=False)
+                low, high = test.confidence_interval(bootstrap.LEVEL)
+            told = (low, high, test.pvalue) if low < high else (np.nan,) * 3
+            line += _test_cells(metric, difference, *told)
+        cells.append(line)
+    return (_test_header(of_several[0][0]), cells) if cells else ([], [])
+
+
+def _test_header(first):
+    return [f'against {first}', *(part for name in metrics.SHORT for part in (name, 'p'))]
+
+
+def _test_cells(name, difference, low, high, p):
+    scale, digits = metrics.scale_and_digits(name)
+    difference, low, high = (f'{scale * x:+z.{digits}f}' for x in (difference, low, high))
+    return [f'{difference} [{low}, {high}]', f'{p:.3f}']
 
 
 def _averages(tested, probs, labels):

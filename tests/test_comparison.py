@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+import scipy.stats
 
 import comparison
 import metrics
@@ -65,6 +66,34 @@ def test_test_table():
     assert value == f'{difference:+.4f}' and 0 < low < difference < high
 
 
+def test_seeds_table():
+    """Runs that differ by more than chance, as scipy's test of their metrics says; ensembles are no runs."""
+    results = [result('sgd', seed, strength=5) for seed in range(3)] + [result('sam', seed) for seed in (3, 4)]
+    rows = comparison.rows([*comparison.ensembles(results), *results])
+    values = comparison.values(rows, LABELS, num_bins=20)
+    header, (cells,) = comparison.seeds_table(rows, values)
+    assert header[0] == 'against sgd, mean' and cells[0] == 'sam, mean'
+    nlls = [[metrics.nll(r.probs, LABELS) for r in results if r.flags['optim'] == optim] for optim in ('sam', 'sgd')]
+    expected = scipy.stats.ttest_ind(*nlls, equal_var=False)
+    difference = np.mean(nlls[0]) - np.mean(nlls[1])
+    column = header.index('nll')
+    low, high = expected.confidence_interval()
+    assert cells[column] == f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]'
+    assert cells[column + 1] == f'{expected.pvalue:.3f}' != 'nan'
+
+
+def test_seeds_without_a_test():
+    """One run of a method is no sample of seeds; runs that are all alike tell nothing of others."""
+    single = comparison.rows([result('sgd', 0), result('sgd', 1), result('sam', 0)])
+    assert comparison.seeds_table(single, comparison.values(single, LABELS, num_bins=20)) == ([], [])
+    alike = [result(optim, 0, strength=s) for optim, s in (('sgd', 2), ('sgd', 2), ('sam', 3), ('sam', 3))]
+    for i, r in enumerate(alike):
+        r.flags['randomseed'] = i
+    rows = comparison.rows(alike)
+    _, (cells,) = comparison.seeds_table(rows, comparison.values(rows, LABELS, num_bins=20))
+    assert cells[1].endswith('[+nan, +nan]') and cells[2] == 'nan'
+
+
 def test_impossible_classes():
     """An infinite NLL has no deviation, and no difference to test."""
     certain = np.eye(3)[(LABELS + 1) % 3]
@@ -74,6 +103,9 @@ def test_impossible_classes():
     assert comparison.main_table(rows, values, bold=True)[1][1][3] == 'inf ± nan'
     assert comparison.full_table(rows, values)[1][1][6:8] == ['inf', 'nan']
     assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['+inf [+nan, +nan]', 'nan']
+    both = comparison.rows([result('sam', 0), result('sam', 1), *results])
+    values = comparison.values(both, LABELS, num_bins=20)
+    assert comparison.seeds_table(both, values)[1][0][3:5] == ['+inf [+nan, +nan]', 'nan']
 
 
 def test_diverged_runs_come_last_and_are_not_tested():
