@@ -18,6 +18,7 @@ import os
 import pickle
 import queue
 import shlex
+import shutil
 import sys
 import tarfile
 import threading
@@ -569,19 +570,19 @@ def _mapped(path):
 
 def _write_decoded(paths, shape, cache):
     """What np.save writes of the decoded images: the processes that decode write, each its blocks where they belong."""
-    partial_path = _partial_path(cache)
+    unfinished = partial_path(cache)
     try:
-        with open(partial_path, 'wb') as file:
+        with open(unfinished, 'wb') as file:
             header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(paths), *shape)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
             offsets = [file.tell() + i * math.prod(shape) for i in range(0, len(paths), _DECODED_AT_ONCE)]
-            for _ in _in_blocks(partial(jpegs.decode_into, partial_path, shape), paths, offsets):
+            for _ in _in_blocks(partial(jpegs.decode_into, unfinished, shape), paths, offsets):
                 os.fsync(file.fileno())  # else a power failure could leave black images; the others go on decoding
-        os.replace(partial_path, cache)
+        os.replace(unfinished, cache)
     finally:
         with contextlib.suppress(OSError):
-            partial_path.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     for stale in cache.parent.glob(f'{cache.name.split("-")[0]}-*.npy'):
         if stale != cache:
             with contextlib.suppress(OSError):
@@ -729,13 +730,13 @@ def download(official, path):
 
     Raises a DataError that says which file to put where if the network does not answer within 10 seconds.
     """
-    partial_path = _partial_path(path)
+    unfinished = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = _fetch(official, partial_path)
+        sha256 = _fetch(official, unfinished)
         if sha256 != official.sha256:
             raise DataError(f'what {official.url} sent has the SHA-256 {sha256}, not {official.sha256}: not kept')
-        os.replace(partial_path, path)
+        os.replace(unfinished, path)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error
         raise DataError(
@@ -743,15 +744,15 @@ def download(official, path):
         ) from error
     finally:
         with contextlib.suppress(OSError):
-            partial_path.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
-def _partial_path(path):
-    """That of runs.py; what killed processes left for `path` an hour ago is removed."""
+def partial_path(path):
+    """That of runs.py; files and folders that killed processes left for `path` an hour ago are removed."""
     for left in path.parent.glob(f'{path.name}.*.partial'):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
     return runs.partial_path(path)
 
 

@@ -54,9 +54,9 @@ def unpack(archive, root):
     """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
     from tqdm import tqdm
 
-    from data import TINYIMAGENET, DataError, damaged
+    from data import TINYIMAGENET, DataError, damaged, partial_path
 
-    partial = root.with_name(f'{root.name}.partial')
+    partial = partial_path(root)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as members:

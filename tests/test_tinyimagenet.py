@@ -112,6 +112,21 @@ def test_interrupted_anywhere(calls, folder, monkeypatch):
     check(folder)
 
 
+def test_what_killed_processes_left(folder):
+    """Goes after an hour; what another process may be at, and what is not ours, stays."""
+    names = {'of_killed': '.node.7.partial', 'of_another': '.node.8.partial', 'of_the_user': '.partial'}
+    paths = {owner: folder / f'tiny-imagenet-200{name}' for owner, name in names.items()}
+    for path in paths.values():
+        path.mkdir()
+        (path / 'train').touch()
+    long_ago = time.time() - 2 * 3600
+    for owner in ('of_killed', 'of_the_user'):
+        os.utime(paths[owner], (long_ago, long_ago))
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    assert [owner for owner, path in paths.items() if (path / 'train').exists()] == ['of_another', 'of_the_user']
+    assert not paths['of_killed'].exists()
+
+
 def test_from_an_unpacked_folder(folder):
     shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
     shutil.rmtree(folder / 'tiny-imagenet-200' / 'test')
