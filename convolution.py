@@ -120,14 +120,14 @@ def _input_gradient(x, kernel, grads, strides, padding):
 def _kernel_gradient(x, kernel, grads, strides, padding):
     """The gradient with respect to the kernel: a convolution as for the input; the batch is what is summed over.
 
-    On CPUs XLA's convolution takes several times as long where its images leave a core's caches: there the gradient is
-    summed over blocks of images, in tiles, or as a product of matrices for each weight, the pixels under it and
-    `grads`, if there are channels enough for that.
+    On CPUs it is a sum of products of matrices, over blocks of images that stay in a core's caches: in tiles, or of the
+    pixels under a weight and `grads`, for all weights at once if there are no strides.
     """
     channels, features = kernel.shape[2:]
+    sides = _sides(x, kernel, grads, strides, padding)
 
     def by_convolution(x, grads):
-        kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
+        kernel_padding = [(p, r + k - 1 - n - p) for n, k, p, r in sides]
         batch_last, batch_third = x.transpose(3, 1, 2, 0), grads.transpose(1, 2, 0, 3)
         kernel_grads = nhwc_convolution(batch_last, batch_third, (1, 1), kernel_padding, rhs_dilation=strides)
         return kernel_grads.transpose(1, 2, 0, 3)
@@ -140,14 +140,24 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         products = [pixels.reshape(-1, channels).T @ rows for pixels in _under_weights(x, kernel, strides, padding)]
         return jnp.stack(products).reshape(kernel.shape)
 
+    def by_one_product(x, grads):
+        (height, down, above, reach), (_, right, _, _) = sides
+        columns = jnp.stack(_under_weights(x, kernel[:1], strides, padding), axis=3)
+        padded = jnp.pad(grads, ((0, 0), (down - 1 - above, height + above - reach), (0, 0), (0, 0)))
+        rows = jnp.stack([padded[:, i : i + height] for i in reversed(range(down))], axis=3)
+        product = columns.reshape(-1, right * channels).T @ rows.reshape(-1, down * features)
+        return product.reshape(right, channels, down, features).transpose(2, 0, 1, 3)
+
     def over_blocks(x, grads):
-        of_block = by_convolution if channels < _FEWEST_CHANNELS_OF_PRODUCTS else by_products
-        return _sum_over_blocks(of_block, kernel.shape, x, grads).astype(x.dtype)
+        of_block, most_values = by_products, _VALUES_OF_A_BLOCK
+        if strides == (1, 1):
+            of_block, most_values = by_one_product, _VALUES_OF_A_SMALL_BLOCK
+        return _sum_over_blocks(of_block, kernel.shape, x, grads, most_values).astype(x.dtype)
 
     elsewhere, on_cpus = by_convolution, partial(devices.sum_over_shares, over_blocks)
     if _outweighs(x, kernel):
         elsewhere = on_cpus = by_product
-    if _suits_tiles(x, kernel, strides, padding):
+    if _suits_tiles(x, kernel, strides, padding) and channels >= _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES:
         on_cpus = partial(devices.sum_over_shares, partial(_kernel_gradient_in_tiles, kernel))
     return lax.platform_dependent(x, grads, cpu=on_cpus, default=elsewhere)
 
@@ -177,7 +187,7 @@ def _kernel_gradient_in_tiles(kernel, x, grads):
     def of_block(x, grads):
         return jax.linear_transpose(partial(_tiles, x), weights)(grads)[0]
 
-    weights_grads = _sum_over_blocks(of_block, weights.shape, x, grads)
+    weights_grads = _sum_over_blocks(of_block, weights.shape, x, grads, _VALUES_OF_A_BLOCK)
     return jax.linear_transpose(_weights_of_tiles, kernel)(weights_grads)[0]
 
 
@@ -222,27 +232,27 @@ def _map_over_blocks(function, x):
     def of_block(x):
         return function(at_least_float32(x)).astype(x.dtype)
 
-    blocks, rest = _cut(x, _images_of_block(x))
+    blocks, rest = _cut(x, _images_of_block(x, _VALUES_OF_A_BLOCK))
     y = lax.map(of_block, blocks)
     y = y.reshape(-1, *y.shape[2:])
     return jnp.concatenate([y, of_block(rest)]) if len(rest) else y
 
 
-def _sum_over_blocks(function, shape, x, grads):
+def _sum_over_blocks(function, shape, x, grads, most_values):
     """function(x, grads), of this shape, a sum over images [B, H, W, C]: over blocks of images, in float32 at least."""
 
     def add(total, blocks):
         return total + function(*map(at_least_float32, blocks)), None
 
-    size = _images_of_block(x)
+    size = _images_of_block(x, most_values)
     (blocks, rest), (grads_blocks, grads_rest) = _cut(x, size), _cut(grads, size)
     total, _ = lax.scan(add, jnp.zeros(shape, at_least_float32(x).dtype), (blocks, grads_blocks))
     return add(total, (rest, grads_rest))[0] if len(rest) else total
 
 
-def _images_of_block(x):
+def _images_of_block(x, most_values):
     """Of x [B, H, W, C]: a divisor of B, unless all are far below the number of images that was fastest."""
-    largest = max(1, min(_IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK // math.prod(x.shape[1:]), len(x)))
+    largest = max(1, min(_IMAGES_OF_A_BLOCK, most_values // math.prod(x.shape[1:]), len(x)))
     divisor = max(n for n in range(1, largest + 1) if len(x) % n == 0)
     return divisor if 4 * divisor >= largest else largest
 
@@ -253,8 +263,9 @@ def _cut(x, size):
     return x[:full].reshape(-1, size, *x.shape[1:]), x[full:]
 
 
-_IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK = 25, 420_000  # at most; fastest on two cores of an AMD EPYC
-_FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES = 64, 32
+# Fastest on two cores of an AMD EPYC: at most in a block of images, and the fewest channels in tiles.
+_IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK, _VALUES_OF_A_SMALL_BLOCK = 25, 420_000, 84_000
+_FEWEST_CHANNELS_OF_TILES, _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES = 32, 64
 
 
 def at_least_float32(x):

@@ -18,8 +18,11 @@ def jax_convolution(x, kernel, stride, padding):
 @pytest.mark.parametrize('padding', ['SAME', 'VALID'])
 @pytest.mark.parametrize(
     ('pixels', 'size', 'stride', 'features'),
-    [(8, 3, 1, 4), (8, 3, 2, 4), (9, 3, 2, 4), (8, 1, 2, 4), (9, 5, 1, 4), (7, 2, 3, 4), (8, 3, 1, 60), (9, 3, 2, 90)],
-)
+    [
+        (8, 3, 1, 4), (8, 3, 2, 4), (9, 3, 2, 4), (8, 1, 2, 4), (9, 5, 1, 4), (8, 4, 1, 4), (7, 2, 3, 4), (8, 3, 1, 60),
+        (9, 3, 2, 90),
+    ],
+)  # fmt: skip
 def test_convolution_gradient(pixels, size, stride, features, padding, platform, x64):
     """Value and gradient are JAX's own, also of kernels that outweigh the images."""
     rng = np.random.default_rng(0)
@@ -40,15 +43,17 @@ def test_convolution_gradient(pixels, size, stride, features, padding, platform,
 @pytest.mark.parametrize(('images', 'largest_block'), [(50, 30), (55, 7), (53, 30), (3, 0)])
 @pytest.mark.parametrize(
     ('kind', 'channels', 'stride'),
-    [('convolutions', 3, 1), ('convolutions', 3, 2), ('products', 64, 1), ('products', 64, 2), ('tiles', 5, 1)],
+    [('one product', 3, 1), ('one product', 64, 1), ('products', 3, 2), ('products', 64, 2), ('tiles', 5, 1)],
 )
 def test_convolution_over_blocks(images, largest_block, kind, channels, stride, monkeypatch, x64):
     """Blocks of 25 images, of 5, of 25 and a rest, and of one: values and gradients are JAX's, in bfloat16 too.
 
     Tiles of 2×2 pixels stick out of these images.
     """
-    monkeypatch.setattr(convolution, '_VALUES_OF_A_BLOCK', largest_block * 7 * 9 * channels)
-    monkeypatch.setattr(convolution, '_FEWEST_CHANNELS_OF_TILES', 3 if kind == 'tiles' else 100)
+    for name in ('_VALUES_OF_A_BLOCK', '_VALUES_OF_A_SMALL_BLOCK'):
+        monkeypatch.setattr(convolution, name, largest_block * 7 * 9 * channels)
+    for name in ('_FEWEST_CHANNELS_OF_TILES', '_FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES'):
+        monkeypatch.setattr(convolution, name, 3 if kind == 'tiles' else 100)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((images, 7, 9, channels))
     kernel = rng.standard_normal((3, 3, channels, 4))
