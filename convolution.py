@@ -121,7 +121,7 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
     """The gradient with respect to the kernel: a convolution as for the input; the batch is what is summed over.
 
     On CPUs it is a sum of products of matrices, over blocks of images that stay in a core's caches: in tiles, or of the
-    pixels under a weight and `grads`, for all weights at once if there are no strides.
+    pixels under a weight and `grads`, for all weights at once where channels are few or there are no strides.
     """
     channels, features = kernel.shape[2:]
     sides = _sides(x, kernel, grads, strides, padding)
@@ -133,14 +133,14 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         return kernel_grads.transpose(1, 2, 0, 3)
 
     def by_product(x, grads):
-        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel)[1](grads)[0]
+        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel.astype(x.dtype))[1](grads)[0]
 
     def by_products(x, grads):
         rows = grads.reshape(-1, features)
         products = [pixels.reshape(-1, channels).T @ rows for pixels in _under_weights(x, kernel, strides, padding)]
         return jnp.stack(products).reshape(kernel.shape)
 
-    def by_one_product(x, grads):
+    def by_rows(x, grads):
         (height, down, above, reach), (_, right, _, _) = sides
         columns = jnp.stack(_under_weights(x, kernel[:1], strides, padding), axis=3)
         padded = jnp.pad(grads, ((0, 0), (down - 1 - above, height + above - reach), (0, 0), (0, 0)))
@@ -150,8 +150,10 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
 
     def over_blocks(x, grads):
         of_block, most_values = by_products, _VALUES_OF_A_BLOCK
-        if strides == (1, 1):
-            of_block, most_values = by_one_product, _VALUES_OF_A_SMALL_BLOCK
+        if channels < _FEWEST_CHANNELS_OF_ROWS:
+            of_block = by_product
+        elif strides == (1, 1):
+            of_block, most_values = by_rows, _VALUES_OF_A_SMALL_BLOCK
         return _sum_over_blocks(of_block, kernel.shape, x, grads, most_values).astype(x.dtype)
 
     elsewhere, on_cpus = by_convolution, partial(devices.sum_over_shares, over_blocks)
@@ -263,9 +265,9 @@ def _cut(x, size):
     return x[:full].reshape(-1, size, *x.shape[1:]), x[full:]
 
 
-# Fastest on two cores of an AMD EPYC: at most in a block of images, and the fewest channels in tiles.
+# Fastest on two cores of an AMD EPYC: at most in a block of images, and the fewest channels.
 _IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK, _VALUES_OF_A_SMALL_BLOCK = 25, 420_000, 84_000
-_FEWEST_CHANNELS_OF_TILES, _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES = 32, 64
+_FEWEST_CHANNELS_OF_ROWS, _FEWEST_CHANNELS_OF_TILES, _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES = 8, 32, 64
 
 
 def at_least_float32(x):

@@ -15,6 +15,7 @@ def jax_convolution(x, kernel, stride, padding):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
+@pytest.mark.parametrize('few_channels', [True, False])
 @pytest.mark.parametrize('padding', ['SAME', 'VALID'])
 @pytest.mark.parametrize(
     ('pixels', 'size', 'stride', 'features'),
@@ -23,8 +24,10 @@ def jax_convolution(x, kernel, stride, padding):
         (9, 3, 2, 90),
     ],
 )  # fmt: skip
-def test_convolution_gradient(pixels, size, stride, features, padding, platform, x64):
+def test_convolution_gradient(pixels, size, stride, features, padding, few_channels, platform, monkeypatch, x64):
     """Value and gradient are JAX's own, also of kernels that outweigh the images."""
+    if not few_channels:
+        monkeypatch.setattr(convolution, '_FEWEST_CHANNELS_OF_ROWS', 3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, pixels, pixels + 1, 3))
     kernel = rng.standard_normal((size, size, 3, features))
@@ -43,7 +46,7 @@ def test_convolution_gradient(pixels, size, stride, features, padding, platform,
 @pytest.mark.parametrize(('images', 'largest_block'), [(50, 30), (55, 7), (53, 30), (3, 0)])
 @pytest.mark.parametrize(
     ('kind', 'channels', 'stride'),
-    [('one product', 3, 1), ('one product', 64, 1), ('products', 3, 2), ('products', 64, 2), ('tiles', 5, 1)],
+    [('product', 3, 1), ('product', 3, 2), ('rows', 64, 1), ('products', 64, 2), ('tiles', 5, 1)],
 )
 def test_convolution_over_blocks(images, largest_block, kind, channels, stride, monkeypatch, x64):
     """Blocks of 25 images, of 5, of 25 and a rest, and of one: values and gradients are JAX's, in bfloat16 too.
