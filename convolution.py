@@ -120,8 +120,8 @@ def _input_gradient(x, kernel, grads, strides, padding):
 def _kernel_gradient(x, kernel, grads, strides, padding):
     """The gradient with respect to the kernel: a convolution as for the input; the batch is what is summed over.
 
-    On CPUs it is a sum of products of matrices, over blocks of images that stay in a core's caches: in tiles, or of the
-    pixels under a weight and `grads`, for all weights at once where channels are few or there are no strides.
+    On CPUs it is a sum over blocks of images that stay in a core's caches, and of products of matrices unless channels
+    are few: in tiles, or of the pixels under a weight and `grads`, for all weights at once if there are no strides.
     """
     channels, features = kernel.shape[2:]
     sides = _sides(x, kernel, grads, strides, padding)
@@ -133,7 +133,7 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         return kernel_grads.transpose(1, 2, 0, 3)
 
     def by_product(x, grads):
-        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel.astype(x.dtype))[1](grads)[0]
+        return jax.vjp(lambda kernel: _by_product(x, kernel, strides, padding), kernel)[1](grads)[0]
 
     def by_products(x, grads):
         rows = grads.reshape(-1, features)
@@ -150,8 +150,8 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
 
     def over_blocks(x, grads):
         of_block, most_values = by_products, _VALUES_OF_A_BLOCK
-        if channels < _FEWEST_CHANNELS_OF_ROWS:
-            of_block = by_product
+        if channels < _FEWEST_CHANNELS_OF_PRODUCTS:
+            of_block = by_convolution
         elif strides == (1, 1):
             of_block, most_values = by_rows, _VALUES_OF_A_SMALL_BLOCK
         return _sum_over_blocks(of_block, kernel.shape, x, grads, most_values).astype(x.dtype)
@@ -267,7 +267,7 @@ def _cut(x, size):
 
 # Fastest on two cores of an AMD EPYC: at most in a block of images, and the fewest channels.
 _IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK, _VALUES_OF_A_SMALL_BLOCK = 25, 420_000, 84_000
-_FEWEST_CHANNELS_OF_ROWS, _FEWEST_CHANNELS_OF_TILES, _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES = 8, 32, 64
+_FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES, _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES = 8, 32, 64
 
 
 def at_least_float32(x):

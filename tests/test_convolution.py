@@ -27,7 +27,7 @@ def jax_convolution(x, kernel, stride, padding):
 def test_convolution_gradient(pixels, size, stride, features, padding, few_channels, platform, monkeypatch, x64):
     """Value and gradient are JAX's own, also of kernels that outweigh the images."""
     if not few_channels:
-        monkeypatch.setattr(convolution, '_FEWEST_CHANNELS_OF_ROWS', 3)
+        monkeypatch.setattr(convolution, '_FEWEST_CHANNELS_OF_PRODUCTS', 3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, pixels, pixels + 1, 3))
     kernel = rng.standard_normal((size, size, 3, features))
@@ -46,7 +46,7 @@ def test_convolution_gradient(pixels, size, stride, features, padding, few_chann
 @pytest.mark.parametrize(('images', 'largest_block'), [(50, 30), (55, 7), (53, 30), (3, 0)])
 @pytest.mark.parametrize(
     ('kind', 'channels', 'stride'),
-    [('product', 3, 1), ('product', 3, 2), ('rows', 64, 1), ('products', 64, 2), ('tiles', 5, 1)],
+    [('convolution', 3, 1), ('convolution', 3, 2), ('rows', 64, 1), ('products', 64, 2), ('tiles', 5, 1)],
 )
 def test_convolution_over_blocks(images, largest_block, kind, channels, stride, monkeypatch, x64):
     """Blocks of 25 images, of 5, of 25 and a rest, and of one: values and gradients are JAX's, in bfloat16 too.
