@@ -141,6 +141,8 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         return jnp.stack(products).reshape(kernel.shape)
 
     def by_rows(x, grads):
+        """Weight (i, j) is the sum over pixels (u, v) of x[u, v + j] · grads[u - i, v], padding aside: one product of
+        `x` shifted along the width, [w·C, K], and `grads` shifted along the height, [K, h·D], has all of them."""
         (height, down, above, reach), (_, right, _, _) = sides
         columns = jnp.stack(_under_weights(x, kernel[:1], strides, padding), axis=3)
         padded = jnp.pad(grads, ((0, 0), (down - 1 - above, height + above - reach), (0, 0), (0, 0)))
