@@ -749,7 +749,7 @@ def download(official, path):
 
 def partial_path(path):
     """That of runs.py; files and folders that killed processes left for `path` an hour ago are removed."""
-    for left in path.parent.glob(f'{path.name}.*.partial'):
+    for left in path.parent.glob(f'{path.name}.*.[0-9]*.partial'):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 3600:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

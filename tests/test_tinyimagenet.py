@@ -114,17 +114,17 @@ def test_interrupted_anywhere(calls, folder, monkeypatch):
 
 def test_what_killed_processes_left(folder):
     """Goes after an hour; what another process may be at, and what is not ours, stays."""
-    names = {'of_killed': '.node.7.partial', 'of_another': '.node.8.partial', 'of_the_user': '.partial'}
-    paths = {owner: folder / f'tiny-imagenet-200{name}' for owner, name in names.items()}
-    for path in paths.values():
+    killed, another, *of_the_user = paths = [
+        folder / f'tiny-imagenet-200{name}.partial' for name in ('.node.7', '.node.8', '', '.mine')
+    ]
+    long_ago = time.time() - 2 * 3600
+    for path in paths:
         path.mkdir()
         (path / 'train').touch()
-    long_ago = time.time() - 2 * 3600
-    for owner in ('of_killed', 'of_the_user'):
-        os.utime(paths[owner], (long_ago, long_ago))
+        if path != another:
+            os.utime(path, (long_ago, long_ago))
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
-    assert [owner for owner, path in paths.items() if (path / 'train').exists()] == ['of_another', 'of_the_user']
-    assert not paths['of_killed'].exists()
+    assert not killed.exists() and all((path / 'train').exists() for path in (another, *of_the_user))
 
 
 def test_from_an_unpacked_folder(folder):
