@@ -224,7 +224,7 @@ def _test_header(first):
 
 def _test_cells(name, difference, low, high, p):
     scale, digits = metrics.scale_and_digits(name)
-    difference, low, high = (f'{scale * x:+z.{digits}f}' for x in (difference, low, high))
+    difference, low, high = (f'{scale * x:+.{digits}f}' for x in (difference, low, high))
     return [f'{difference} [{low}, {high}]', f'{p:.3f}']
 
 

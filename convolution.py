@@ -123,7 +123,7 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
     On CPUs it is a sum over blocks of images that stay in a core's caches, and of products of matrices unless channels
     are few: in tiles, or of the pixels under a weight and `grads`, for all weights at once if there are no strides.
     """
-    channels, features = kernel.shape[2:]
+    size, (channels, features) = kernel.shape[:2], kernel.shape[2:]
     sides = _sides(x, kernel, grads, strides, padding)
 
     def by_convolution(x, grads):
@@ -137,14 +137,14 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
 
     def by_products(x, grads):
         rows = grads.reshape(-1, features)
-        products = [pixels.reshape(-1, channels).T @ rows for pixels in _under_weights(x, kernel, strides, padding)]
+        products = [pixels.reshape(-1, channels).T @ rows for pixels in _under_weights(x, size, strides, padding)]
         return jnp.stack(products).reshape(kernel.shape)
 
     def by_rows(x, grads):
         """Weight (i, j) is the sum over pixels (u, v) of x[u, v + j] · grads[u - i, v], padding aside: one product of
         `x` shifted along the width, [w·C, K], and `grads` shifted along the height, [K, h·D], has all of them."""
-        (height, down, above, reach), (_, right, _, _) = sides
-        columns = jnp.stack(_under_weights(x, kernel[:1], strides, padding), axis=3)
+        (height, down, above, reach), (_, right, *_) = sides
+        columns = jnp.stack(_under_weights(x, (1, right), strides, padding), axis=3)
         padded = jnp.pad(grads, ((0, 0), (down - 1 - above, height + above - reach), (0, 0), (0, 0)))
         rows = jnp.stack([padded[:, i : i + height] for i in reversed(range(down))], axis=3)
         product = columns.reshape(-1, right * channels).T @ rows.reshape(-1, down * features)
@@ -326,15 +326,15 @@ def _by_product(x, kernel, strides, padding):
 
     Without the barrier XLA may fuse the windows into the product, and fails at that (JAX 0.11.2 on an H100).
     """
-    windows = jnp.concatenate(_under_weights(x, kernel, strides, padding), axis=-1)
+    windows = jnp.concatenate(_under_weights(x, kernel.shape[:2], strides, padding), axis=-1)
     features = kernel.shape[-1]
     rows = lax.optimization_barrier(windows.reshape(-1, windows.shape[-1]))
     return (rows @ kernel.reshape(-1, features)).reshape(*windows.shape[:3], features)
 
 
-def _under_weights(x, kernel, strides, padding):
-    """For each of the h·w weights of a kernel [h, w, C, D] the pixels that it multiplies, [B, H', W', C]."""
-    height, width = kernel.shape[:2]
-    x = jnp.pad(x, ((0, 0), *lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding), (0, 0)))
+def _under_weights(x, size, strides, padding):
+    """For each of the h·w weights of a kernel of this size the pixels that it multiplies, [B, H', W', C]."""
+    height, width = size
+    x = jnp.pad(x, ((0, 0), *lax.padtype_to_pads(x.shape[1:3], size, strides, padding), (0, 0)))
     down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
     return [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(height) for j in range(width)]
