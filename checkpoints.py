@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import devices
+import errors
 import flags
 import runs
 
@@ -151,7 +152,7 @@ class Writer:
         checkpoint = partial.with_suffix('')
         _discard(checkpoint)
         os.replace(partial, checkpoint)
-        runs.flush(self.folder)
+        errors.flush(self.folder)
         steps = [*self._steps, int(checkpoint.name)]
         self._steps = sorted({*steps[-2:], *self._best(progress.log, steps)})
         for old in set(all_steps(self.folder)) - set(self._steps):
@@ -360,4 +361,4 @@ def _discard_leftovers(folder):
 
 def _flush(folder):
     for path in (*folder.rglob('*'), folder):
-        runs.flush(path)
+        errors.flush(path)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 import bootstrap
+import errors
 import metrics
 import runs
 import settings
@@ -21,8 +22,8 @@ SHOWN = (*metrics.SHORT, 'auroc')
 _HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')
 
 
-class ComparisonError(Exception):
-    """Runs that cannot be compared, in one line for the user."""
+class ComparisonError(errors.UserError):
+    """Runs that cannot be compared."""
 
 
 class Result(NamedTuple):

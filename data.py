@@ -18,11 +18,9 @@ import os
 import pickle
 import queue
 import shlex
-import shutil
 import sys
 import tarfile
 import threading
-import time
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -37,13 +35,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import errors
 import flags
 import jpegs
-import runs
 
 
-class DataError(Exception):
-    """A data set that is missing, damaged or of no use, in one line for the user."""
+class DataError(errors.UserError):
+    """A data set that is missing, damaged or of no use."""
 
 
 # On the device: the batches of an epoch, augmentation, normalisation.
@@ -570,19 +568,13 @@ def _mapped(path):
 
 def _write_decoded(paths, shape, cache):
     """What np.save writes of the decoded images: the processes that decode write, each its blocks where they belong."""
-    unfinished = partial_path(cache)
-    try:
-        with open(unfinished, 'wb') as file:
-            header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(paths), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            offsets = [file.tell() + i * math.prod(shape) for i in range(0, len(paths), _DECODED_AT_ONCE)]
-            for _ in _in_blocks(partial(jpegs.decode_into, unfinished, shape), paths, offsets):
-                os.fsync(file.fileno())  # else a power failure could leave black images; the others go on decoding
-        os.replace(unfinished, cache)
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    with errors.replacing(cache) as unfinished, open(unfinished, 'wb') as file:
+        header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(paths), *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        offsets = [file.tell() + i * math.prod(shape) for i in range(0, len(paths), _DECODED_AT_ONCE)]
+        for _ in _in_blocks(partial(jpegs.decode_into, unfinished, shape), paths, offsets):
+            os.fsync(file.fileno())  # else a power failure could leave black images; the others go on decoding
     for stale in cache.parent.glob(f'{cache.name.split("-")[0]}-*.npy'):
         if stale != cache:
             with contextlib.suppress(OSError):
@@ -730,30 +722,17 @@ def download(official, path):
 
     Raises a DataError that says which file to put where if the network does not answer within 10 seconds.
     """
-    unfinished = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = _fetch(official, unfinished)
-        if sha256 != official.sha256:
-            raise DataError(f'what {official.url} sent has the SHA-256 {sha256}, not {official.sha256}: not kept')
-        os.replace(unfinished, path)
+        with errors.replacing(path) as unfinished:
+            sha256 = _fetch(official, unfinished)
+            if sha256 != official.sha256:
+                raise DataError(f'what {official.url} sent has the SHA-256 {sha256}, not {official.sha256}: not kept')
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error
         raise DataError(
             f'{path} is missing and could not be fetched ({reason}): download {official.url} and put it there'
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-
-
-def partial_path(path):
-    """That of runs.py; files and folders that killed processes left for `path` an hour ago are removed."""
-    for left in path.parent.glob(f'{path.name}.*.[0-9]*.partial'):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return runs.partial_path(path)
 
 
 def _fetch(official, path):

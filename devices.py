@@ -24,11 +24,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import errors
+
 AXIS = 'batch'
 
 
-class DeviceError(Exception):
-    """Devices that are not there, or that a batch cannot be shared out over, in one line for the user."""
+class DeviceError(errors.UserError):
+    """Devices that are missing, or that cannot share a batch equally."""
 
 
 def create_mesh(number=None):

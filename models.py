@@ -19,9 +19,10 @@ from flax import linen as nn
 from jax import lax
 
 import convolution
+import errors
 
 
-class ModelError(ValueError):
+class ModelError(errors.UserError):
     """A network that does not exist, or that does not fit the images."""
 
 

@@ -25,9 +25,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import errors
 
-class RunError(Exception):
-    """A run folder that cannot be made, or is not what it should be, in one line for the user."""
+
+class RunError(errors.UserError):
+    """A run folder that cannot be made, or is not what it should be."""
 
 
 def create(results_folder, dataset, model, optim):
@@ -120,31 +122,12 @@ def _write_text(path, text):
     write_bytes(path, text.encode())
 
 
-def partial_path(path):
-    """Where this process of this host writes what is to become `path`."""
-    return path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
-
-
 def write_bytes(path, content):
     """Writes a file so that a reader sees the old one or the new one, never a part. Raises RunError."""
-    partial = partial_path(path)
     try:
-        partial.write_bytes(content)
-        flush(partial)
-        os.replace(partial, path)
+        errors.write_bytes(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
-
-
-def flush(path):
-    """Waits until a file or folder is on the disk, and not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path):

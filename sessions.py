@@ -14,6 +14,7 @@ import numpy as np
 import checkpoints
 import data
 import devices
+import errors
 import experiments
 import feeds
 import metrics
@@ -21,8 +22,8 @@ import runs
 import training
 
 
-class DivergenceError(Exception):
-    """A run whose loss or weights are no longer finite, in one line for the user."""
+class DivergenceError(errors.UserError):
+    """A run whose loss or weights are no longer finite."""
 
 
 class Images(NamedTuple):

@@ -7,11 +7,11 @@ It may be interrupted at any point and run again.
 
 import os
 import re
-import shutil
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+import errors
 import flags
 
 
@@ -54,29 +54,33 @@ def unpack(archive, root):
     """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
     from tqdm import tqdm
 
-    from data import TINYIMAGENET, DataError, damaged, partial_path
+    from data import TINYIMAGENET, DataError, damaged
 
-    partial = partial_path(root)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) as members:
+        with errors.replacing(root) as partial, zipfile.ZipFile(archive) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
             for name in tqdm(wanted, 'unpacking', unit=' files', leave=False, disable=None):
-                if members.getinfo(name).file_size > _LARGEST_MEMBER:
-                    raise zipfile.BadZipFile(f'{name} has more than {_LARGEST_MEMBER} bytes')
-                if '..' in PurePosixPath(name).parts:
-                    raise zipfile.BadZipFile(f'{name} leads out of its folder')
-                members.extract(name, partial)
-        for name in ('train', 'val'):
-            if not (partial / root.name / name).is_dir():
-                raise zipfile.BadZipFile(f'it holds no folder {root.name}/{name}')
-        os.replace(partial / root.name, root)
+                _unpack_member(members, name, partial)
+            for name in ('train', 'val'):
+                if not (partial / name).is_dir():
+                    raise zipfile.BadZipFile(f'it holds no folder {root.name}/{name}')
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(damaged(archive, error, TINYIMAGENET)) from error
     except OSError as error:
-        raise DataError(f'{archive} cannot be unpacked to {partial}: {error}') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(f'{archive} cannot be unpacked to {root}: {error}') from error
+
+
+def _unpack_member(members, name, folder):
+    if members.getinfo(name).file_size > _LARGEST_MEMBER:
+        raise zipfile.BadZipFile(f'{name} has more than {_LARGEST_MEMBER} bytes')
+    if '..' in PurePosixPath(name).parts:
+        raise zipfile.BadZipFile(f'{name} leads out of its folder')
+    path = folder.joinpath(*PurePosixPath(name).parts[1:])
+    if name.endswith('/'):
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(members.read(name))
 
 
 def _is_wanted(path):

@@ -32,6 +32,7 @@ import tomllib
 from functools import partial
 from pathlib import Path
 
+import errors
 import flags
 import jobs
 import runs
@@ -43,8 +44,8 @@ _MOST_RUNS = 10_000  # whose folders have numbers of four digits
 SHOWN = ('nll', 'accuracy', 'ece')
 
 
-class SweepError(Exception):
-    """A sweep that is not what it should be, in one line for the user."""
+class SweepError(errors.UserError):
+    """A sweep file or folder that cannot be used."""
 
 
 def parse_args(argv=None):

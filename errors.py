@@ -1,0 +1,109 @@
+"""Errors that a user can mend, and files that are written whole or not at all. Imports nothing of ours."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that a user can mend, in one line: what is wrong, with which value, and what to do.
+
+    Control characters are escaped, because the message may quote a file that someone else wrote.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """Returns text with its control characters escaped, so that it cannot steer a terminal."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class if the message is empty."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`. The file or folder written there replaces `path` if the block ends without an error.
+
+    A reader sees the old content or the new one, never a part. Removes what killed processes left of earlier tries.
+    Raises OSError.
+    """
+    path = Path(path)
+    discard_leftovers(path)
+    partial = _partial_path(path)
+    try:
+        yield partial
+        if not partial.is_dir():
+            flush(partial)
+        os.replace(partial, path)
+    finally:
+        remove(partial)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole. Raises OSError."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def discard_leftovers(path: Path) -> None:
+    """Removes what ended processes of this host, or others an hour ago, left of their tries to write `path`."""
+    with contextlib.suppress(OSError):
+        for left in os.scandir(Path(path).parent):
+            found = _PARTIAL.fullmatch(left.name.removeprefix(Path(path).name))
+            if left.name.startswith(Path(path).name) and found and _is_abandoned(left, found):
+                remove(left.path)
+
+
+_PARTIAL = re.compile(r'\.(?P<host>.+)\.(?P<process>\d+)\.partial')
+
+
+def _partial_path(path):
+    return path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
+
+
+def _is_abandoned(entry, found):
+    if found['host'] == socket.gethostname() and not _is_running(int(found['process'])):
+        return True
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > 3600
+
+
+def _is_running(process):
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, if it is there and may be removed."""
+    with contextlib.suppress(OSError):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk. Some network shares cannot tell; they are not waited for."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
