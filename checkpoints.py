@@ -5,15 +5,20 @@
         progress.json           how far training was, and its log up to there
         checksums.json          SHA-256 of the other files
 
-A checkpoint is written under another name, flushed to the disk and renamed, so a run that is killed at any moment
-leaves whole ones only.
+A checkpoint is written under another name, read back, flushed to the disk and renamed, so a run that is killed at any
+moment leaves whole ones only. A process that reads one keeps a lock on it, so that the process that trains does not
+remove it meanwhile.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +32,6 @@ import orbax.checkpoint as ocp
 
 import devices
 import errors
-import flags
 import runs
 
 logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it also raises, with tracebacks
@@ -67,8 +71,10 @@ class Writer:
         self.warn = warn
         self.failed = False
         self._together = jax.process_count() > 1 and _all_can_write(run)
-        before = all_steps(self.folder) if devices.is_first() else []
-        self._steps = [step for step in before if step <= self._step(progress)]
+        self._steps = []
+        if devices.is_first():
+            _discard_leftovers(self.folder)
+            self._steps = [step for step in all_steps(self.folder) if step <= self._step(progress)]
         self._saving = None
         self._thread = ThreadPoolExecutor(1)
 
@@ -136,9 +142,10 @@ class Writer:
             if not self._together:
                 arrays = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), arrays)
                 self._make(partial, arrays)
-            with _checkpointer(processes) as checkpointer:
-                checkpointer.save(partial / 'state', args=ocp.args.StandardSave(arrays))
+            with _checkpointer(processes) as checkpointer, _literal(partial) as folder:
+                checkpointer.save(folder / 'state', args=ocp.args.StandardSave(arrays))
             if devices.is_first():
+                _require_same_arrays(_held_arrays(partial), arrays)
                 self._complete(partial, progress)
         except BaseException:
             if devices.is_first():
@@ -150,13 +157,16 @@ class Writer:
         (partial / 'checksums.json').write_text(json.dumps(_checksums(partial), indent=0))
         _flush(partial)
         checkpoint = partial.with_suffix('')
-        _discard(checkpoint)
+        if checkpoint.exists():  # a resumed run saves the same step again
+            _discard(checkpoint)
         os.replace(partial, checkpoint)
         errors.flush(self.folder)
         steps = [*self._steps, int(checkpoint.name)]
         self._steps = sorted({*steps[-2:], *self._best(progress.log, steps)})
         for old in set(all_steps(self.folder)) - set(self._steps):
-            _discard(self.folder / str(old))
+            with _locked(self.folder / str(old), fcntl.LOCK_EX | fcntl.LOCK_NB) as is_free:
+                if is_free:  # else it is tried again at the next save
+                    _discard(self.folder / str(old))
 
     def _step(self, progress):
         return progress.epoch * self.steps_per_epoch + progress.step
@@ -168,8 +178,42 @@ class Writer:
         return [max(held, key=accuracies.get)] if held else []
 
 
+@contextlib.contextmanager
+def _literal(folder):
+    """Yields a path of a folder that Orbax takes literally: it globs paths, and TensorStore wants them in UTF-8."""
+    if re.fullmatch(r'[\w/.,:+=@%~ -]+', str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix='bayesian-sam-') as beside:
+        link = Path(beside) / folder.name
+        link.symlink_to(folder)
+        yield link
+
+
+@contextlib.contextmanager
+def _locked(checkpoint, how):
+    """Locks a checkpoint until the context ends, where the file system has locks. Yields whether it is there and free.
+
+    how: fcntl.LOCK_SH to read it, fcntl.LOCK_EX | fcntl.LOCK_NB to remove it.
+    """
+    try:
+        file = open(checkpoint / 'checksums.json', 'rb')  # noqa: SIM115, closed below
+    except OSError:
+        yield checkpoint.exists()
+        return
+    with file:
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield checkpoint.exists()
+
+
 def _checkpointer(processes):
-    """Orbax in these processes, which all have to call it."""
+    """Returns a checkpointer of Orbax for these processes; all of them must make the same calls."""
     options = ocp.options.MultiprocessingOptions(active_processes=processes)
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
@@ -187,7 +231,11 @@ def _require_room(folder, state):
         return
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, num_bytes + num_bytes // 20 + (1 << 18))
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes + num_bytes // 20 + (1 << 18))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network shares answer
+                raise
 
 
 @jax.jit
@@ -214,7 +262,7 @@ def _all_can_write(run):
 
 
 def _reason(error):
-    return getattr(error, 'strerror', None) or flags.first_line(error)
+    return getattr(error, 'strerror', None) or errors.first_line(error)
 
 
 def all_steps(folder):
@@ -242,15 +290,34 @@ def restore(run, like, step=None):
 
 
 def _read(run, like, step):
-    checkpoint = require_whole(run, step)
-    return int(checkpoint.name), _read_state(checkpoint, like), _read_progress(checkpoint)
+    def read(checkpoint):
+        return int(checkpoint.name), _read_state(checkpoint, like), _read_progress(checkpoint)
+
+    return _of_whole(run, step, read)
 
 
 def require_whole(run, step=None):
-    """The folder of a run's newest checkpoint, or of that of `step`.
+    """Returns the folder of a run's newest checkpoint, or of the checkpoint of `step`.
 
     Raises runs.RunError if there is none, or its files are not as they were written.
     """
+    return _of_whole(run, step, lambda checkpoint: checkpoint)
+
+
+def _of_whole(run, step, function):
+    """Returns function(checkpoint) of a whole checkpoint, which is not removed meanwhile."""
+    while True:
+        checkpoint = _folder_of(run, step)
+        with _locked(checkpoint, fcntl.LOCK_SH):
+            try:
+                _require_whole(checkpoint)
+                return function(checkpoint)
+            except runs.RunError:
+                if checkpoint.exists():
+                    raise  # else training removed it before it was locked: take the newest of now
+
+
+def _folder_of(run, step):
     folder = Path(run).absolute() / 'checkpoints'
     try:
         steps = all_steps(folder)
@@ -260,15 +327,18 @@ def require_whole(run, step=None):
         raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
     if step is not None and step not in steps:
         raise runs.RunError(f'{folder} holds no checkpoint {step}; there are {", ".join(map(str, steps))}')
-    step = steps[-1] if step is None else step
-    damage = find_damage(folder / str(step))
+    return folder / str(steps[-1] if step is None else step)
+
+
+def _require_whole(checkpoint):
+    damage = find_damage(checkpoint)
     if damage:
-        whole = [old for old in steps if old < step and not find_damage(folder / str(old))]
+        before = [step for step in all_steps(checkpoint.parent) if step < int(checkpoint.name)]
+        whole = [step for step in before if not find_damage(checkpoint.with_name(str(step)))]
         offer = 'there is no whole one before'
         if whole:
             offer = f'{whole[-1]} is whole: take it with --checkpoint {whole[-1]}, of this run alone'
-        raise runs.RunError(f'{folder / str(step)} is damaged: {damage}; {offer}')
-    return folder / str(step)
+        raise runs.RunError(f'{checkpoint} is damaged: {damage}; {offer}')
 
 
 def find_damage(checkpoint):
@@ -307,13 +377,19 @@ def _read_state(checkpoint, like):
     types = jax.eval_shape(lambda state: jax.tree.map(devices.key_data, state), like)
     types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), types)
     try:
-        with _checkpointer({0}) as checkpointer:
-            _require_same_arrays(checkpointer.metadata(checkpoint / 'state').item_metadata.tree, types)
-            held = checkpointer.restore(checkpoint / 'state', args=ocp.args.StandardRestore(types))
+        _require_same_arrays(_held_arrays(checkpoint), types)
+        with _checkpointer({0}) as checkpointer, _literal(checkpoint) as folder:
+            held = checkpointer.restore(folder / 'state', args=ocp.args.StandardRestore(types))
             return jax.tree.map(devices.like_key, held, like)
     except Exception as error:  # what Orbax raises for files that it does not understand is not documented
-        reason = flags.first_line(error)
+        reason = errors.first_line(error)
         raise runs.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {reason}') from error
+
+
+def _held_arrays(checkpoint):
+    """Returns what a checkpoint's metadata say of its arrays."""
+    with _checkpointer({0}) as checkpointer, _literal(checkpoint) as folder:
+        return checkpointer.metadata(folder / 'state').item_metadata.tree
 
 
 def _require_same_arrays(held, like):
@@ -337,21 +413,20 @@ def _read_progress(checkpoint):
         held = Progress(**runs.read_json(path))
         loss = math.nan if held.loss is None else float(held.loss)
         for record in held.log:
-            int(record['epoch']), float(_accuracy(record))
+            runs.require_record_of_epoch(record)
         return Progress(
             int(held.epoch), int(held.step), loss, float(held.seconds), float(held.lr_factor), tuple(held.log)
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise runs.RunError(f'{path} is not what train.py writes: {error}') from error
 
 
 def _discard(checkpoint):
-    """Removes a checkpoint so that at no moment half of it stands in its place."""
-    if checkpoint.exists():
-        removed = checkpoint.with_name(f'{checkpoint.name}.removed')
-        shutil.rmtree(removed, ignore_errors=True)
-        os.replace(checkpoint, removed)
-        shutil.rmtree(removed, ignore_errors=True)
+    """Removes a checkpoint so that at no moment half of it is in its place."""
+    removed = checkpoint.with_name(f'{checkpoint.name}.removed')
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(checkpoint, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _discard_leftovers(folder):

@@ -19,12 +19,14 @@ import traceback
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import errors
+import signals
 
 AXIS = 'batch'
 
@@ -53,10 +55,33 @@ def require():
         found = jax.devices()
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f'JAX finds no device: {" ".join(str(error).split())[:300]}') from error
+    require_right_numbers()
     numbers = sorted(set(collections.Counter(device.process_index for device in found).values()))
     if len(numbers) > 1:
         raise DeviceError(f'some processes have {numbers[0]} devices and some {numbers[-1]}: give each as many')
     wait_for_all()
+
+
+def require_right_numbers():
+    """Raises a DeviceError if this jaxlib miscompiles a sum over products on CPUs, as 0.10.2 and 0.11.0 do.
+
+    The program is the one of JAX's issue 39103; its last value is 2³⁰.
+    """
+    if jax.default_backend() != 'cpu':
+        return
+    rows = np.zeros((32769, 3), np.float32)
+    rows[:, 0] = np.arange(len(rows))
+    found = float(jax.device_get(_squared_norms(jax.device_put(rows)))[-1])
+    if found != 2.0**30:
+        raise DeviceError(
+            f'jaxlib {jax.lib.__version__} computes wrong numbers on this CPU ({found:.0f} for {2**30}, '
+            "JAX's issue 39103): run pip install -r requirements.txt, which leaves such versions out"
+        )
+
+
+@jax.jit
+def _squared_norms(rows):
+    return jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2))(rows)
 
 
 def unequal_shares(what, number, offers, mesh):
@@ -172,14 +197,15 @@ def join(script, coordinator, processes, process_id, timeout=None, stops_by_step
 
     coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. Where not all have
     joined after `timeout` seconds, 60 if it is None, each ends with a line from `script` and status 2; a process that
-    is not heard of for half a minute later on ends the others. With stops_by_step, SIGTERM and SIGINT are for
-    reached_stop to tell; else they end the process.
+    is not heard of for half a minute later on ends the others. With stops_by_step, reached_stop tells of the signals
+    of signals.STOPPING; else they end the process.
     """
+    if jax.__version_info__ < (0, 10, 2):  # whose cached collectives never return: another process waits for them
+        jax.config.update('jax_enable_compilation_cache', False)
     jax.config.update('jax_enable_preemption_service', stops_by_step)
     address = {'coordinator_address': coordinator, 'cluster_detection_method': 'deactivate'}
     given = {} if coordinator == 'auto' else address
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signals.handle(signal.SIG_DFL)
     timeout = timeout or 60
     waiting = threading.Timer(timeout, _give_up, [script, coordinator, timeout])
     waiting.start()
@@ -201,7 +227,7 @@ def join(script, coordinator, processes, process_id, timeout=None, stops_by_step
     finally:
         waiting.cancel()
     if stops_by_step:
-        signal.signal(signal.SIGINT, _terminate)
+        signals.handle(_terminate, [number for number in signals.STOPPING if number != signal.SIGTERM])
 
 
 def _give_up(script, coordinator, timeout):
@@ -212,7 +238,7 @@ def _give_up(script, coordinator, timeout):
 
 
 def _terminate(number, frame):
-    """Does at SIGINT what SIGTERM does; a second one ends the process at once."""
+    """Does at another signal what SIGTERM does; a second one ends the process at once."""
     del frame
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -279,7 +305,7 @@ def key_data(x):
 
 def like_key(x, like):
     """An array, or a key of the numbers x if `like` is one and x is not."""
-    return jax.random.wrap_key_data(x) if _is_key(like) and not _is_key(x) else x
+    return jax.random.wrap_key_data(x, impl='threefry2x32') if _is_key(like) and not _is_key(x) else x
 
 
 def _is_key(x):

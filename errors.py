@@ -17,6 +17,8 @@ class UserError(Exception):
     Control characters are escaped, because the message may quote a file that someone else wrote.
     """
 
+    status = 2  # exit status of the script that it ends
+
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
 

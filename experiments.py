@@ -39,7 +39,7 @@ class Experiment(NamedTuple):
 
     def state_shapes(self):
         """What `init` returns, as jax.ShapeDtypeStructs."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(self.init, jax.random.key(0, impl='threefry2x32'))
 
     def probs(self, params, batch_stats, parts, batch_size):
         """Class probabilities, float64 [N, K] on the host, of images in parts as from feeds.parts."""
@@ -61,7 +61,7 @@ class Keys(NamedTuple):
 @partial(jax.jit, static_argnames='seed')
 def keys(seed):
     """The Keys of --randomseed. Compiled with it, as no transfer to a device is to be implicit."""
-    return Keys(*jax.random.split(jax.random.key(seed), 3))
+    return Keys(*jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3))
 
 
 def create(config):

@@ -1,4 +1,4 @@
-"""What scripts share: types of flags; errors of one line, with exit status 2; output that may break off."""
+"""What scripts share: types of flags; JAX's configuration; errors of one line; output that may break off."""
 
 import argparse
 import contextlib
@@ -10,17 +10,26 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 import warnings
+from importlib import metadata
+
+import errors
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that explains defaults in --help and reports an error in one line."""
+    """An ArgumentParser that explains defaults in --help and reports an error in one line.
+
+    description: its first line is shown; None, as docstrings are under `python -OO`, shows none.
+    """
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=(description or '').split('\n')[0], formatter_class=_HelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message):
-        self.exit(2, f'{self.prog}: error: {message} (see --help)\n')
+        self.exit(2, f'{self.prog}: error: {errors.printable(message)} (see --help)\n')
 
     def add_choice(self, flag, names, also=None, **options):
         """A flag that takes one of `names` in any case, or a name that begins with `also`."""
@@ -52,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         A flag that is not among the values is one that there was not yet when they were written: it has its default.
         """
         actions = [action for action in self._actions if action.dest not in ('help', *without)]
-        unknown = sorted(set(values) - {action.dest for action in actions})
+        unknown = sorted(set(values) - {action.dest for action in actions} - {*without})
         if unknown:
             raise ValueError(f'there is no --{unknown[0]}')
         return argparse.Namespace(**{action.dest: _checked_value(action, values) for action in actions})
@@ -82,17 +91,83 @@ def _checked_value(action, values):
 
 
 def add_compilecache(parser):
-    """--compilecache, the folder where XLA keeps what it compiled for the next start."""
-    default = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'bayesian-sam')
+    """Adds --compilecache, the folder where XLA keeps what it compiled for the next start."""
     help = 'folder of compiled functions, which make the next start fast; "off" for none'
-    parser.add_argument('--compilecache', type=_folder_or_off, default=default, help=help)
+    parser.add_argument('--compilecache', type=_folder_or_off, default=_default_compilecache(), help=help)
+
+
+def _default_compilecache():
+    """Returns the folder that JAX's own variables name, or one in the user's cache; 'off' without a home folder."""
+    if os.environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'f', 'no', 'n', 'off'):
+        return 'off'
+    if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+        return os.path.abspath(os.environ['JAX_COMPILATION_CACHE_DIR'])
+    caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return 'off' if caches.startswith('~') else os.path.join(caches, 'bayesian-sam')
 
 
 def _folder_or_off(text):
-    """A flag type: 'off', or the absolute path of a folder: a run may be resumed elsewhere."""
+    """A flag type: 'off', or the absolute path of a folder."""
     if not text:
         raise argparse.ArgumentTypeError("'' is no folder: name one, or give off")
-    return text if text == 'off' else os.path.abspath(text)
+    return text if text == 'off' else os.path.abspath(folder(text))
+
+
+def folder(text):
+    """A flag type: the path of a folder or file as a str, in which ~ stands for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path: name a folder or file")
+    if '\0' in text:
+        raise argparse.ArgumentTypeError(f'{errors.printable(text)!r} is no path: it holds a NUL character')
+    expanded = os.path.expanduser(text)
+    if expanded.startswith('~'):
+        raise argparse.ArgumentTypeError(f'{text!r}: this home folder is unknown: give the whole path')
+    return expanded
+
+
+def path(text):
+    """A flag type: as `folder`, a pathlib.Path."""
+    return pathlib.Path(folder(text))
+
+
+# The part of JAX's configuration that changes a run's numbers, or that the scripts cannot work with otherwise.
+_CONFIGURATION = {
+    'jax_default_prng_impl': 'threefry2x32',
+    'jax_threefry_partitionable': True,
+    'jax_threefry_gpu_kernel_lowering': False,
+    'jax_high_dynamic_range_gumbel': False,
+    'jax_accurate_erf_inv': False,
+    'jax_random_seed_offset': 0,
+    'jax_enable_x64': False,
+    'jax_numpy_dtype_promotion': 'standard',
+    'jax_softmax_custom_jvp': False,
+    'jax_disable_jit': False,
+    'jax_debug_key_reuse': False,
+    'jax_transfer_guard': 'allow',
+    'jax_transfer_guard_host_to_device': 'allow',
+    'jax_transfer_guard_device_to_device': 'allow',
+    'jax_transfer_guard_device_to_host': 'allow',
+}
+
+
+def use_jax(compilecache='off'):
+    """Imports JAX and configures it as the scripts need it, whatever the environment says."""
+    if _version('jaxlib') < (
+        0,
+        10,
+        2,
+    ):  # logs an error for each cached function, because it misreads the CPU's features
+        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    import jax
+
+    for name, value in _CONFIGURATION.items():
+        if name in jax.config.values:
+            jax.config.update(name, value)
+    use_compilecache(compilecache)
+
+
+def _version(package):
+    return tuple(int(part) for part in metadata.version(package).split('.')[:3] if part.isdecimal())
 
 
 def use_compilecache(folder):
@@ -108,8 +183,19 @@ def use_compilecache(folder):
         folder = folder if os.path.isdir(folder) else 'off'
     jax.config.update('jax_enable_compilation_cache', folder != 'off')
     if folder != 'off':
+        _remove_empty_entries(folder)
         jax.config.update('jax_compilation_cache_dir', folder)
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def _remove_empty_entries(folder):
+    """Removes entries that a full disk left empty. JAX would warn of each at every start, and never replace it."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.endswith('-cache') and entry.is_file(follow_symlinks=False):
+                status = entry.stat()
+                if status.st_size == 0 and time.time() - status.st_mtime > 60:  # younger ones are being written
+                    os.unlink(entry)
 
 
 def add_coordinator(parser):
@@ -207,24 +293,19 @@ def steps_or_minutes(text):
 
 def new_file(text):
     """A flag type: the path of a file that can be written, as far as its folder tells."""
-    path = pathlib.Path(text)
-    if os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f'{path} is a folder: give the path of a file')
-    if not os.path.isdir(path.parent):
-        raise argparse.ArgumentTypeError(f'{path.parent} is no folder: make it first')
-    if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f'{path.parent} cannot be written')
-    return path
-
-
-def first_line(error):
-    """Of an error's message, or its name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    name = path(text)
+    if os.path.isdir(name):
+        raise argparse.ArgumentTypeError(f'{name} is a folder: give the path of a file')
+    if not os.path.isdir(name.parent):
+        raise argparse.ArgumentTypeError(f'{name.parent} is no folder: make it first')
+    if not os.access(name.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f'{name.parent} cannot be written')
+    return name
 
 
 @contextlib.contextmanager
 def script(name):
-    """Around a script's main: neither Ctrl-C nor output that cannot be written ends in a traceback.
+    """Wraps a script's main: no UserError, Ctrl-C or output that cannot be written ends in a traceback.
 
     Once a stream cannot be written, as a pipe that nobody reads or a file on a full disk, the rest goes nowhere, and
     the script goes on.
@@ -234,6 +315,8 @@ def script(name):
         what = f'what is printed goes nowhere from here on ({error.strerror})'
         print(f'{name}: warning: {what}', file=sys.stderr, flush=True)
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='replace')  # formulas and tables are not ASCII
@@ -243,12 +326,22 @@ def script(name):
         contextlib.redirect_stderr(_BreakableStream(sys.stderr or null, lambda error: None)) as stderr,
     ):
         try:
-            yield
+            with one_line_errors(name):
+                _require_working_folder()
+                yield
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         finally:
             stdout.flush()
             stderr.flush()
+
+
+def _require_working_folder():
+    """Raises a UserError if the working folder was removed, because no relative path means anything then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise errors.UserError('the working folder no longer exists: cd to one that does') from error
 
 
 class _BreakableStream:
@@ -279,10 +372,10 @@ class _BreakableStream:
 
 
 @contextlib.contextmanager
-def one_line_errors(script, *errors, status=2):
-    """Ends the script with `status` and the message of one of `errors`, which are the user's to mend."""
+def one_line_errors(script):
+    """Ends the script with the message of a UserError and the error's exit status."""
     try:
         yield
-    except errors as error:
+    except errors.UserError as error:
         print(f'{script}: error: {error}', file=sys.stderr)
-        sys.exit(status)
+        sys.exit(error.status)

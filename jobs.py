@@ -32,8 +32,8 @@ def on_devices(tasks, number=None):
 
     run(command, write) runs a process on a GPU or a share of the cores of its own, calls write(line) with each line
     that it prints, and returns its exit status.
-    SIGTERM and SIGINT are passed on to the processes that run; no others are started, and when those have ended, this
-    one ends too.
+    The signals of signals.STOPPING are passed on to the processes that run; no others are started, and when those have
+    ended, this one ends too.
     """
     gpus = _gpus()
     number = number or len(gpus) or 1
@@ -67,7 +67,7 @@ class _StoppedError(Exception):
 
 
 class _Processes:
-    """Processes that get the SIGTERM and SIGINT which this one gets while it is entered."""
+    """Processes that get the signals of signals.STOPPING which this one gets while it is entered."""
 
     def __init__(self):
         self.signal = None
@@ -75,12 +75,11 @@ class _Processes:
         self._before = {}
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = signals.handle(self._pass_on)
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        signals.restore(self._before)
 
     def run(self, environment, command, write):
         """Runs a process to its end; returns its exit status. Raises _StoppedError after a signal."""
@@ -100,10 +99,9 @@ class _Processes:
     def _pass_on(self, number, frame):
         del frame
         self.signal = number
-        running = list(self._running)
-        print(f'\n{signal.Signals(number).name}: waiting for what runs to save and end', file=sys.stderr, flush=True)
-        for process in running:
+        for process in list(self._running):
             process.send_signal(number)
+        signals.say(f'{signal.Signals(number).name}: waiting for what runs to save and end')
 
 
 def _start(environment, command):

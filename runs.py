@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -105,14 +106,9 @@ def read_log(run):
     if not path.exists():
         return []
     try:
-        records = [_parse_json(line) for line in _read_text(path).splitlines()]
-        if not all(
-            isinstance(record, dict)
-            and {'epoch', 'loss', 'learning_rate'} <= record.keys()
-            and {'test_accuracy', 'validation_accuracy'} & record.keys()
-            for record in records
-        ):
-            raise ValueError('a line is no record of an epoch')
+        records = [_parse_json(line) for line in read_text(path).splitlines()]
+        for record in records:
+            require_record_of_epoch(record)
         return records
     except (ValueError, OSError) as error:
         raise RunError(f'{path} is damaged or cannot be read: {error}') from error
@@ -120,6 +116,17 @@ def read_log(run):
 
 def _write_text(path, text):
     write_bytes(path, text.encode())
+
+
+def require_record_of_epoch(record):
+    """Raises a ValueError unless a line of the log is what train.py writes: null stands for what is not finite."""
+    accuracies = {'test_accuracy', 'validation_accuracy'} & record.keys() if isinstance(record, dict) else ()
+    numbers = ('loss', 'learning_rate', *accuracies)
+    if not accuracies or type(record.get('epoch')) is not int or record['epoch'] < 0:
+        raise ValueError('a line is no record of an epoch')
+    for name in numbers:
+        if name not in record or not isinstance(record[name], int | float | None) or isinstance(record[name], bool):
+            raise ValueError(f'{name} is {str(record.get(name))[:50]}, no number')
 
 
 def write_bytes(path, content):
@@ -132,7 +139,7 @@ def write_bytes(path, content):
 
 def read_json(path):
     """The object of a JSON file of ours. Raises OSError, and ValueError for anything else or what is far too large."""
-    content = _parse_json(_read_text(path))
+    content = _parse_json(read_text(path))
     if not isinstance(content, dict):
         raise ValueError('it holds no object')
     return content
@@ -146,17 +153,40 @@ def read_record(path):
         raise RunError(f'{path} is damaged or cannot be read: {error}') from error
 
 
-def _read_text(path, limit=1 << 24):
-    if os.path.getsize(path) > limit:
+def read_text(path, limit=1 << 24):
+    """Returns the text of a regular file in UTF-8, with or without a byte order mark. Raises OSError and ValueError."""
+    with open(path, 'rb', opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError('it is no regular file')
+        content = file.read(limit + 1)
+    if len(content) > limit:
         raise ValueError(f'it is larger than {limit} bytes')
-    return Path(path).read_text()
+    return content.decode('utf-8-sig')
+
+
+def _open_at_once(path, flags):
+    """Opens a file, and does not wait for the other end if it is a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _parse_json(text):
+    """Parses JSON without NaN, infinity or numbers that no float64 holds. Raises ValueError."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole_number)
     except RecursionError as error:
         raise ValueError('it is nested too deeply') from error
+
+
+def _number(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{text[:30]} is no finite number')
+    return value
+
+
+def _whole_number(text):
+    _number(text)
+    return int(text)
 
 
 def finite(content):
@@ -233,6 +263,8 @@ def environment():
     return {
         'python': platform.python_version(),
         'versions': {package: metadata.version(package) for package in packages},
+        'matmul_precision': jax.config.jax_default_matmul_precision,
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
         'git_commit': _git_commit(),
         'device': f'{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores',
         'cpu': _cpu_name(),
@@ -255,9 +287,20 @@ def provenance(script, argv=None):
 
 
 def _git_commit():
+    """Returns the commit of the repository whose top folder is this file's, None if there is none."""
+    top = os.path.dirname(os.path.realpath(__file__))
+    if _git(top, 'rev-parse', '--show-prefix') != '':  # the folder lies inside another repository
+        return None
+    return _git(top, 'describe', '--always', '--dirty', '--abbrev=40', '--match=')
+
+
+def _git(folder, *arguments):
+    """Returns what a command of git says of a folder, None if it fails."""
+    elsewhere = ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_COMMON_DIR', 'GIT_OBJECT_DIRECTORY')
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
     try:
-        describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--match=']
-        folder = Path(__file__).parent
-        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        command = ['git', *arguments]
+        said = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return said.stdout.strip()
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None

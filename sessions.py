@@ -4,6 +4,7 @@ import argparse
 import collections
 import itertools
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ import training
 
 class DivergenceError(errors.UserError):
     """A run whose loss or weights are no longer finite."""
+
+    status = 1
 
 
 class Images(NamedTuple):
@@ -84,6 +87,7 @@ def resume(run, args, before, held, step=None):
     if devices.is_first():
         held.enter_context(runs.locked(run))
     mesh = create_mesh(args, flags_hold=True)
+    _require_same_precision(run, before)
     data.check_description(before.get('dataset'), Path(run) / 'config.json')
     config, augmented, images = _read(args)
     data.require_same(config['dataset'], before['dataset'], args.datasetfolder, run)
@@ -96,6 +100,21 @@ def resume(run, args, before, held, step=None):
         runs.write_config(run, before | config)
         runs.write_log(run, progress.log)
     return Session(run, args, mesh, experiment, images, augmented, state, progress)
+
+
+def _require_same_precision(run, before):
+    """Raises a RunError if matrices are multiplied in another precision than before. Warns of other XLA_FLAGS.
+
+    before: the run's configuration; one from before these were recorded is taken for the same.
+    """
+    now = runs.environment()
+    precision, flags = before.get('matmul_precision'), before.get('xla_flags', now['xla_flags'])
+    if 'matmul_precision' in before and precision != now['matmul_precision']:
+        begun, given = precision or 'unset', now['matmul_precision'] or 'unset'
+        raise runs.RunError(f'JAX_DEFAULT_MATMUL_PRECISION is {given}, and {run} was begun with {begun}: set it so')
+    if flags != now['xla_flags'] and devices.is_first():
+        what = f'XLA_FLAGS is {now["xla_flags"]!r}, and {run} was begun with {flags!r}'
+        print(f'train.py: warning: {errors.printable(what)}: numbers may differ by rounding', file=sys.stderr)
 
 
 def create_mesh(args, flags_hold=False):

@@ -6,7 +6,6 @@ Needs neither JAX nor the tables that it lists the names of, so that --help and 
 import argparse
 import math
 import os
-from pathlib import Path
 
 import flags
 import runs
@@ -130,6 +129,11 @@ def read_config(run):
     return config | {'flags': vars(flags_of(config, run))}
 
 
+def dataset_folder(args):
+    """Returns the folder of a run's data sets, or the default one if that is not there, as on another machine."""
+    return args.datasetfolder if os.path.isdir(args.datasetfolder) else os.path.abspath('datasets')
+
+
 def continued(args, given, run):
     """The flags `args` of a run, with those that were given now, if they may differ. Raises RunError."""
     given = {name: value for name, value in given.items() if name not in OF_START}
@@ -143,14 +147,14 @@ def continued(args, given, run):
             raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
         if name == 'epochs' and value != held and args.optim == 'swag':
             raise runs.RunError(f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run')
-    return argparse.Namespace(**vars(args) | given)
+    return argparse.Namespace(**vars(args) | {'datasetfolder': dataset_folder(args)} | given)
 
 
 def create_parser():
     parser = flags.Parser('Train an image classifier and leave a run folder for test.py.')
     add = parser.add_argument
     help = 'go on with the run in this folder; its flags hold, but for --epochs and some others'
-    add('--resume', type=Path, metavar='RUN', help=help)
+    add('--resume', type=flags.path, metavar='RUN', help=help)
     help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     add('--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of everything that is random')
@@ -188,9 +192,9 @@ def create_parser():
     add('--validation', type=flags.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
     add('--noaugment', action='store_true', help='no random crops and flips')
     parser.add_choice('--model', MODELS, default='resnet18', help='network')
-    add('--datasetfolder', default='datasets', help='folder of the data sets')
+    add('--datasetfolder', type=flags.folder, default='datasets', help='folder of the data sets')
     help = 'the run is kept in RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K'
-    add('--resultsfolder', default='results', help=help)
+    add('--resultsfolder', type=flags.folder, default='results', help=help)
     help = 'devices that share batches, or the sub-batches of optimizers that have them; all that there are by default'
     add('--devices', type=flags.integer(1), help=help)
     help = 'send each batch when it is due, instead of all images at first; done anyway with images too large for that'

@@ -1,5 +1,6 @@
-"""Stopping a run by SIGTERM (Slurm's preemption) or SIGINT (Ctrl-C) without losing its work."""
+"""Stopping a run by a signal without losing its work."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -8,9 +9,36 @@ import time
 
 SAVED = 'saved; go on with: python train.py --resume'  # what a run says that a signal has stopped
 
+# Slurm's preemption, Ctrl-C, Slurm's warning before a time limit, a terminal that is closed.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def handle(handler, numbers=STOPPING):
+    """Handles signals by handler(number, frame). Returns the handlers of before, {number: handler}.
+
+    A SIGHUP that is ignored stays so, as under nohup. Only the main thread may call it.
+    """
+    taken = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in taken}
+
+
+def restore(handlers):
+    """Undoes `handle`, given what it returned."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def say(text):
+    """Prints a line to stderr from a signal's handler, which may have interrupted another print."""
+    try:
+        print(f'\n{text}', file=sys.stderr, flush=True)
+    except RuntimeError:  # streams cannot be entered twice
+        with contextlib.suppress(OSError):
+            os.write(2, f'\n{text}\n'.encode(errors='replace'))
+
 
 class Stop:
-    """What the two signals do while it is entered.
+    """What the STOPPING signals do while it is entered.
 
     Before `begin()` a signal ends the process, as there is nothing to save. After it, the first is noted in `signal`,
     for the caller to save and to end; another one more than a second later ends the process at once, while in that
@@ -26,13 +54,12 @@ class Stop:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = handle(self._note)
         return self
 
     def __exit__(self, *exception):
         if self.signal is None:  # else the process is about to end, and another signal is to end it without a traceback
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+            restore(self._before)
 
     def begin(self):
         self._begun = True
@@ -44,6 +71,6 @@ class Stop:
         if self.signal is not None or not self._begun:
             os._exit(128 + number)  # sys.exit would be lost in callbacks, such as those of garbage collection
         self.signal, self._noted_at = number, time.monotonic()
-        name = signal.Signals(number).name
-        said = f'{name}: finishing the step and saving it; once more after a second to exit at once'
-        print(f'\n{said}', file=sys.stderr, flush=True)
+        say(
+            f'{signal.Signals(number).name}: finishing the step and saving it; once more after a second to exit at once'
+        )

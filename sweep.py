@@ -27,10 +27,14 @@ import itertools
 import math
 import os
 import random
+import signal
 import sys
 import tomllib
 from functools import partial
-from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 import errors
 import flags
@@ -49,9 +53,9 @@ class SweepError(errors.UserError):
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
-    parser.add_argument('sweep', type=Path, help='the TOML file; its format stands at the top of sweep.py')
-    parser.add_argument('--output', type=Path, required=True, help='folder of the runs and of summary.md and .csv')
+    parser = flags.Parser(__doc__)
+    parser.add_argument('sweep', type=flags.path, help='the TOML file; its format stands at the top of sweep.py')
+    parser.add_argument('--output', type=flags.path, required=True, help='folder of the runs and the summary')
     parser.add_argument('--part', type=_part, default='0/1', metavar='I/M', help='only every M-th run, from I on')
     flags.add_jobs(parser)
     parser.add_argument('--testmc', type=flags.integer(1), default=8, help='posterior samples of the evaluation')
@@ -69,17 +73,16 @@ def _part(text):
 @flags.script('sweep.py')
 def main(argv=None):
     args = parse_args(argv)
-    with flags.one_line_errors('sweep.py', SweepError, runs.RunError):
-        fixed, varied = read(args.sweep)
-        sweep = [fixed | values for values in varied]
-        chosen = [] if args.summary else range(args.part[0], len(sweep), args.part[1])
-        for number in chosen:
-            settings.parse_args(jobs.arguments(sweep[number]))
-        for number, values in enumerate(sweep):
-            jobs.require_same_flags(_folder(args, number), values)
-        _require_folder(args.output)
-        complete = jobs.on_devices([partial(_complete, args, number, sweep[number]) for number in chosen], args.jobs)
-        print(summarise(args, sweep, varied))
+    fixed, varied = read(args.sweep)
+    sweep = [fixed | values for values in varied]
+    chosen = [] if args.summary else range(args.part[0], len(sweep), args.part[1])
+    for number in chosen:
+        settings.parse_args(jobs.arguments(sweep[number]))
+    for number, values in enumerate(sweep):
+        jobs.require_same_flags(_folder(args, number), values)
+    _require_folder(args.output)
+    complete = jobs.on_devices([partial(_complete, args, number, sweep[number]) for number in chosen], args.jobs)
+    print(summarise(args, sweep, varied))
     if not all(complete):
         sys.exit(1)
 
@@ -87,9 +90,9 @@ def main(argv=None):
 def read(path):
     """The flags of every run, and a list with the varied ones of each. Raises SweepError."""
     try:
-        sweep = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SweepError(f'{path} cannot be read: {error}') from error
+        sweep = tomllib.loads(runs.read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SweepError(f'{path} cannot be read: {errors.first_line(error)}') from error
     unknown = sweep.keys() - {'flags', 'grid', 'random'}
     fixed, grid, ranges = (sweep.get(name, {}) for name in ('flags', 'grid', 'random'))
     if not all(isinstance(table, dict) for table in (fixed, grid, ranges)):
@@ -130,8 +133,8 @@ def _require_folder(folder):
 
 
 def _is_range(bounds):
-    numbers = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
-    return numbers and 0 < bounds[0] < bounds[1] < math.inf
+    numbers = isinstance(bounds, list) and len(bounds) == 2 and all(type(b) in (int, float) for b in bounds)
+    return numbers and 0 < bounds[0] < bounds[1] <= sys.float_info.max
 
 
 def _drawn(rng, bounds, whole):

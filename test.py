@@ -7,7 +7,13 @@ python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
 import contextlib
 import glob
 import os
+import signal
+import sys
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 import flags
 from settings import DATASETS
@@ -33,14 +39,14 @@ def parse_args(argv=None):
 
 
 def create_parser():
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     help = 'run folders run_K that train.py printed; several are also compared with each other'
-    add('--resultsfolder', nargs='+', required=True, metavar='RUN', help=help)
+    add('--resultsfolder', type=flags.folder, nargs='+', required=True, metavar='RUN', help=help)
     help = 'samples from the posterior over which probabilities are averaged; several numbers give a curve'
     add('--testmc', type=flags.integer(1), nargs='+', default=[1], metavar='N', help=help)
     add('--testbatchsize', type=flags.integer(1), default=200, help='images per batch, on each device')
-    add('--datasetfolder', help='folder of the data sets, where it is not the one of the training')
+    add('--datasetfolder', type=flags.folder, help='folder of the data sets, where it is not the one of the training')
     help = 'the checkpoint after so many steps, instead of the newest'
     add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
     help = 'evaluate on the test set, or on what train.py --validation kept out of training'
@@ -55,14 +61,14 @@ def create_parser():
     help = 'test sets of other data, to be told from the known'
     parser.add_choice('--ood', DATASETS, also='tfds/', nargs='+', default=[], help=help)
     help = 'evaluate corrupted test images: built-in corruptions, or those of a folder CIFAR-10-C or CIFAR-100-C'
-    add('--corruptions', nargs='?', const='', metavar='FOLDER', help=help)
+    add('--corruptions', type=flags.folder, nargs='?', const='', metavar='FOLDER', help=help)
     help = 'sample from a Laplace approximation of the last layer, of runs whose optimizer has no posterior'
     add('--laplace', action='store_true', help=help)
     add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
     add('--ensemble', action='store_true', help='also the averages over the runs of each method and over all')
     add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
     help = 'folder of the tables of several runs; without it the one that all of them are in'
-    add('--output', type=Path, help=help)
+    add('--output', type=flags.path, help=help)
     help = 'devices that share the samples, or the images of a batch; all that there are by default'
     add('--devices', type=flags.integer(1), help=help)
     flags.add_coordinator(parser)
@@ -115,20 +121,15 @@ def main(argv=None):
     args = parse_args(argv)
 
     # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
+    flags.use_jax(args.compilecache)
     import jax
 
     import assessment
-    import comparison
-    import data
     import devices
-    import models
-    import runs
 
-    flags.use_compilecache(args.compilecache)
-    errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError, comparison.ComparisonError
     with contextlib.ExitStack() as held:
         held.enter_context(devices.ended_together('test.py', 'start them again'))
-        held.enter_context(flags.one_line_errors('test.py', *errors))
+        held.enter_context(flags.one_line_errors('test.py'))
         held.enter_context(devices.enough_memory('a smaller --testbatchsize takes less'))
         if args.coordinator:
             devices.join('test.py', args.coordinator, args.processes, args.processid, args.jointimeout)

@@ -7,8 +7,13 @@ python train.py --resume results/cifar10_resnet18/bsam/run_0
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import time
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 import flags
 import jobs
@@ -26,17 +31,12 @@ def main(argv=None):
         sys.exit(jobs.train_seeds(values, args.seeds))
     with signals.Stop() as stop, contextlib.ExitStack() as held:
         # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
-        import data
+        flags.use_jax(args.compilecache)
         import devices
-        import models
-        import runs
         import sessions
 
-        if not args.resume:  # which has one of its own
-            flags.use_compilecache(args.compilecache)
-        errors = data.DataError, models.ModelError, runs.RunError, devices.DeviceError
         held.enter_context(devices.ended_together('train.py', 'go on with --resume when all are back'))
-        held.enter_context(flags.one_line_errors('train.py', *errors))
+        held.enter_context(flags.one_line_errors('train.py'))
         held.enter_context(devices.enough_memory(LESS_MEMORY))
         of_start = {name: vars(args).pop(name) for name in OF_START}
         if of_start['coordinator']:
@@ -48,13 +48,14 @@ def main(argv=None):
         args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
         if of_start['resume']:
             given = create_parser().given(argv)
+            given['compilecache'] = args.compilecache  # the run's own may be anybody's: machine code is run from there
             session = resumed(of_start['resume'], of_start['checkpoint'], given, held)
         else:
             session = sessions.begin(args, held)
         print_sizes(session, with_devices=bool(of_start['coordinator']))
         if devices.is_first():
             warn_of_long_warmup(session.args)
-        with Report(session) as report, flags.one_line_errors('train.py', sessions.DivergenceError, status=1):
+        with Report(session) as report:
             trainer = sessions.Trainer(session, stop, report)
             stop.begin()
             all_saved = trainer.run()
@@ -74,7 +75,6 @@ def resumed(run, checkpoint, given, held):
     if 'coordinator' in given:
         given.setdefault('devices', None)
     args = continued(flags_of(config, run), given, run)
-    flags.use_compilecache(args.compilecache)
     return sessions.resume(run, args, config, held, checkpoint)
 
 

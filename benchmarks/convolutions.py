@@ -27,7 +27,7 @@ SUB_BATCHES, SUB_BATCH = 4, 25
 
 @flags.script('convolutions.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
     parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     args = parser.parse_args(argv)

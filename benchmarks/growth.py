@@ -9,7 +9,6 @@ but for the parameters: there the loss is |w|²/2, so that the optimizer itself 
 
 import io
 import statistics
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +29,10 @@ NETWORK, SUB_BATCH, TEST_IMAGES, TURNS = 'resnet20', 25, 200, 5
 @flags.script('growth.py')
 def main(argv=None):
     args = parse_args(argv)
-    with flags.one_line_errors('growth.py', runs.RunError):
-        if args.plot:
-            plot(*args.plot)
-            return
-        results = runs.read_record(args.json) if args.json.exists() else {}
+    if args.plot:
+        plot(*args.plot)
+        return
+    results = runs.read_record(args.json) if args.json.exists() else {}
     measured = runs.provenance('benchmarks/growth.py', argv)
     for name in args.panels:
         results[name] = measured | {'seconds': curves(*PANELS[name])}
@@ -42,13 +40,13 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument('--json', type=flags.new_file, help='measure, and write the figures into this file')
     help = 'what to measure; others in the file stay (default: all)'
     parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
     help = 'plot figures measured before'
-    action.add_argument('--plot', type=Path, nargs=2, metavar=('JSON', 'PNG'), help=help)
+    action.add_argument('--plot', type=flags.path, nargs=2, metavar=('JSON', 'PNG'), help=help)
     args = parser.parse_args(argv)
     if args.plot and args.plot[1].suffix != '.png':
         parser.error(f'--plot {args.plot[1]} is not the name of a .png')

@@ -36,7 +36,7 @@ TRAINING = ['--dataset', 'tinyimagenet', '--model', 'lenet', '--optim', 'sgd', '
 
 @flags.script('loading.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add('--perclass', type=flags.integer(1), default=500, help='training images of each of the 200 classes')
     add('--trained', type=flags.integer(1), default=20, help='and of those that are trained on')

@@ -68,10 +68,10 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument('--dataset', default='digits', help='as of train.py')
     parser.add_argument('--model', default='lenet', help='as of train.py')
-    parser.add_argument('--datasetfolder', default='datasets', help='folder of the data sets')
+    parser.add_argument('--datasetfolder', type=flags.folder, default='datasets', help='folder of the data sets')
     parser.add_argument('--batchsize', type=flags.integer(1), default=50, help='images per training step')
     parser.add_argument('--batchsplit', type=flags.integer(1), default=5, help='of optimizers with several sub-batches')
     parser.add_argument('--draws', type=flags.integer(1), default=8, help='settings tried for each optimizer')
@@ -82,7 +82,9 @@ def parse_args(argv):
     parser.add_argument('--seeds', type=flags.integer(1), default=5, help='runs with the setting chosen')
     help = 'what is compared'
     parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES), help=help)
-    parser.add_argument('--folder', type=Path, required=True, help='of the runs; those that it has are gone on with')
+    parser.add_argument(
+        '--folder', type=flags.path, required=True, help='of the runs; those that it has are gone on with'
+    )
     parser.add_argument('--output', type=flags.new_file, required=True, help='results/NAME, without a suffix')
     flags.add_jobs(parser)
     args = parser.parse_args(argv)

@@ -62,7 +62,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
     add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')

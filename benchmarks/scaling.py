@@ -40,7 +40,7 @@ BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types, th
 
 @flags.script('scaling.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     add, positive = parser.add_argument, flags.number(above=0)
     add('part', choices=('measure', 'predict'))
     add('--json', type=flags.new_file, help='write all figures here')

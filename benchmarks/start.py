@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 @flags.script('start.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument('--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'])
     parser.add_argument('--json', type=flags.new_file, help='write all figures here')
     args = parser.parse_args(argv)

@@ -193,10 +193,10 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'of {", ".join(STUDIES)}')
-    parser.add_argument('--folder', type=Path, required=True, help='of the runs')
-    parser.add_argument('--datasetfolder', default='datasets', help='folder of the data sets')
+    parser.add_argument('--folder', type=flags.path, required=True, help='of the runs')
+    parser.add_argument('--datasetfolder', type=flags.folder, default='datasets', help='folder of the data sets')
     flags.add_jobs(parser)
     return parser.parse_args(argv)
 

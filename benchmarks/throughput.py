@@ -86,7 +86,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
     help = 'what networks compute in, see train.py'
