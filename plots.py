@@ -17,12 +17,17 @@ import metrics
 # Notebooks set MPLBACKEND for their commands too, to a backend that may be missing. A matplotlibrc may be damaged.
 # Matplotlib looks for it in the working folder first, and finds its own there.
 os.environ.pop('MPLBACKEND', None)
-with contextlib.chdir(Path(importlib.util.find_spec('matplotlib').origin).parent / 'mpl-data'):
+here = os.open('.', os.O_RDONLY)  # which may have been deleted
+try:
+    os.chdir(Path(importlib.util.find_spec('matplotlib').origin).parent / 'mpl-data')
     import matplotlib
+finally:
+    os.chdir(here)
+    os.close(here)
 
-from matplotlib import ticker
-from matplotlib.collections import LineCollection  # noqa: F401  demo2d.py draws with it
-from matplotlib.figure import Figure
+from matplotlib import ticker  # noqa: E402
+from matplotlib.collections import LineCollection  # noqa: E402, F401  demo2d.py draws with it
+from matplotlib.figure import Figure  # noqa: E402
 
 # Of the palette of Okabe & Ito (2008), which colour-blind people can tell apart; in grey they differ by lightness.
 BLUE, ORANGE, GREY, SKY = '#0072B2', '#D55E00', '#777777', '#8CC8EE'
