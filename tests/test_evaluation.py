@@ -77,12 +77,13 @@ def test_everything_at_once(trained, capsys):
 
 ALL_PARTS = ['--testmc', '1', '2', '--temperature', '--ood=digits', '--corruptions', '--plots']
 PARTS = {
-    'curve': 'samples',
-    'tempered': 'temperature',
-    'all_ood': 'ood',
-    'all_corrupted': 'corruptions',
-    'write_picture': None,
+    'samples': 'evaluation.curve',
+    'temperature': 'evaluation.tempered',
+    'ood': 'evaluation.all_ood',
+    'corruptions': 'evaluation.all_corrupted',
+    'pictures': 'plots.save',
 }
+SHORT = dict.fromkeys(metrics.SHORT, 0.5)
 
 
 @pytest.mark.parametrize('failing', PARTS)
@@ -93,23 +94,17 @@ def test_a_part_that_fails_loses_none_of_those_before(failing, trained, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, 'all_corrupted', lambda *args: {'fog': [dict.fromkeys(('mean', 'average'), SHORT)]})
-    if PARTS[failing]:
-        monkeypatch.setattr(evaluation, failing, fail)
-    else:
-        monkeypatch.setattr(plots, 'save', fail)
+    monkeypatch.setattr(PARTS[failing], fail)
     with pytest.raises(SystemExit) as stop:
         evaluate.main([f'--resultsfolder={run}', *ALL_PARTS])
     assert stop.value.code == 130
-    results, parts = results_of(run), [part for part in PARTS.values() if part]
-    assert [part for part in parts if part in results] == parts[: list(PARTS).index(failing)]
+    results = results_of(run)
+    assert [part for part in PARTS if part in results] == list(PARTS)[: list(PARTS).index(failing)]
     assert results['average']['nll'] > 0 and results['versions']
     labels, prediction, num_samples, _ = evaluation.read_predictions(run / 'predictions.npz')
     assert num_samples == 2
     np.testing.assert_allclose(metrics.nll(prediction.probs, labels), results['average']['nll'], rtol=1e-5)
     assert 'results at mean of distribution:' in capsys.readouterr().out
-
-
-SHORT = dict.fromkeys(metrics.SHORT, 0.5)
 
 
 def test_what_is_printed_is_in_a_file(trained, monkeypatch):
