@@ -105,7 +105,7 @@ def evaluate(run, args):
     prediction, num_samples = predictions[-1], args.testmc[-1]
     mark, environment = runs.mark(args.split, args.laplace, args.checkpoint), runs.environment()
     results = {'trained': _trained(subject.progress), 'num_images': len(subject.labels), **runs.asked(args)}
-    for i, (part, show) in enumerate(measured_parts(subject, args, predictions, ood, corrupted)):
+    for i, (part, show) in enumerate(measure(subject, args, predictions, ood, corrupted)):
         results |= part
         try:
             if devices.is_first():
@@ -120,7 +120,7 @@ def evaluate(run, args):
     return comparison.Result(subject.flags, subject.labels, *probs, num_samples, args.laplace)
 
 
-def measured_parts(subject, args, predictions, ood, corrupted):
+def measure(subject, args, predictions, ood, corrupted):
     """Measures part by part. Yields the entries of metrics.json that are new, and the function that prints them.
 
     Args:
