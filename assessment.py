@@ -9,6 +9,7 @@ import jax
 
 import checkpoints
 import comparison
+import corruptions
 import data
 import devices
 import evaluation
@@ -80,7 +81,10 @@ def _common_folder(args):
 
 
 def evaluate(run, args):
-    """Prints and writes all that the flags ask for of one run; returns its comparison.Result."""
+    """Prints and writes all that the flags ask for of one run; returns its comparison.Result.
+
+    Each part is written and printed before the next part begins, because the next may fail or be stopped.
+    """
     subject = evaluation.load(
         run,
         split=args.split,
@@ -95,48 +99,48 @@ def evaluate(run, args):
     if devices.is_first():
         warn_if_incomplete(run, subject.config, subject.progress)
         warn_of_batch_statistics(subject, args.bnrefresh)
-    prediction, results = measure(subject, args)
-    mark = runs.mark(args.split, args.laplace, args.checkpoint)
-    num_samples = args.testmc[-1]
-    if devices.is_first():
-        evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject, num_samples)
-        runs.write_json(runs.metrics_file(run, args), results | runs.environment())
-        if args.plots:
-            print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
-    return comparison.Result(
-        subject.flags, subject.labels, prediction.probs_at_mean, prediction.probs, num_samples, args.laplace
-    )
-
-
-def measure(subject, args):
-    """The posteriors.Prediction for the subject's images, and all results; each part is printed when it is there."""
-    num_samples = args.testmc[-1]
     ood = {name: evaluation.read_ood(subject, name, args.testimages) for name in args.ood}
     corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
     predictions = list(subject.posterior.predict(subject.images, args.testmc))
-    prediction = predictions[-1]
-    measured = evaluation.measure(prediction, subject.labels, args.bins)
-    print_reference_lines(measured, num_samples)
-    print_metrics(measured, num_samples)
-    results = {
-        'trained': _trained(subject.progress),
-        'num_images': len(subject.labels),
-        **runs.asked(args),
-        **measured,
-    }
-    if len(args.testmc) > 1:
-        results['samples'] = evaluation.curve(predictions, args.testmc, subject.labels, args.bins)
-        print_curve(results['samples'])
+    prediction, num_samples = predictions[-1], args.testmc[-1]
+    mark, environment = runs.mark(args.split, args.laplace, args.checkpoint), runs.environment()
+    results = {'trained': _trained(subject.progress), 'num_images': len(subject.labels), **runs.asked(args)}
+    for i, (part, show) in enumerate(measure(subject, args, predictions, ood, corrupted)):
+        results |= part
+        try:
+            if devices.is_first():
+                runs.write_json(runs.metrics_file(run, args), results | environment)
+                if i == 0:
+                    evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject, num_samples)
+        finally:
+            show(results)  # on a full disk too
+    if args.plots and devices.is_first():
+        print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
+    probs = prediction.probs_at_mean, prediction.probs
+    return comparison.Result(subject.flags, subject.labels, *probs, num_samples, args.laplace)
+
+
+def measure(subject, args, predictions, ood, corrupted):
+    """Measures part by part. Yields the entries of metrics.json that are new, and the function that prints them.
+
+    Args:
+        predictions: posteriors.Predictions for the subject's images, one for each number of args.testmc.
+        ood: {name: evaluation.read_ood(...)}, empty for none.
+        corrupted: evaluation.read_corrupted(...), None for none.
+
+    Yields:
+        ({name: value}, function of all entries so far).
+    """
+    prediction, num_samples, num_bins = predictions[-1], args.testmc[-1], args.bins
+    yield evaluation.measure(prediction, subject.labels, num_bins), print_metrics
+    if len(predictions) > 1:
+        yield {'samples': evaluation.curve(predictions, args.testmc, subject.labels, num_bins)}, print_curve
     if args.temperature:
-        results['temperature'] = evaluation.tempered(subject, prediction, num_samples, args.bins)
-        print_temperature(measured, results['temperature'], num_samples)
+        yield {'temperature': evaluation.tempered(subject, prediction, num_samples, num_bins)}, print_temperature
     if ood:
-        results['ood'] = evaluation.all_ood(subject, prediction, ood, num_samples)
-        print_ood(results['ood'])
+        yield {'ood': evaluation.all_ood(subject, prediction, ood, num_samples)}, print_ood
     if corrupted:
-        results['corruptions'] = evaluation.all_corrupted(subject, corrupted, num_samples, args.bins)
-        print_corruptions(results['corruptions'], measured, num_samples)
-    return prediction, results
+        yield {'corruptions': evaluation.all_corrupted(subject, corrupted, num_samples, num_bins)}, print_corruptions
 
 
 def _trained(progress):
@@ -192,7 +196,10 @@ def compare(results, args):
 
 
 def draw(folder, subject, prediction, results):
-    """Writes the pictures of a run, in place of those that it wrote before; returns their folder."""
+    """Writes the pictures of a run and returns their folder. Raises RunError.
+
+    A picture of an earlier evaluation stays until the new one is whole. It is removed if this one does not draw it.
+    """
     import plots  # Matplotlib takes most of a second
 
     average = f'average of {results["testmc"]} samples'
@@ -217,50 +224,51 @@ def draw(folder, subject, prediction, results):
         figures['severities'] = plots.severities(curves)
     try:
         for name, figure in figures.items():
-            plots.remove(folder, name)
             if figure:
                 plots.save(figure, folder, name)
+            else:
+                plots.remove(folder, name)
     except OSError as error:
         raise runs.RunError(f'{folder} cannot be written: {error.strerror}') from error
     return folder
 
 
-def print_reference_lines(measured, num_samples):
-    """The reference's lines, whose auroc is that of the grid, and the exact one."""
+def print_metrics(results):
+    """Prints the reference's lines, whose auroc is the grid's, then all metrics with their intervals."""
+    num_samples = results['testmc']
     line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})'
     print('results at mean of distribution:')
-    print(line.format(**measured['mean']))
+    print(line.format(**results['mean']))
     print(f'results at model average ({num_samples} samples):')
-    print(line.format(**measured['average']), flush=True)
-
-
-def print_metrics(measured, num_samples):
+    print(line.format(**results['average']), flush=True)
     rows = []
-    for name, value in measured['average'].items():
+    for name, value in results['average'].items():
         cells = [name]
-        for at, shown in (('mean', measured['mean'].get(name)), ('average', value)):
-            interval = measured['intervals'][at].get(name, (math.nan, math.nan))
+        for at, shown in (('mean', results['mean'].get(name)), ('average', value)):
+            interval = results['intervals'][at].get(name, (math.nan, math.nan))
             cells += [_cell(name, shown), ' to '.join(_cell(name, bound) for bound in interval if bound == bound)]
         rows.append(cells)
     print_table(['', 'mean', '95 % interval', f'{num_samples} samples', '95 % interval'], rows)
 
 
-def print_curve(points):
-    rows = [[str(point['testmc']), *(_cell(name, point[name]) for name in metrics.SHORT)] for point in points]
+def print_curve(results):
+    rows = [
+        [str(point['testmc']), *(_cell(name, point[name]) for name in metrics.SHORT)] for point in results['samples']
+    ]
     print_table(['samples', *metrics.SHORT], rows)
 
 
-def print_temperature(measured, tempered, num_samples):
-    rows = []
-    for at, title in (('mean', 'mean'), ('average', f'{num_samples} samples')):
-        for label, summary in (('1', measured[at]), (f'{tempered[at]["temperature"]:.3f}', tempered[at])):
+def print_temperature(results):
+    tempered, rows = results['temperature'], []
+    for at, title in (('mean', 'mean'), ('average', f'{results["testmc"]} samples')):
+        for label, summary in (('1', results[at]), (f'{tempered[at]["temperature"]:.3f}', tempered[at])):
             rows.append([title, label, *(_cell(name, summary[name]) for name in (*metrics.SHORT, 'brier'))])
     print_table(['', 'temperature', *metrics.SHORT, 'brier'], rows)
 
 
 def print_ood(results):
     names = ('auroc', 'aupr_unknown', 'aupr_known', 'fpr95')
-    for dataset, result in results.items():
+    for dataset, result in results['ood'].items():
         rows = [
             [f'{at}: {score}', *(_cell(name, separation[name]) for name in names)]
             for at in ('mean', 'average')
@@ -269,18 +277,30 @@ def print_ood(results):
         print_table([f'unknown: {dataset}', *names], rows)
 
 
-def print_corruptions(results, measured, num_samples):
-    header = [f'{name} {at}' for name in metrics.SHORT for at in ('mean', f'{num_samples}')]
+def print_corruptions(results):
+    """Prints means over corruptions at each severity, then means over severities of each corruption.
+
+    Corruptions that the means leave out stand in a table of their own.
+    """
+    header = [f'{name} {at}' for name in metrics.SHORT for at in ('mean', f'{results["testmc"]}')]
+    corrupted = results['corruptions']
+    averaged = corruptions.in_mean(corrupted)
 
     def cells(points):
         return [_cell(name, points[at][name]) for name in metrics.SHORT for at in ('mean', 'average')]
 
-    of_severity = zip(*(evaluation.over_corruptions(results, at) for at in ('mean', 'average')), strict=True)
-    rows = [['0 (clean)', *cells(measured)]]
+    def print_severities_averaged(title, names):
+        rows = [[name, *cells(evaluation.over_severities(corrupted[name]))] for name in names]
+        print_table([title, *header], rows)
+
+    of_severity = zip(*(evaluation.over_corruptions(corrupted, at) for at in ('mean', 'average')), strict=True)
+    rows = [['0 (clean)', *cells(results)]]
     rows += [[str(i), *cells({'mean': m, 'average': a})] for i, (m, a) in enumerate(of_severity, start=1)]
+    print(f'\n{corruptions.description(corrupted)}', end='')
     print_table(['severity', *header], rows)
-    rows = [[name, *cells(evaluation.over_severities(points))] for name, points in results.items()]
-    print_table(['corruption', *header], rows)
+    print_severities_averaged('corruption', averaged)
+    if len(averaged) < len(corrupted):
+        print_severities_averaged('not in the mean', [name for name in corrupted if name not in averaged])
 
 
 def _cell(name, value):

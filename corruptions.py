@@ -6,6 +6,7 @@ same order are always corrupted in the same way.
 """
 
 import io
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -18,20 +19,62 @@ from data import DataError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
+# Published means are over these 15. The official folders hold four more, for validation.
+BENCHMARK = (
+    'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow',
+    'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression',
+)  # fmt: skip
 
-def corrupt(name, severity, images):
-    """uint8 [N, H, W, C] with the corruption `name` of CORRUPTIONS at a severity from 1 to 5."""
+
+def in_mean(names: Collection[str]) -> list[str]:
+    """Returns the corruptions that means are taken over: all built-in ones, or the benchmark's of an official folder.
+
+    Returns all names if none of them is the benchmark's.
+    """
+    if set(names) == set(CORRUPTIONS):  # some of which have official names
+        return list(names)
+    return [name for name in names if name in BENCHMARK] or list(names)
+
+
+def description(names: Collection[str]) -> str:
+    """Returns what means over these corruptions are over, such as `mean of the benchmark's 15 corruptions`."""
+    if set(names) == set(CORRUPTIONS):
+        return f'mean of the {len(names)} built-in corruptions'
+    number, official = len(in_mean(names)), len(BENCHMARK)
+    if not set(names) & set(BENCHMARK):
+        return f"mean of {number} corruptions, none of them the benchmark's"
+    return f"mean of {'' if number == official else f'{number} of '}the benchmark's {official} corruptions"
+
+
+def corrupt(name: str, severity: int, images: np.ndarray) -> np.ndarray:
+    """Returns images uint8 [N, H, W, C] with the corruption `name` of CORRUPTIONS at a severity from 1 to 5.
+
+    An alpha channel, the last of two or four, stays as it is.
+    """
     function, amounts = CORRUPTIONS[name]
-    return function(amounts[severity - 1], images)
+    colours = images.shape[-1] - (images.shape[-1] in (2, 4))
+    corrupted = function(amounts[severity - 1], images[..., :colours])
+    return np.concatenate([corrupted, images[..., colours:]], axis=-1)
 
 
-def read_official(folder, shape, labels):
-    """The corruptions of an official folder, {name: function(severity) -> uint8 [N, H, W, C]}. Raises DataError.
+def read_official(
+    folder: str | Path, shape: tuple[int, ...], labels: np.ndarray
+) -> dict[str, Callable[[int], np.ndarray]]:
+    """Reads the corruptions of a folder CIFAR-10-C or CIFAR-100-C, {name: function(severity) -> uint8 [N, H, W, C]}.
 
-    They are of test images of a shape [H, W, C] with these labels, int [N].
+    Passes over hidden files, such as the ._NAME.npy that macOS leaves.
+
+    Args:
+        folder: holds NAME.npy, uint8 [5 N, H, W, C], for every corruption, and labels.npy.
+        shape: [H, W, C] of the test images.
+        labels: int [N], of the test images.
+
+    Raises:
+        DataError: a file is missing, damaged or of other images.
     """
     folder = Path(folder)
-    names = sorted(path.stem for path in folder.glob('*.npy') if path.name != 'labels.npy')
+    arrays = (path for path in folder.glob('*.npy') if not path.name.startswith('.'))
+    names = sorted(path.stem for path in arrays if path.stem != 'labels')
     if not names:
         raise DataError(f'{folder} holds no corruptions: unpack CIFAR-10-C.tar or CIFAR-100-C.tar there')
     held = _load(folder / 'labels.npy')
@@ -64,7 +107,8 @@ def _on_device(function):
         return jnp.round(255 * jnp.clip(corrupted, 0, 1)).astype(jnp.uint8)
 
     def run(amount, images):
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(len(images)))
+        first = jax.random.key(0, impl='threefry2x32')  # whatever JAX_DEFAULT_PRNG_IMPL is
+        keys = jax.vmap(partial(jax.random.fold_in, first))(jnp.arange(len(images)))
         blocks = range(0, len(images), 1000)
         parts = [block(amount, keys[i : i + 1000], images[i : i + 1000]) for i in blocks]
         return np.concatenate([jax.device_get(part) for part in parts])

@@ -6,12 +6,7 @@ python demo2d.py --output animation.gif
 import io
 
 import numpy as np
-from contourpy import contour_generator
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 
 import flags
 
@@ -20,7 +15,7 @@ X_RANGE, Y_RANGE = (-1.5, 2.7), (-1.0, 1.4)
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser("Animate bSAM's posterior over decision boundaries of two moons.")
     parser.add_argument('--output', type=flags.new_file, default='animation.gif', help='the GIF to write')
     parser.add_argument('--epochs', type=flags.integer(1), default=251, help='epochs; every second one is a frame')
     parser.add_argument(
@@ -93,7 +88,8 @@ def train(points, labels, args):
         return jax.vmap(logits, (0, None))(samples, grid), logits(state.params, grid)
 
     step = jax.jit(optimizer.step)
-    init_key, state_key, order_key, sample_key = jax.random.split(jax.random.key(args.randomseed), 4)
+    key = jax.random.key(args.randomseed, impl='threefry2x32')  # whatever JAX_DEFAULT_PRNG_IMPL is
+    init_key, state_key, order_key, sample_key = jax.random.split(key, 4)
     params = model.init(init_key, points, train=True)['params']
     state = optimizer.init(jax.tree.map(lambda w: w.astype(float), params), {}, state_key)
     grid = jnp.asarray(grid_points().reshape(-1, 2))
@@ -111,22 +107,26 @@ def grid_points():
 
 
 def draw(points, labels, sample_logits, mean_logits):
-    """A frame, as a Pillow image: the boundaries of the samples in thin grey, that of the mean in thick black."""
-    figure = Figure(figsize=(5.6, 3.2), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=X_RANGE, ylim=Y_RANGE)
-    axes.axis('off')
-    sample_lines = [line for logits in sample_logits for line in boundary(logits)]
-    axes.add_collection(LineCollection(sample_lines, colors=GREY, linewidths=0.8))
-    axes.add_collection(LineCollection(boundary(mean_logits), colors=BLACK, linewidths=3))
-    axes.plot(*points[labels == 0].T, 'x', color=BROWN, markersize=7, markeredgewidth=2)
-    axes.plot(*points[labels == 1].T, 'o', color=BLUE, markersize=6)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    """Returns a frame as a Pillow image: the samples' boundaries in thin grey, the mean's boundary in thick black."""
+    import plots  # Matplotlib takes most of a second to import, and --help should not
+
+    with plots.settings({}), io.BytesIO() as file:
+        figure = plots.Figure(figsize=(5.6, 3.2), dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1), xlim=X_RANGE, ylim=Y_RANGE)
+        axes.axis('off')
+        sample_lines = [line for logits in sample_logits for line in boundary(logits)]
+        axes.add_collection(plots.LineCollection(sample_lines, colors=GREY, linewidths=0.8))
+        axes.add_collection(plots.LineCollection(boundary(mean_logits), colors=BLACK, linewidths=3))
+        axes.plot(*points[labels == 0].T, 'x', color=BROWN, markersize=7, markeredgewidth=2)
+        axes.plot(*points[labels == 1].T, 'o', color=BLUE, markersize=6)
+        figure.savefig(file, format='png')
+        return Image.open(file).convert('RGB')
 
 
 def boundary(logits):
-    """The lines, float64 [points, 2] each, on which a network with these logits on the grid is undecided."""
+    """Returns the lines, float64 [points, 2] each, on which a network with these logits on the grid is undecided."""
+    from contourpy import contour_generator
+
     grid = grid_points()
     return contour_generator(grid[..., 0], grid[..., 1], logits.reshape(grid.shape[:2])).lines(0)
 
@@ -135,7 +135,9 @@ def save_gif(frames, path):
     """Writes frames of 50 ms that loop forever, in the colours drawn and their halves, whole. Raises RunError."""
     import runs
 
-    shades = [(1, 1, 1)] + [1 - opacity * (1 - np.array(to_rgb(c))) for c in COLOURS for opacity in (0.5, 1)]
+    shades = [(1, 1, 1)] + [
+        1 - opacity * (1 - np.array(ImageColor.getrgb(c)) / 255) for c in COLOURS for opacity in (0.5, 1)
+    ]
     palette = Image.new('P', (1, 1))
     palette.putpalette(np.round(np.array(shades) * 255).astype(np.uint8).tobytes())
     frames = [frame.quantize(palette=palette, dither=0) for frame in frames]

@@ -141,8 +141,9 @@ def measure(prediction, labels, num_bins):
     probs = {'mean': prediction.probs_at_mean, 'average': prediction.probs}
     measured = {at: metrics.summary(p, labels, num_bins) for at, p in probs.items()}
     measured['mean']['entropy'] = float(metrics.entropy(probs['mean']).mean())
+    diverged = not np.isfinite(prediction.probs).all()  # the votes of such a network do not tell
     for name in ('entropy', 'mutual_information', 'disagreement'):
-        measured['average'][name] = float(getattr(prediction, name).mean())
+        measured['average'][name] = math.nan if diverged else float(getattr(prediction, name).mean())
     measured['intervals'] = {at: _intervals(p, labels, num_bins) for at, p in probs.items()}
     measured['reliability'] = {at: _reliability(p, labels, num_bins) for at, p in probs.items()}
     return measured
@@ -215,7 +216,7 @@ def ood_detection(known, prediction):
     for at in ('mean', 'average'):
         of_unknown = _scores(prediction, at)
         scores = {name: np.concatenate([s, of_unknown[name]]) for name, s in _scores(known, at).items()}
-        varying = {name: s for name, s in scores.items() if np.ptp(s) > 1e-9}  # a point has no mutual information
+        varying = {name: s for name, s in scores.items() if not np.ptp(s) <= 1e-9}  # a point has no mutual information
         results[at] = {name: _separation(s, is_unknown) for name, s in varying.items()}
     return results
 
@@ -268,8 +269,12 @@ def _corrupted(subject, images, num_samples, num_bins):
 
 
 def over_corruptions(results, at):
-    """The means over corruptions of each metric of `all_corrupted`, [{name: value} of severity 1, ..., 5]."""
-    return [_means(group, at) for group in zip(*results.values(), strict=True)]
+    """Returns the mean of each metric over corruptions.in_mean, [{name: value} of severity 1, ..., 5].
+
+    results: of `all_corrupted`.
+    """
+    averaged = [results[name] for name in corruptions.in_mean(results)]
+    return [_means(group, at) for group in zip(*averaged, strict=True)]
 
 
 def over_severities(points):

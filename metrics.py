@@ -4,34 +4,52 @@
     labels   int [N]
     weights  how often every image counts: [N], or [R, N] for R resamples of the images at once; once each by default
 
-A metric is a float, or float [R] with weights [R, N]. METRICS lists them all. Confidence is the largest probability of
-an image; where confidences are tied, no metric depends on the order of the images.
+A metric is a float, or float [R] with weights [R, N]. METRICS lists them all. Each is nan if a probability is nan or
+infinite, because a diverged network must not look like a result. Confidence is the largest probability of an image.
+Where confidences are tied, no metric depends on the order of the images.
 """
 
+import functools
 from functools import partial
 
 import numpy as np
 
 
 def softmax(logits):
-    """Probabilities in float64 from logits [N, K] of any precision."""
+    """Returns probabilities in float64 from logits [N, K] of any precision. A row with nan or inf becomes nan."""
     logits = np.asarray(logits, dtype=np.float64)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    with np.errstate(invalid='ignore'):
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
+def _nan_unless_finite(metric):
+    """Makes a metric return nan, for each resample, if any probability is nan or infinite."""
+
+    @functools.wraps(metric)
+    def checked(probs, labels, weights=None, **options):
+        if not np.isfinite(probs).all():
+            return _scalar(np.full(np.shape(weights)[:-1], np.nan))
+        return metric(probs, labels, **options if weights is None else {'weights': weights} | options)
+
+    return checked
+
+
+@_nan_unless_finite
 def accuracy(probs, labels, weights=None):
-    """Share of images whose most probable class is the true one, in [0, 1]; nan if a probability is."""
-    return _mean(_where_finite(_correct(probs, labels), probs), weights)
+    """Share of images whose most probable class is the true one, in [0, 1]."""
+    return _mean(_correct(probs, labels), weights)
 
 
+@_nan_unless_finite
 def top5(probs, labels, weights=None):
     """Share of images with fewer than five classes that are more probable than the true one, in [0, 1]."""
     probs = np.asarray(probs)
     true_probs = probs[np.arange(len(labels)), labels]
-    return _mean(_where_finite((probs > true_probs[:, None]).sum(axis=1) < 5, probs), weights)
+    return _mean((probs > true_probs[:, None]).sum(axis=1) < 5, weights)
 
 
+@_nan_unless_finite
 def nll(probs, labels, weights=None):
     """Mean negative log-likelihood in nats; infinite where a true class has probability 0."""
     true_probs = np.asarray(probs, dtype=np.float64)[np.arange(len(labels)), labels]
@@ -39,6 +57,7 @@ def nll(probs, labels, weights=None):
         return _mean(-np.log(true_probs), weights)
 
 
+@_nan_unless_finite
 def brier(probs, labels, weights=None):
     """Brier score (Brier, 1950): mean of Σ_k (p_k − y_k)² with the one-hot label y, in [0, 2]."""
     probs = np.asarray(probs, dtype=np.float64)
@@ -46,6 +65,7 @@ def brier(probs, labels, weights=None):
     return _mean(np.square(probs).sum(axis=1) + 1 - 2 * true_probs, weights)
 
 
+@_nan_unless_finite
 def ece(probs, labels, weights=None, num_bins=20):
     """Expected calibration error (Guo et al., 2017): the gap between accuracy and confidence, averaged over images.
 
@@ -55,6 +75,7 @@ def ece(probs, labels, weights=None, num_bins=20):
     return _scalar(np.abs(gaps).sum(axis=-1) / _total(labels, weights))
 
 
+@_nan_unless_finite
 def mce(probs, labels, weights=None, num_bins=20):
     """Maximum calibration error (Guo et al., 2017): the largest gap of the bins of `ece` that are not empty."""
     gaps, counts = _top_label_bins(probs, labels, weights, num_bins)
@@ -64,14 +85,16 @@ def mce(probs, labels, weights=None, num_bins=20):
 def reliability(probs, labels, num_bins=20):
     """The bins of `ece`, from the lowest: how many images each holds, their accuracy and their mean confidence.
 
-    {'counts': int [num_bins], 'accuracy': float [num_bins], 'confidence': ...}; nan where a bin is empty.
+    {'counts': int [num_bins], 'accuracy': float [num_bins], 'confidence': ...}; nan where a bin is empty. All
+    accuracies are nan if a probability is not finite.
     """
     confidence = _confidence(probs)
-    correct, counts = _bins(confidence, _correct(probs, labels), None, num_bins)
+    correct, counts = _bins(confidence, _where_finite(_correct(probs, labels), probs), None, num_bins)
     confident, _ = _bins(confidence, confidence, None, num_bins)
     return {'counts': counts, 'accuracy': _ratio(correct, counts), 'confidence': _ratio(confident, counts)}
 
 
+@_nan_unless_finite
 def adaptive_ece(probs, labels, weights=None, num_bins=15):
     """ECE whose bins hold equally many images each (Nguyen & O'Connor, 2015), tied confidences in one bin."""
     confidence = _confidence(probs)
@@ -84,6 +107,7 @@ def adaptive_ece(probs, labels, weights=None, num_bins=15):
     return _scalar(np.abs(sums).sum(axis=-1) / total[..., 0])
 
 
+@_nan_unless_finite
 def classwise_ece(probs, labels, weights=None, num_bins=15):
     """Classwise ECE (Kull et al., 2019): the ECE of each class's probability as that of a binary event, their mean."""
     probs = np.asarray(probs, dtype=np.float64)
@@ -94,6 +118,7 @@ def classwise_ece(probs, labels, weights=None, num_bins=15):
     return _scalar(total / probs.shape[1] / _total(labels, weights))
 
 
+@_nan_unless_finite
 def auroc(probs, labels, weights=None):
     """Probability that a right prediction is more confident than a wrong one (Mann-Whitney), ties counted half.
 
@@ -102,6 +127,7 @@ def auroc(probs, labels, weights=None):
     return area_under_roc(_confidence(probs), _correct(probs, labels), weights)
 
 
+@_nan_unless_finite
 def auroc_grid(probs, labels):
     """`auroc` as the reference approximates it, comparable with the published numbers.
 
@@ -118,6 +144,7 @@ def auroc_grid(probs, labels):
     return float(np.trapezoid([0, *true_positives, 1], [0, *false_positives, 1]))
 
 
+@_nan_unless_finite
 def aurc(probs, labels, weights=None):
     """Area under the risk-coverage curve (Geifman & El-Yaniv, 2017), in [0, 1]; lower is better.
 
@@ -127,6 +154,7 @@ def aurc(probs, labels, weights=None):
     return _scalar((np.diff(coverage, prepend=0, axis=-1) * risk).sum(axis=-1))
 
 
+@_nan_unless_finite
 def risk_at_80(probs, labels, weights=None):
     """Error rate of the most confident 80 % of the images, in [0, 1]; of tied ones in between, a share of each."""
     wrong, counts = _errors_by_confidence(probs, labels, weights)
@@ -138,7 +166,7 @@ def risk_at_80(probs, labels, weights=None):
 
 def risk_coverage(probs, labels, weights=None):
     """The risk-coverage curve: for every confidence, from the highest, the share of images at least as confident, and
-    their error rate, nan if a probability is. Both [T], or [R, T]."""
+    their error rate, nan if a probability is not finite. Both [T], or [R, T]."""
     wrong, counts = _errors_by_confidence(probs, labels, weights)
     covered = np.cumsum(counts, axis=-1)
     return covered / covered[..., -1:], np.cumsum(wrong, axis=-1) / np.maximum(covered, 1)
@@ -190,10 +218,8 @@ def with_bins(num_bins):
 
 
 def summary(probs, labels, num_bins=20):
-    """All metrics by name; all are nan if a probability is, as after a divergence."""
-    diverged = not np.isfinite(probs).all()
-    metrics = with_bins(num_bins)
-    return {name: float('nan') if diverged else metric(probs, labels) for name, metric in metrics.items()}
+    """Returns all metrics by name."""
+    return {name: metric(probs, labels) for name, metric in with_bins(num_bins).items()}
 
 
 # Of the posterior: how much its samples differ.
@@ -226,27 +252,36 @@ def disagreement(votes):
 
 def temper(probs, temperature):
     """Probabilities [N, K] at a temperature (Guo et al., 2017): softmax(log probs / temperature)."""
+    return softmax(_log(probs) / temperature)
+
+
+def _log(probs):
+    """Returns logarithms, -10,000 for a probability of 0."""
     with np.errstate(divide='ignore'):
-        return softmax(np.maximum(np.log(probs), -1e4) / temperature)
+        return np.maximum(np.log(probs), -1e4)
 
 
 def fit_temperature(probs, labels):
-    """The temperature, between 0.05 and 20, at which the NLL of `temper(probs, temperature)` is least.
+    """Returns the temperature, between 0.05 and 20, at which the NLL of `temper(probs, temperature)` is least.
 
-    nan if a probability is, as after a divergence.
+    Returns nan if a probability is not finite, as after a divergence.
     """
     if not np.isfinite(probs).all():
         return float('nan')
     import scipy.optimize  # a third of a second that no start of a training should wait for
+    import scipy.special
 
-    def loss(log_temperature):
-        return nll(temper(probs, np.exp(log_temperature)), labels)
+    log_probs = _log(probs)
+
+    def loss(log_temperature):  # by logarithms, because a tempered probability of 1e-5000 has an NLL too
+        scaled = log_probs / np.exp(log_temperature)
+        return np.mean(scipy.special.logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels])
 
     bounds = np.log([0.05, 20])
     return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=bounds, method='bounded').x))
 
 
-# Telling two kinds of images apart by a score, such as known and unknown ones.
+# Telling two kinds of images apart by a score, such as known and unknown ones. All are nan if a score is nan.
 
 
 def area_under_roc(scores, positive, weights=None):
@@ -291,7 +326,7 @@ def _correct(probs, labels):
 
 
 def _where_finite(values, probs):
-    """Values [N] of every image, nan for all if a probability is."""
+    """Returns values [N], one an image; all nan if a probability is not finite."""
     return values if np.isfinite(probs).all() else np.full(len(values), np.nan)
 
 
@@ -332,10 +367,10 @@ def _ranked(scores):
 
 def _by_threshold(scores, counted, weights=None):
     """For each distinct score, rising: the sum of `counted`, [N], of the images that have it, and their weight; [T] or
-    [R, T] each."""
+    [R, T] each. All sums are nan if a score is nan, because it has no rank."""
     order, starts = _ranked(scores)
     weights = np.ones(len(order)) if weights is None else np.take(weights, order, axis=-1)
-    counted = weights * counted[order]
+    counted = weights * np.where(np.isnan(scores).any(), np.nan, counted)[order]
     if len(starts) == len(order):  # no ties, and half of the time saved
         return counted, weights
     return np.add.reduceat(counted, starts, axis=-1), np.add.reduceat(weights, starts, axis=-1)

@@ -1,14 +1,33 @@
-"""Pictures of an evaluation, as PNG and PDF: readable in print, in grey, and by colour-blind people."""
+"""Pictures of an evaluation, as PNG and PDF: readable in print, in grey, and by colour-blind people.
 
-import functools
+This module imports Matplotlib for the whole project, because no picture may depend on a user's Matplotlib settings.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib import ticker
-from matplotlib.figure import Figure
 
+import errors
 import metrics
+
+# Notebooks set MPLBACKEND for their commands too, to a backend that may be missing. A matplotlibrc may be damaged.
+# Matplotlib looks for it in the working folder first, and finds its own there.
+os.environ.pop('MPLBACKEND', None)
+here = os.open('.', os.O_RDONLY)  # which may have been deleted
+try:
+    os.chdir(Path(importlib.util.find_spec('matplotlib').origin).parent / 'mpl-data')
+    import matplotlib
+finally:
+    os.chdir(here)
+    os.close(here)
+
+from matplotlib import ticker  # noqa: E402
+from matplotlib.collections import LineCollection  # noqa: E402, F401  demo2d.py draws with it
+from matplotlib.figure import Figure  # noqa: E402
 
 # Of the palette of Okabe & Ito (2008), which colour-blind people can tell apart; in grey they differ by lightness.
 BLUE, ORANGE, GREY, SKY = '#0072B2', '#D55E00', '#777777', '#8CC8EE'
@@ -21,34 +40,37 @@ _STYLE = {
     'grid.color': '#DDDDDD',
     'grid.linewidth': 0.6,
     'axes.axisbelow': True,
-    'pdf.fonttype': 42,
     'figure.constrained_layout.use': True,
 }
+_DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != 'backend'}
+_FORMATS = {'png': {'dpi': 200}, 'pdf': {'metadata': {'CreationDate': None}}}
 
 
-def save(figure, folder, name):
-    """Writes NAME.png and NAME.pdf, the same bytes for the same figure. Raises OSError."""
-    folder = Path(folder)
-    folder.mkdir(exist_ok=True)
-    figure.savefig(folder / f'{name}.png', dpi=200)
-    figure.savefig(folder / f'{name}.pdf', metadata={'CreationDate': None})
+@contextlib.contextmanager
+def settings(style: dict) -> Iterator[None]:
+    """Gives Matplotlib its defaults and `style`, whatever the user has set, in a with-block or a decorated function."""
+    with matplotlib.rc_context(_DEFAULTS | style):
+        yield
 
 
-def remove(folder, name):
-    """Removes what `save` may have written. Raises OSError."""
-    for ending in ('png', 'pdf'):
-        (Path(folder) / f'{name}.{ending}').unlink(missing_ok=True)
+# Around each function that draws a figure.
+styled = settings(_STYLE)
 
 
-def styled(draw):
-    """A function that draws a figure in the style of all of them."""
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Writes NAME.png and NAME.pdf whole, the same bytes for the same figure. Raises OSError."""
+    Path(folder).mkdir(exist_ok=True)
+    for ending, options in _FORMATS.items():
+        with settings(_STYLE), errors.replacing(Path(folder) / f'{name}.{ending}') as partial:
+            figure.savefig(partial, format=ending, **options)
 
-    @functools.wraps(draw)
-    def drawn(*args, **kwargs):
-        with matplotlib.rc_context(_STYLE):
-            return draw(*args, **kwargs)
 
-    return drawn
+def remove(folder: Path, name: str) -> None:
+    """Removes what `save` may have written, whole or not. Raises OSError."""
+    for ending in _FORMATS:
+        path = Path(folder) / f'{name}.{ending}'
+        errors.discard_leftovers(path)
+        path.unlink(missing_ok=True)
 
 
 @styled
@@ -173,7 +195,8 @@ def line_styles():
 def image_sheet(images, labels, probs, num_images=10):
     """The images that are wrong with the greatest confidence, and those of the greatest predictive entropy.
 
-    images: uint8 [N, H, W, C]. Above each stand the predicted class and its probability, and the true class.
+    images: uint8 [N, H, W, C], grey or in colour, with an alpha channel if C is 2 or 4. Above each stand the predicted
+    class and its probability, and the true class.
     """
     confidence, predicted = probs.max(axis=1), probs.argmax(axis=1)
     wrong = np.flatnonzero(predicted != labels)
@@ -189,7 +212,13 @@ def image_sheet(images, labels, probs, num_images=10):
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(title, rotation=0, ha='right', va='center')
         for ax, i in zip(line, chosen, strict=False):
-            grey = images.shape[-1] == 1
-            ax.imshow(images[i, ..., 0] if grey else images[i], cmap='gray' if grey else None)
+            _show(ax, images[i])
             ax.set_title(f'{predicted[i]}: {confidence[i]:.0%}\ntrue: {labels[i]}', fontsize=8)
     return figure
+
+
+def _show(axes, image):
+    if image.shape[-1] > 2:
+        axes.imshow(image)
+    else:
+        axes.imshow(image[..., 0], cmap='gray', alpha=image[..., 1] / 255 if image.shape[-1] == 2 else None)

@@ -13,8 +13,6 @@ import statistics
 import jax
 import jax.numpy as jnp
 import run
-from matplotlib import ticker
-from matplotlib.figure import Figure
 
 import flags
 import optimizers
@@ -65,7 +63,7 @@ def all_panels(path):
 def plot(source, picture):
     """Raises RunError."""
     figure = drawn(all_panels(source))
-    with io.BytesIO() as file:
+    with plots.settings({}), io.BytesIO() as file:
         figure.savefig(file, dpi=150)
         runs.write_bytes(picture, file.getvalue())
 
@@ -132,7 +130,7 @@ def drawn(results):
     ]
     labels = {'sam': 'SAM', 'bsam': 'bSAM', 'sgd': 'SGD'}
     styles = dict(zip(labels, plots.line_styles(), strict=False))
-    figure = Figure(figsize=(11, 2.8))
+    figure = plots.Figure(figsize=(11, 2.8))
     all_axes = figure.subplots(1, len(panels))
     for axes, (name, size, title) in zip(all_axes, panels, strict=True):
         for optim, curve in results[name]['seconds'].items():
@@ -143,7 +141,7 @@ def drawn(results):
         if name != 'parameters':
             axes.set_xticks(sizes, sizes)
             axes.set(ylim=(0.05, 10), yticks=(0.1, 1, 10), yticklabels=('0.1', '1', '10'))
-            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            axes.xaxis.set_minor_locator(plots.ticker.NullLocator())
     all_axes[0].set_ylabel('seconds')
     all_axes[0].legend(frameon=False)
     return figure

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -103,8 +102,9 @@ def main(argv=None):
         'cifar10_corruptions': over_severities(found['cifar10']),
         'rho': over_rho(found['rho']),
     }
-    for name, figure in pictures.items():
-        figure.savefig(RESULTS / f'{name}.png', dpi=150)
+    with plots.settings({}):
+        for name, figure in pictures.items():
+            figure.savefig(RESULTS / f'{name}.png', dpi=150)
 
 
 def all_records():
@@ -506,7 +506,7 @@ def reliability(found):
 
 @plots.styled
 def over_samples(found):
-    figure = Figure(figsize=(7.5, 2.7))
+    figure = plots.Figure(figsize=(7.5, 2.7))
     for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
         for subject, style in zip((BSAM, IVON), plots.line_styles(), strict=False):
             group = found[subject.variant]
@@ -543,7 +543,7 @@ def over_severities(found):
 @plots.styled
 def over_rho(found):
     """bSAM's and SAM's metrics over ρ, relative to the published one."""
-    figure = Figure(figsize=(7.5, 2.7))
+    figure = plots.Figure(figsize=(7.5, 2.7))
     for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
         for (method, published), style in zip(PUBLISHED_RHO.items(), plots.line_styles(), strict=False):
             groups = by_rho(found, method)

@@ -398,6 +398,16 @@ def test_animation(tmp_path, capsys):
     assert not jax.config.jax_enable_x64
 
 
+def test_help_of_the_animation_needs_neither_matplotlib_nor_docstrings():
+    """Not even where a notebook names a backend that is missing."""
+    code = 'import sys, demo2d\ntry: demo2d.main(["--help"])\nexcept SystemExit as stop: print(stop.code)\n'
+    code += "print([name for name in ('jax', 'matplotlib', 'contourpy') if name in sys.modules])"
+    environment = os.environ | {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
+    command = [sys.executable, '-OO', '-c', code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert 'Animate bSAM' in done.stdout and done.stdout.endswith('0\n[]\n')
+
+
 @pytest.mark.parametrize(
     ('output', 'message'),
     [

@@ -1,11 +1,14 @@
 """Corruptions: reproducible, stronger with severity, of the images' shape; the official files."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import corruptions
 import data
+
+EXTRA = ['gaussian_blur', 'saturate', 'spatter', 'speckle_noise']
 
 
 def smooth_images(n, size, channels):
@@ -29,6 +32,38 @@ def test_built_in_corruptions(name, channels):
     np.testing.assert_array_equal(corruptions.corrupt(name, 3, images), corrupted[2])
 
 
+@pytest.mark.parametrize('channels', [2, 4])
+@pytest.mark.parametrize('name', corruptions.CORRUPTIONS)
+def test_an_alpha_channel_stays(name, channels):
+    """The colours become what they become without it."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, channels), np.uint8)
+    corrupted = corruptions.corrupt(name, 4, images)
+    np.testing.assert_array_equal(corrupted[..., -1], images[..., -1])
+    np.testing.assert_array_equal(corrupted[..., :-1], corruptions.corrupt(name, 4, images[..., :-1]))
+
+
+@pytest.mark.parametrize('name', ['gaussian_noise', 'shot_noise'])
+def test_corruptions_are_the_same_whatever_the_default_generator(name):
+    images = smooth_images(3, 16, 3)
+    expected = corruptions.corrupt(name, 2, images)
+    with jax.default_prng_impl('rbg'):
+        np.testing.assert_array_equal(corruptions.corrupt(name, 2, images), expected)
+
+
+@pytest.mark.parametrize(
+    ('names', 'averaged', 'description'),
+    [
+        (corruptions.CORRUPTIONS, list(corruptions.CORRUPTIONS), 'mean of the 9 built-in corruptions'),
+        (sorted([*corruptions.BENCHMARK, *EXTRA]), sorted(corruptions.BENCHMARK), "mean of the benchmark's 15 corrup"),
+        (['fog', 'gaussian_blur', 'contrast'], ['fog', 'contrast'], "mean of 2 of the benchmark's 15 corruptions"),
+        (EXTRA, EXTRA, "mean of 4 corruptions, none of them the benchmark's"),
+    ],
+    ids=['built-in', 'official', 'some', 'extra'],
+)
+def test_means_are_over_the_benchmark(names, averaged, description):
+    assert corruptions.in_mean(names) == averaged and corruptions.description(names).startswith(description)
+
+
 def test_an_image_is_corrupted_the_same_in_any_block():
     images = smooth_images(5, 32, 1)
     many = np.concatenate([images, np.repeat(images[:1], 1200, axis=0)])
@@ -49,6 +84,8 @@ def test_official_files(tmp_path):
     images, labels = rng.integers(0, 256, (15, 32, 32, 3), np.uint8), np.tile([3, 1, 2], 5)
     np.save(tmp_path / 'fog.npy', images)
     np.save(tmp_path / 'labels.npy', labels.astype(np.uint8))
+    for name in ('._fog.npy', '._labels.npy', '.DS_Store'):
+        (tmp_path / name).write_bytes(b'\0\5\26\7\0\2\0\0Mac OS X        ')
     functions = corruptions.read_official(tmp_path, (32, 32, 3), np.array([3, 1, 2]))
     assert list(functions) == ['fog']
     np.testing.assert_array_equal(functions['fog'](severity=4), images[9:12])

@@ -1,22 +1,29 @@
 """test.py on small runs: every flag, its files, what it refuses."""
 
+import errno
 import io
 import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 import assessment
 import checkpoints
+import corruptions
 import data
 import evaluation
 import metrics
 import plots
+import posteriors
 import runs
 import test as evaluate
 import train
@@ -66,6 +73,166 @@ def test_everything_at_once(trained, capsys):
     evaluate.main([f'--resultsfolder={run}', '--plots'])
     left = {path.stem for path in (run / 'plots').iterdir()}
     assert left == {'mine', *PICTURES} - {'samples', 'severities'}, 'a curve of before, or what is not ours'
+
+
+ALL_PARTS = ['--testmc', '1', '2', '--temperature', '--ood=digits', '--corruptions', '--plots']
+PARTS = {
+    'samples': 'evaluation.curve',
+    'temperature': 'evaluation.tempered',
+    'ood': 'evaluation.all_ood',
+    'corruptions': 'evaluation.all_corrupted',
+    'pictures': 'plots.save',
+}
+SHORT = dict.fromkeys(metrics.SHORT, 0.5)
+
+
+@pytest.mark.parametrize('failing', PARTS)
+def test_a_part_that_fails_loses_none_of_those_before(failing, trained, monkeypatch, capsys):
+    run = trained()
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, 'all_corrupted', lambda *args: {'fog': [dict.fromkeys(('mean', 'average'), SHORT)]})
+    monkeypatch.setattr(PARTS[failing], fail)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([f'--resultsfolder={run}', *ALL_PARTS])
+    assert stop.value.code == 130
+    results = results_of(run)
+    assert [part for part in PARTS if part in results] == list(PARTS)[: list(PARTS).index(failing)]
+    assert results['average']['nll'] > 0 and results['versions']
+    labels, prediction, num_samples, _ = evaluation.read_predictions(run / 'predictions.npz')
+    assert num_samples == 2
+    np.testing.assert_allclose(metrics.nll(prediction.probs, labels), results['average']['nll'], rtol=1e-5)
+    assert 'results at mean of distribution:' in capsys.readouterr().out
+
+
+def test_what_is_printed_is_in_a_file(trained, monkeypatch):
+    """Whoever stops an evaluation after a table was printed finds it in metrics.json."""
+    run, found = trained(), []
+    monkeypatch.setattr(assessment, 'print_table', lambda header, rows: found.append(results_of(run)))
+    evaluate.main([f'--resultsfolder={run}', '--testmc', '1', '2', '--temperature'])
+    assert ['mean' in results for results in found] == [True, True, True]
+    assert ['samples' in results for results in found] == [False, True, True]
+    assert ['temperature' in results for results in found] == [False, False, True]
+
+
+def test_what_a_full_disk_does_not_take_is_printed(trained, monkeypatch, capsys):
+    run = trained()
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr('errors.write_bytes', full)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([f'--resultsfolder={run}'])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and 'metrics.json cannot be written: No space left on device' in captured.err
+    assert 'results at model average (1 samples):' in captured.out
+
+
+def test_a_picture_stays_until_the_new_one_is_whole(trained, monkeypatch, capsys):
+    run = trained()
+    evaluate.main([f'--resultsfolder={run}', '--plots'])
+    before = {path.name: path.read_bytes() for path in (run / 'plots').iterdir()}
+
+    def half(figure, path, **options):
+        Path(path).write_bytes(b'half')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(plots.Figure, 'savefig', half)
+    error = error_of([f'--resultsfolder={run}', '--plots', '--bins=3'], capsys)
+    assert f'{run}/plots cannot be written: No space left on device' in error
+    assert {path.name: path.read_bytes() for path in (run / 'plots').iterdir()} == before
+    assert results_of(run)['bins'] == 3
+
+
+PICTURE = """import sys
+sys.path.insert(0, sys.argv[1])
+import plots
+points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
+plots.save(plots.samples(points, points[0]), sys.argv[2], 'picture')
+"""
+OF_A_USER = {'text.usetex': True, 'font.size': 20, 'lines.linewidth': 9, 'savefig.dpi': 20, 'pdf.compression': 0}
+
+
+@pytest.fixture(scope='module')
+def picture(tmp_path_factory):
+    """The bytes of a picture, drawn as nobody has configured Matplotlib."""
+    folder = tmp_path_factory.mktemp('pictures')
+    points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
+    plots.save(plots.samples(points, points[0]), folder, 'picture')
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ('environment', 'settings'),
+    [
+        ({'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}, b''),
+        ({}, '\n'.join(f'{name}: {value}' for name, value in OF_A_USER.items()).encode()),
+        ({}, b'font.family: \xff'),
+        ({'MATPLOTLIBRC': 'elsewhere'}, b'text.usetex: True'),
+    ],
+    ids=['backend', 'settings', 'not UTF-8', 'in another folder'],
+)
+def test_pictures_whatever_the_configuration_of_matplotlib(environment, settings, picture, tmp_path):
+    folder = tmp_path / environment.get('MATPLOTLIBRC', '.')
+    folder.mkdir(exist_ok=True)
+    (folder / 'matplotlibrc').write_bytes(settings)
+    command = [sys.executable, '-c', PICTURE, str(Path(plots.__file__).parent), 'pictures']
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'pictures').iterdir()} == picture
+
+
+def test_pictures_whatever_was_set_in_this_process(picture, tmp_path):
+    points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
+    with matplotlib.rc_context(OF_A_USER):
+        plots.save(plots.samples(points, points[0]), tmp_path, 'picture')
+        assert matplotlib.rcParams['font.size'] == 20
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == picture
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+def test_images_of_any_channels_are_drawn(channels):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (3, 6, 5, channels), np.uint8), np.array([0, 1, 2])
+    figure = plots.image_sheet(images, labels, np.full((3, 3), 1 / 3))
+    figure.draw_without_rendering()
+    ((shown,), *_) = [axes.images for axes in figure.axes if axes.images]
+    np.testing.assert_array_equal(shown.get_array(), images[1, ..., 0] if channels < 3 else images[1])
+    if channels == 2:
+        np.testing.assert_array_equal(shown.get_alpha(), images[1, ..., 1] / 255)
+
+
+def test_means_over_official_corruptions(capsys):
+    """The benchmark's 15 count as 1, the four extra ones as 0: with these the mean would be 15/19."""
+    names = sorted([*corruptions.BENCHMARK, 'speckle_noise', 'gaussian_blur', 'spatter', 'saturate'])
+    corrupted = {
+        name: [dict.fromkeys(('mean', 'average'), dict.fromkeys(metrics.SHORT, float(name in corruptions.BENCHMARK)))]
+        * 5
+        for name in names
+    }
+    assert evaluation.over_corruptions(corrupted, 'average') == [dict.fromkeys(metrics.SHORT, 1.0)] * 5
+    assessment.print_corruptions({'testmc': 32, 'mean': SHORT, 'average': SHORT, 'corruptions': corrupted})
+    caption, *tables = capsys.readouterr().out.strip().split('\n| ')
+    assert caption == "mean of the benchmark's 15 corruptions"
+    rows = [line.split(' | ')[0].strip('| ') for line in '\n'.join(tables).splitlines() if line.strip()]
+    extra = rows.index('not in the mean')
+    assert rows[rows.index('corruption') + 2 : extra] == sorted(corruptions.BENCHMARK)
+    assert rows[extra + 2 :] == ['gaussian_blur', 'saturate', 'spatter', 'speckle_noise']
+
+
+def test_unknown_images_of_a_diverged_network():
+    """No score tells anything: not a number of argmax's or of a sort's making, and not nothing either."""
+    wrong = posteriors.Prediction(
+        np.full((4, 3), np.nan), np.full((4, 3), np.nan), np.full(4, np.nan), np.zeros((4, 3))
+    )
+    fine = wrong._replace(logits=np.eye(4, 3), probs=metrics.softmax(np.eye(4, 3)), expected_entropy=np.arange(4.0))
+    for known, unknown in ((wrong, fine), (fine, wrong), (wrong, wrong)):
+        found = evaluation.ood_detection(known, unknown)
+        assert list(found['average']) == ['max_prob', 'entropy', 'mutual_information']
+        assert np.isnan([value for score in found['average'].values() for value in score.values()]).all()
 
 
 def test_figures_can_be_computed_again_from_the_predictions(trained):
@@ -276,7 +443,9 @@ def test_a_diverged_run(flags_of, monkeypatch, capsys):
     reliability, risk_coverage, *_ = drawn
     (title,) = {axes.get_title().splitlines()[1] for axes in reliability.axes[:2]}
     legend = {text.get_text().split()[-1] for text in risk_coverage.axes[0].get_legend().get_texts()}
-    assert title == 'ECE nan' and legend == {'nan'} and results_of(run)['temperature']['mean']['temperature'] is None
+    results = results_of(run)
+    assert title == 'ECE nan' and legend == {'nan'} and results['temperature']['mean']['temperature'] is None
+    assert set(results['average'].values()) == {None}, 'votes of such a network agree, and tell nothing'
     assert 'weights of the run are not finite' in error_of([f'--resultsfolder={run}', '--laplace'], capsys)
 
 

@@ -246,5 +246,50 @@ def test_summary_of_a_diverged_network():
     assert np.isnan(metrics.fit_temperature(np.full((4, 10), np.nan), np.zeros(4, int)))
 
 
+@pytest.mark.parametrize('wrong', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('whole_row', [False, True])
+@pytest.mark.parametrize('name', metrics.METRICS)
+def test_no_metric_is_a_number_if_a_probability_is_not(name, whole_row, wrong):
+    """Also with weights, and where the image itself is right, or its wrong probability is another class's."""
+    probs, labels = predictions(5, 50, 6, 2)
+    probs[7, slice(None) if whole_row else (labels[7] + 1) % 6] = wrong
+    metric = metrics.METRICS[name]
+    assert np.isnan(metric(probs, labels)) and isinstance(metric(probs, labels), float)
+    if name != 'auroc_grid':
+        weights = np.ones((3, 50))
+        np.testing.assert_array_equal(metric(probs, labels, weights), [np.nan] * 3)
+        assert np.isnan(metric(probs, labels, weights[0]))
+
+
+def test_curves_of_probabilities_that_are_not_finite():
+    probs, labels = predictions(5, 50, 6, 2)
+    probs[7] = np.nan
+    bins = metrics.reliability(probs, labels)
+    assert np.isnan(bins['accuracy']).all() and bins['counts'].sum() == 50
+    assert np.isnan(metrics.risk_coverage(probs, labels)[1]).all()
+
+
+@pytest.mark.parametrize(
+    'measure', [metrics.area_under_roc, metrics.area_under_precision_recall, metrics.fpr_at_95_tpr]
+)
+def test_separation_by_scores_that_are_nan_or_infinite(measure):
+    """NaN has no rank. Infinite scores have one."""
+    scores, positive = np.arange(10.0), np.arange(10) % 3 > 0
+    expected = measure(scores, positive)
+    np.testing.assert_equal(measure(np.array([-np.inf, *scores[1:9], np.inf]), positive), expected)
+    assert np.isfinite(expected) and np.isnan(measure(np.array([np.nan, *scores[1:]]), positive))
+    np.testing.assert_array_equal(metrics.area_under_roc(np.full(10, np.nan), positive, np.ones((2, 10))), [np.nan] * 2)
+
+
+def test_temperature_where_a_true_class_has_probability_0():
+    """Its NLL is finite at any temperature in logarithms: sure and half of the time wrong, it is best the hottest."""
+    np.testing.assert_allclose(metrics.fit_temperature(np.eye(2)[[0, 0, 0, 0]], np.array([0, 1, 0, 1])), 20, rtol=1e-3)
+
+
+@pytest.mark.parametrize('row', [[np.inf, 0], [np.nan, 0], [-np.inf, -np.inf]])
+def test_softmax_of_logits_that_are_not_finite(row):
+    np.testing.assert_array_equal(metrics.softmax([row, [1, 1]]), [[np.nan, np.nan], [0.5, 0.5]])
+
+
 def test_softmax_of_large_logits():
     np.testing.assert_allclose(metrics.softmax([[1000, 999]]), [[1 / (1 + np.exp(-1)), 1 / (1 + np.e)]])
