@@ -4,6 +4,13 @@ python demo2d.py --output animation.gif
 """
 
 import io
+import os
+import signal
+import sys
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -30,15 +37,16 @@ def parse_args(argv=None):
 @flags.script('demo2d.py')
 def main(argv=None):
     args = parse_args(argv)
+    flags.use_jax()
     import jax
 
-    import runs
+    import devices
 
+    devices.require()
     with jax.enable_x64(True):
         points, labels = two_moons()
         frames = [draw(points, labels, *boundaries) for boundaries in train(points, labels, args)]
-    with flags.one_line_errors('demo2d.py', runs.RunError):
-        save_gif(frames, args.output)
+    save_gif(frames, args.output)
     print(f'{args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.1f} MB')
 
 

@@ -4,7 +4,6 @@ This module imports Matplotlib for the whole project, because no picture may dep
 """
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +13,12 @@ import numpy as np
 import errors
 import metrics
 
-# Notebooks set MPLBACKEND for their commands too, to a backend that may be missing. A matplotlibrc may be damaged.
-# Matplotlib looks for it in the working folder first, and finds its own there.
-os.environ.pop('MPLBACKEND', None)
-here = os.open('.', os.O_RDONLY)  # which may have been deleted
-try:
-    os.chdir(Path(importlib.util.find_spec('matplotlib').origin).parent / 'mpl-data')
-    import matplotlib
-finally:
-    os.chdir(here)
-    os.close(here)
+os.environ.pop('MPLBACKEND', None)  # notebooks set it for their commands too, to a backend that may be missing
 
-from matplotlib import ticker  # noqa: E402
-from matplotlib.collections import LineCollection  # noqa: E402, F401  demo2d.py draws with it
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib
+from matplotlib import ticker
+from matplotlib.collections import LineCollection  # noqa: F401, demo2d.py draws with it
+from matplotlib.figure import Figure
 
 # Of the palette of Okabe & Ito (2008), which colour-blind people can tell apart; in grey they differ by lightness.
 BLUE, ORANGE, GREY, SKY = '#0072B2', '#D55E00', '#777777', '#8CC8EE'

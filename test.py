@@ -61,7 +61,8 @@ def create_parser():
     help = 'test sets of other data, to be told from the known'
     parser.add_choice('--ood', DATASETS, also='tfds/', nargs='+', default=[], help=help)
     help = 'evaluate corrupted test images: built-in corruptions, or those of a folder CIFAR-10-C or CIFAR-100-C'
-    add('--corruptions', type=lambda text: text and flags.folder(text), nargs='?', const='', metavar='FOLDER', help=help)
+    builtin_or_folder = lambda text: text and flags.folder(text)  # noqa: E731
+    add('--corruptions', type=builtin_or_folder, nargs='?', const='', metavar='FOLDER', help=help)
     help = 'sample from a Laplace approximation of the last layer, of runs whose optimizer has no posterior'
     add('--laplace', action='store_true', help=help)
     add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
