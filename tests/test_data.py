@@ -21,6 +21,7 @@ from PIL import Image
 
 import archives
 import data
+from readers import cifar, files, idx
 
 
 def read(name, folder, split):
@@ -229,7 +230,7 @@ def test_damaged_idx(payload, message, tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(payload)
     with pytest.raises(data.DataError, match=message):
-        data.read_idx(path)
+        idx.read_file(path)
 
 
 def test_damaged_gzip_is_named_with_its_checksum(tmp_path):
@@ -332,7 +333,7 @@ def test_tfds_of_texts(monkeypatch, tmp_path):
 
     features = {'text': tfds.features.Text(), 'label': tfds.features.ClassLabel(num_classes=2)}
     info = SimpleNamespace(supervised_keys=('text', 'label'), features=features, splits={'train': None})
-    monkeypatch.setattr('data._tfds_builder', lambda *args: SimpleNamespace(info=info))
+    monkeypatch.setattr('readers.tfds._builder', lambda *args: SimpleNamespace(info=info))
     with pytest.raises(data.DataError, match='tfds/news is no image classification set'):
         data.dataset('tfds/news', tmp_path)
 
@@ -397,8 +398,8 @@ def test_download(server, tmp_path):
     folder, url = server
     payload = b'abc' * 1_000_000
     (folder / 'file').write_bytes(payload)
-    official = data.OfficialFile(url + 'file', hashlib.sha256(payload).hexdigest(), len(payload))
-    data.download(official, tmp_path / 'new' / 'file')
+    official = files.OfficialFile(url + 'file', hashlib.sha256(payload).hexdigest(), len(payload))
+    files.download(official, tmp_path / 'new' / 'file')
     assert (tmp_path / 'new' / 'file').read_bytes() == payload
     assert [path.name for path in (tmp_path / 'new').iterdir()] == ['file']
 
@@ -407,8 +408,8 @@ def test_download_of_something_else_is_not_kept(server, tmp_path):
     folder, url = server
     (folder / 'file').write_bytes(b'<html>log in first</html>')
     with pytest.raises(data.DataError, match=r'has the SHA-256 [0-9a-f]{64}, not 0000: not kept'):
-        data.download(data.OfficialFile(url + 'file', '0000', 9), tmp_path / 'new' / 'file')
-    assert not list((tmp_path / 'new').iterdir())
+        files.download(files.OfficialFile(url + 'file', '0000', 9), tmp_path / 'new' / 'file')
+    assert not (tmp_path / 'new').exists()
 
 
 def test_download_without_a_network_says_which_file_to_put_where(tmp_path):
@@ -423,13 +424,13 @@ def test_download_without_a_network_says_which_file_to_put_where(tmp_path):
 def test_network_that_never_answers(monkeypatch):
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: time.sleep(5))
     with pytest.raises(TimeoutError, match=r'no answer in 0\.1 seconds'):
-        data._open_url('http://example.org', seconds=0.1)
+        files._open_url('http://example.org', seconds=0.1)
 
 
 def test_official_addresses_are_whole():
-    for layout in (data._CIFAR10, data._CIFAR100):
+    for layout in (cifar.CIFAR10, cifar.CIFAR100):
         assert layout.official.url.startswith('https://') and len(layout.official.sha256) == 64
-    for layout in (data._MNIST, data._FASHION):
+    for layout in (idx.MNIST, idx.FASHION):
         assert all(len(sha256) == 64 for sha256, _ in layout.sha256.values())
         assert all(Path(name).suffix == '.gz' for name in layout.sha256)
 
