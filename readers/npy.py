@@ -13,7 +13,7 @@ from readers import files
 from readers.files import DataError
 
 _HEADER = re.compile(
-    r"\{'descr': '([<>|]?[biufU]\d{1,6})', 'fortran_order': (True|False), 'shape': \(([\dL, ]*)\),? *\} *\n"
+    r"\{'descr': '([<>|]?[biufU][1-9]\d{0,5})', 'fortran_order': (True|False), 'shape': \(([\dL, ]*)\),? *\} *\n"
 )
 _LONGEST_HEADER = 10_000  # bytes, as in NumPy
 

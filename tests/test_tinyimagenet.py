@@ -87,6 +87,110 @@ def test_changed_images_are_decoded_again(folder):
     assert len(list((folder / 'tiny-imagenet-200').glob('train-*.npy'))) == 1
 
 
+def test_arrays_of_the_user_stay(folder):
+    """Whatever they are called; caches of earlier images go."""
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    root = folder / 'tiny-imagenet-200'
+    own = ['train-labels.npy', 'test-my-labels.npy', 'train-features-resnet50.npy', 'train-0123456789ABCDEF.npy']
+    next(root.glob('train-*.npy')).rename(root / 'train-0123456789abcdef.npy')
+    for name in own:
+        (root / name).write_bytes(name.encode())
+    check(folder)
+    assert all((root / name).read_bytes() == name.encode() for name in own)
+    assert not (root / 'train-0123456789abcdef.npy').exists()
+
+
+HEADERS = [
+    b"\x93NUMPY\x01\0\x40\0{'descr': '|u1', 'fortran_order': False, 'shape': (200, 64, [\n",
+    b'\x93NUMPY\x01\0\xff\x20' + b'(' * 9000,
+    b"\x93NUMPY\x01\0\x60\0{'descr': '|u1', 'fortran_order': False, 'shape': (" + b'9' * 40 + b',), }\n',
+]
+
+
+@pytest.mark.parametrize('payload', HEADERS, ids=('unfinished', 'nested', 'huge'))
+def test_cache_with_a_damaged_header_is_made_again(payload, folder):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    caches = list((folder / 'tiny-imagenet-200').glob('*.npy'))
+    before = [cache.read_bytes() for cache in caches]
+    for cache in caches:
+        cache.write_bytes(payload + cache.read_bytes()[len(payload) :])
+    check(folder)
+    assert [cache.read_bytes() for cache in caches] == before
+
+
+@pytest.mark.parametrize('where', [128, 1_000_000, -4, -5])
+def test_cache_with_a_changed_byte_is_made_again(where, folder):
+    """In the first pixel, one in the middle and the last, and in a checksum."""
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    caches = list((folder / 'tiny-imagenet-200').glob('*.npy'))
+    before = [cache.read_bytes() for cache in caches]
+    for cache, payload in zip(caches, before, strict=True):
+        changed = bytearray(payload)
+        changed[where] ^= 1
+        cache.write_bytes(changed)
+    check(folder)
+    assert [cache.read_bytes() for cache in caches] == before
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_something_else_in_place_of_a_cache(make, folder, capsys):
+    """A pipe is replaced; beside a folder the images come in memory, after one line."""
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    for cache in list((folder / 'tiny-imagenet-200').glob('*.npy')):
+        cache.unlink()
+        make(cache)
+    capsys.readouterr()
+    check(folder)
+    expected = 'could not be written (Is a directory): images are decoded at every start'
+    assert capsys.readouterr().err.count(expected) == (2 if make == os.mkdir else 0)
+
+
+@pytest.fixture
+def unpacked(folder):
+    """The folder as users unpack it themselves, with val/ unsorted."""
+    shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
+    shutil.rmtree(folder / 'tiny-imagenet-200' / 'test')
+    return folder
+
+
+def test_what_macos_leaves_is_passed_over(unpacked):
+    root = unpacked / 'tiny-imagenet-200'
+    for inner in ('', 'train', 'val', 'val/images', 'train/n00000007', 'train/n00000007/images'):
+        (root / inner / '.DS_Store').write_bytes(b'Bud1')
+        (root / inner / '._n00000007_0.JPEG').write_bytes(b'Mac OS X')
+    setup_tinyimagenet.main(['--datasetfolder', str(unpacked)])
+    check(unpacked)
+
+
+def test_annotations_with_a_byte_order_mark(unpacked):
+    annotations = unpacked / 'tiny-imagenet-200' / 'val' / 'val_annotations.txt'
+    annotations.write_bytes(b'\xef\xbb\xbf' + annotations.read_bytes())
+    setup_tinyimagenet.main(['--datasetfolder', str(unpacked)])
+    check(unpacked)
+
+
+def test_annotations_that_are_no_text(unpacked, capsys):
+    (unpacked / 'tiny-imagenet-200' / 'val' / 'val_annotations.txt').write_bytes(b'\xff\xfe')
+    assert 'val_annotations.txt is damaged' in error_of(['--datasetfolder', str(unpacked)], capsys)
+
+
+def test_pipes_in_place_of_files(folder, capsys):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    root = folder / 'tiny-imagenet-200'
+    image = root / 'val' / 'n00000003' / 'val_197.JPEG'
+    image.unlink()
+    os.mkfifo(image)
+    assert f'{image} is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+    (root / 'val' / 'images').mkdir()
+    (root / 'val' / 'val_annotations.txt').unlink()
+    os.mkfifo(root / 'val' / 'val_annotations.txt')
+    assert 'val_annotations.txt is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+    shutil.rmtree(root)
+    (folder / 'tiny-imagenet-200.zip').unlink()
+    os.mkfifo(folder / 'tiny-imagenet-200.zip')
+    assert 'tiny-imagenet-200.zip is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+
+
 class Interrupt(BaseException):
     """The process ends here."""
 
