@@ -86,7 +86,7 @@ def _is_wanted(path):
     return inside and not files.is_litter(path.name)
 
 
-_FILE_NAME = re.compile(r'\w[\w.]*')
+_FILE_NAME = re.compile(r'\w[\w.]{0,99}', re.ASCII)
 
 
 def sort_validation_images(val):

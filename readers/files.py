@@ -145,6 +145,8 @@ def opened_zip(path: Path, official: OfficialFile | None = None) -> Iterator[zip
         try:
             members = zipfile.ZipFile(file)
             require_within_budget(path, sum(max(0, member.file_size) for member in members.infolist()))
+            if any(member.header_offset < 0 for member in members.infolist()):
+                raise ValueError('a member starts before the file')
             yield members
         except (errors.UserError, OSError):
             raise
