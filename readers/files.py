@@ -98,6 +98,9 @@ def require_within_budget(path: Path, claimed: int, num_bytes: int | None = None
         raise DataError(f'{path} is damaged: it promises {claimed} bytes, more than the {held} that it may stand for')
 
 
+_CHUNK = 1 << 18
+
+
 class Limited:
     """A stream that can be read up to a limit. Raises DataError beyond, before it takes memory."""
 
@@ -125,12 +128,12 @@ class Limited:
     def skip(self, num_bytes: int) -> None:
         """Reads on without keeping the bytes. Raises EOFError if there are fewer."""
         self._require(num_bytes)
-        for start in range(0, num_bytes, 1 << 20):
-            self.read_exactly(min(1 << 20, num_bytes - start))
+        for start in range(0, num_bytes, _CHUNK):
+            self.read_exactly(min(_CHUNK, num_bytes - start))
 
     def skip_rest(self) -> None:
         """Reads to the end, where a compressed stream has its checksum."""
-        while payload := self._file.read(1 << 20):
+        while payload := self._file.read(_CHUNK):
             self._require(len(payload))
             self.left -= len(payload)
 

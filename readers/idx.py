@@ -94,7 +94,7 @@ def _parse(file, path, limit):
     if expected > limit:
         raise DataError(f'{path} is damaged: its header promises {expected} bytes, more than the file can hold')
     values, num_bytes = np.empty(expected, np.uint8), 0
-    while block := file.read(1 << 20):
+    while block := file.read(1 << 18):
         if num_bytes + len(block) > expected:
             raise DataError(f'{path} is damaged: more bytes follow a header that promises {expected}')
         values[num_bytes : num_bytes + len(block)] = np.frombuffer(block, np.uint8)

@@ -116,7 +116,7 @@ class _Inflated:
         while len(content) < num_bytes and not self._inflater.eof:
             block = self._inflater.unconsumed_tail
             if not block:
-                block = self._file.read(min(1 << 20, self._left))
+                block = self._file.read(min(1 << 18, self._left))
                 self._left -= len(block)
                 if not block:
                     raise EOFError('it ends too early')

@@ -119,9 +119,9 @@ _ADMITTED = {
 
 
 def _require_harmless(folder):
-    """Raises a DataError unless a prepared folder holds regular files, and names only classes that TFDS brings."""
+    """Raises a DataError for pipes and devices in a prepared folder, and for names of classes that TFDS lacks."""
     for entry in os.scandir(folder):
-        if not entry.is_file():
+        if not (entry.is_file() or entry.is_dir()):
             raise DataError(f'{entry.path} is no regular file')
     path = folder / 'features.json'
     with files.one_error(path):
