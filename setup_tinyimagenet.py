@@ -11,8 +11,6 @@ from pathlib import Path, PurePosixPath
 
 import errors
 import flags
-from readers import files, tinyimagenet
-from readers.files import DataError
 
 
 def parse_args(argv=None):
@@ -26,6 +24,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     import data  # imported late because JAX takes a second to import and --help should not
+    from readers import files, tinyimagenet
+    from readers.files import DataError
 
     root = args.datasetfolder / 'tiny-imagenet-200'
     archive = args.datasetfolder / 'tiny-imagenet-200.zip'
@@ -56,6 +56,9 @@ def unpack(archive, root):
     """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
     from tqdm import tqdm
 
+    from readers import files, tinyimagenet
+    from readers.files import DataError
+
     try:
         with errors.replacing(root) as partial, files.opened_zip(archive, tinyimagenet.OFFICIAL) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
@@ -82,6 +85,8 @@ def _unpack_member(members, name, folder):
 
 
 def _is_wanted(path):
+    from readers import files
+
     inside = path.parts[:1] == ('tiny-imagenet-200',) and path.parts[1:2] in (('train',), ('val',), ('wnids.txt',))
     return inside and not files.is_litter(path.name)
 
@@ -91,6 +96,9 @@ _FILE_NAME = re.compile(r'\w[\w.]{0,99}', re.ASCII)
 
 def sort_validation_images(val):
     """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says; images that are there already stay."""
+    from readers import files
+    from readers.files import DataError
+
     annotations, unsorted = val / 'val_annotations.txt', val / 'images'
     if not unsorted.exists():
         return
