@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from data import DataError
+from readers import files, npy
+from readers.files import DataError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -73,14 +74,16 @@ def read_official(
         DataError: a file is missing, damaged or of other images.
     """
     folder = Path(folder)
-    arrays = (path for path in folder.glob('*.npy') if not path.name.startswith('.'))
-    names = sorted(path.stem for path in arrays if path.stem != 'labels')
+    if '\0' in str(folder):
+        raise DataError(f'{folder} is no path')
+    arrays = [path for path in folder.glob('*.npy') if not files.is_litter(path.name)]
+    names = sorted(path.stem for path in arrays if path.name != 'labels.npy')
     if not names:
         raise DataError(f'{folder} holds no corruptions: unpack CIFAR-10-C.tar or CIFAR-100-C.tar there')
-    held = _load(folder / 'labels.npy')
+    held = npy.load(folder / 'labels.npy')
     if not np.array_equal(held, np.tile(labels, len(SEVERITIES))):
         raise DataError(f'{folder / "labels.npy"} has other labels than the test images: it is of another data set')
-    arrays = {name: _load(folder / f'{name}.npy') for name in names}
+    arrays = {name: npy.load(folder / f'{name}.npy') for name in names}
     for name, array in arrays.items():
         if array.dtype != np.uint8 or array.shape != (len(held), *shape):
             raise DataError(f'{folder / name}.npy holds {array.dtype} {array.shape}, not uint8 {(len(held), *shape)}')
@@ -89,13 +92,6 @@ def read_official(
 
 def _official(array, num_images, severity):
     return np.array(array[(severity - 1) * num_images : severity * num_images])
-
-
-def _load(path):
-    try:
-        return np.lib.format.open_memmap(path, mode='r')
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f'{path} is missing or no array of numbers: {error}') from error
 
 
 def _on_device(function):

@@ -2,8 +2,6 @@
 
 import io
 import math
-import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ import checkpoints
 import corruptions
 import data
 import devices
+import errors
 import experiments
 import laplace
 import metrics
@@ -26,6 +25,7 @@ import posteriors
 import runs
 import settings
 import training
+from readers import npy
 
 
 class Trained(NamedTuple):
@@ -313,9 +313,9 @@ def _log(probs):
 def read_predictions(path):
     """(labels, Prediction, num_samples, checkpoints.Progress) of predictions.npz. Raises RunError."""
     try:
-        with open(path, 'rb') as opened, np.load(opened) as file:
-            held = {name: file[name] for name in _TYPES}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = npy.load_npz(path)
+        held = {name: arrays[name] for name in _TYPES}
+    except (errors.UserError, KeyError) as error:
         raise runs.RunError(f'{path} is missing or damaged ({error}): evaluate the run without --reuse') from error
     n, k = held['logits'].shape if held['logits'].ndim == 2 else (0, 0)
     shapes = {'labels': (n,), 'logits': (n, k), 'log_probs': (n, k), 'expected_entropy': (n,), 'votes': (n, k)}

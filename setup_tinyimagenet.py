@@ -7,44 +7,49 @@ It may be interrupted at any point and run again.
 
 import os
 import re
-import zipfile
-import zlib
+import signal
+import sys
 from pathlib import Path, PurePosixPath
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 import errors
 import flags
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     help = 'where tiny-imagenet-200.zip or the folder tiny-imagenet-200 is, or will be downloaded to'
-    parser.add_argument('--datasetfolder', type=Path, default=Path('datasets'), help=help)
+    parser.add_argument('--datasetfolder', type=flags.path, default=Path('datasets'), help=help)
     return parser.parse_args(argv)
 
 
 @flags.script('setup_tinyimagenet.py')
 def main(argv=None):
     args = parse_args(argv)
-    import data
+    import data  # imported late because JAX takes a second to import and --help should not
+    from readers import files, tinyimagenet
+    from readers.files import DataError
 
     root = args.datasetfolder / 'tiny-imagenet-200'
     archive = args.datasetfolder / 'tiny-imagenet-200.zip'
-    with flags.one_line_errors('setup_tinyimagenet.py', data.DataError):
-        if not os.path.lexists(root):
-            if not os.path.exists(archive):
-                data.download(data.TINYIMAGENET, archive)
-            unpack(archive, root)
-        for name in ('train', 'val'):
-            if not (root / name).is_dir():
-                raise data.DataError(f'{root} is not the unpacked zip: it has no folder {name}; move it away')
-        try:
-            sort_validation_images(root / 'val')
-        except (OSError, ValueError) as error:
-            raise data.DataError(f'{root / "val"} cannot be sorted: {error}') from error
-        dataset = data.dataset('tinyimagenet', args.datasetfolder)
-        for split in ('train', 'test'):
-            images, labels = dataset.read(split)
-            print(f'{split}: {len(images)} images of {len(set(labels.tolist()))} classes')
+    if not os.path.lexists(root):
+        if not os.path.exists(archive):
+            files.download(tinyimagenet.OFFICIAL, archive)
+        unpack(archive, root)
+    for name in ('train', 'val'):
+        if not (root / name).is_dir():
+            raise DataError(f'{root} is not the unpacked zip: it has no folder {name}; move it away')
+    try:
+        sort_validation_images(root / 'val')
+    except OSError as error:
+        raise DataError(f'{root / "val"} cannot be sorted: {error}') from error
+    dataset = data.dataset('tinyimagenet', args.datasetfolder)
+    for split in ('train', 'test'):
+        images, labels = dataset.read(split)
+        print(f'{split}: {len(images)} images of {len(set(labels.tolist()))} classes')
 
 
 _LARGEST_MEMBER = 1 << 20  # bytes; the annotations, the largest of the official zip, have 300 thousand
@@ -54,27 +59,26 @@ def unpack(archive, root):
     """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
     from tqdm import tqdm
 
-    from data import TINYIMAGENET, DataError, damaged
+    from readers import files, tinyimagenet
+    from readers.files import DataError
 
     try:
-        with errors.replacing(root) as partial, zipfile.ZipFile(archive) as members:
+        with errors.replacing(root) as partial, files.opened_zip(archive, tinyimagenet.OFFICIAL) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
             for name in tqdm(wanted, 'unpacking', unit=' files', leave=False, disable=None):
                 _unpack_member(members, name, partial)
             for name in ('train', 'val'):
                 if not (partial / name).is_dir():
-                    raise zipfile.BadZipFile(f'it holds no folder {root.name}/{name}')
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise DataError(damaged(archive, error, TINYIMAGENET)) from error
+                    raise ValueError(f'it holds no folder {root.name}/{name}')
     except OSError as error:
         raise DataError(f'{archive} cannot be unpacked to {root}: {error}') from error
 
 
 def _unpack_member(members, name, folder):
     if members.getinfo(name).file_size > _LARGEST_MEMBER:
-        raise zipfile.BadZipFile(f'{name} has more than {_LARGEST_MEMBER} bytes')
+        raise ValueError(f'{name} has more than {_LARGEST_MEMBER} bytes')
     if '..' in PurePosixPath(name).parts:
-        raise zipfile.BadZipFile(f'{name} leads out of its folder')
+        raise ValueError(f'{name} leads out of its folder')
     path = folder.joinpath(*PurePosixPath(name).parts[1:])
     if name.endswith('/'):
         path.mkdir(parents=True, exist_ok=True)
@@ -84,22 +88,26 @@ def _unpack_member(members, name, folder):
 
 
 def _is_wanted(path):
-    return path.parts[:1] == ('tiny-imagenet-200',) and path.parts[1:2] in (('train',), ('val',), ('wnids.txt',))
+    from readers import files
+
+    inside = path.parts[:1] == ('tiny-imagenet-200',) and path.parts[1:2] in (('train',), ('val',), ('wnids.txt',))
+    return inside and not files.is_litter(path.name)
 
 
-_FILE_NAME = re.compile(r'\w[\w.]*')
+_FILE_NAME = re.compile(r'\w[\w.]{0,99}', re.ASCII)
 
 
 def sort_validation_images(val):
     """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says; images that are there already stay."""
-    from data import DataError
+    from readers import files
+    from readers.files import DataError
 
     annotations, unsorted = val / 'val_annotations.txt', val / 'images'
     if not unsorted.exists():
         return
     if not annotations.exists():
         raise DataError(f'{annotations} is missing, so the images in {unsorted} cannot be sorted')
-    for line in annotations.read_text().splitlines():
+    for line in files.read_text(annotations).splitlines():
         name, class_name = [*line.split('\t'), ''][:2]
         if not _FILE_NAME.fullmatch(name) or not _FILE_NAME.fullmatch(class_name):
             raise DataError(f'{annotations} is damaged: {name[:50]!r} in {class_name[:50]!r} are not plain names')
@@ -108,6 +116,8 @@ def sort_validation_images(val):
             os.replace(unsorted / name, val / class_name / name)
         elif not (val / class_name / name).exists():
             raise DataError(f'{unsorted / name} is missing: delete {val.parent} and start again from the zip')
+    for name in filter(files.is_litter, os.listdir(unsorted)):
+        os.replace(unsorted / name, val / name)
     leftover = sorted(os.listdir(unsorted))
     if leftover:
         raise DataError(f'{unsorted / leftover[0]} is not in {annotations}')

@@ -108,3 +108,34 @@ def write_tinyimagenet_zip(path, num_classes=200):
             annotations.append(f'val_{num_classes - i}.JPEG\t{name}\t0\t0\t62\t62')
         archive.writestr('tiny-imagenet-200/val/val_annotations.txt', '\n'.join(annotations))
         archive.writestr('tiny-imagenet-200/test/images/test_0.JPEG', jpeg(0))
+
+
+def prepare_tfds(folder, channels=3, sizes=(8,), png=None):
+    """A data set prepared by TFDS itself, of levels or of one image file; PNG lets it do so without tensorflow."""
+    import tensorflow_datasets as tfds
+
+    def image_file(i):
+        if png is not None:
+            return io.BytesIO(png)
+        file = io.BytesIO()
+        pixels = np.full((sizes[i % len(sizes)], 8, channels), 10 * i, np.uint8).squeeze()
+        Image.fromarray(pixels).save(file, 'PNG')
+        file.seek(0)
+        return file
+
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            image = tfds.features.Image(shape=(None, None, channels))
+            features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(num_classes=3)})
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=('image', 'label'))
+
+        def _split_generators(self, manager):
+            return {'train': self._generate_examples(6), 'test': self._generate_examples(3)}
+
+        def _generate_examples(self, n):
+            for i in range(n):
+                yield i, {'image': image_file(i), 'label': i % 3}
+
+    Toy(data_dir=folder, file_format='array_record').download_and_prepare()

@@ -26,6 +26,7 @@ import setup_tinyimagenet
 import test as evaluate
 import train
 from conftest import arrays, read_log, restore
+from readers import cifar
 
 
 def error_of(main, arguments, capsys):
@@ -323,7 +324,7 @@ def test_500_random_damages_of_an_archive(write, tmp_path):
     tracemalloc.start()
     try:
         expected = data.dataset(name, tmp_path).read('train')[0]
-        allowed = 2 * tracemalloc.get_traced_memory()[1] + (1 << 21)
+        allowed = 2 * tracemalloc.get_traced_memory()[1] + (1 << 23)  # Python's own tables grow now and then
         for _ in range(500):
             for _ in range(draws.choice((1, 1, 3))):
                 if path.exists() and path.stat().st_size:
@@ -361,13 +362,13 @@ def test_archive_that_promises_a_terabyte(tmp_path):
     with tarfile.open(tmp_path / 'cifar-10-binary.tar.gz', 'w:gz') as tar:
         info = tarfile.TarInfo('cifar-10-batches-bin/readme.html')
         info.size = 10**12
-        tar.addfile(info)
+        tar.fileobj.write(info.tobuf())  # addfile of Python 3.13 wants the terabyte
     with pytest.raises(data.DataError, match='it goes on beyond 268435456 bytes'):
         data.dataset('cifar10', tmp_path).read('test')
 
 
 def test_archive_that_never_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, '_CIFAR_LIMIT', 1 << 22)
+    monkeypatch.setattr(cifar, 'LIMIT', 1 << 22)
     files = archives.cifar10_record_files(2)[0]
     archives.write_tar(tmp_path / 'cifar-10-binary.tar.gz', files | {'zeros': b'\0' * (1 << 23)})
     with pytest.raises(data.DataError, match='it goes on beyond 4194304 bytes'):

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import io
 import pickle
 import subprocess
 import sys
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.io
-from PIL import Image
 
 import archives
 import data
+from archives import prepare_tfds
+from readers import cifar, files, idx
 
 
 def read(name, folder, split):
@@ -229,7 +229,7 @@ def test_damaged_idx(payload, message, tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(payload)
     with pytest.raises(data.DataError, match=message):
-        data.read_idx(path)
+        idx.read_file(path)
 
 
 def test_damaged_gzip_is_named_with_its_checksum(tmp_path):
@@ -249,6 +249,7 @@ def test_empty_sets_are_refused(tmp_path):
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
 @pytest.mark.parametrize('name', ['dataset_info.json', 'toy-train.array_record-00000-of-00001'])
 def test_damaged_tfds(name, tmp_path):
+    pytest.importorskip('tensorflow_datasets')
     prepare_tfds(tmp_path)
     path = tmp_path / 'toy' / '1.0.0' / name
     path.write_bytes(path.read_bytes()[:40])
@@ -274,38 +275,10 @@ def test_digits(tmp_path):
     assert not joint
 
 
-def prepare_tfds(folder, channels=3, sizes=(8,)):
-    """A data set prepared by TFDS itself; PNG files let it do so without tensorflow."""
-    import tensorflow_datasets as tfds
-
-    def png(i):
-        file = io.BytesIO()
-        pixels = np.full((sizes[i % len(sizes)], 8, channels), 10 * i, np.uint8).squeeze()
-        Image.fromarray(pixels).save(file, 'PNG')
-        file.seek(0)
-        return file
-
-    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version('1.0.0')
-
-        def _info(self):
-            image = tfds.features.Image(shape=(None, 8, channels))
-            features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(num_classes=3)})
-            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=('image', 'label'))
-
-        def _split_generators(self, manager):
-            return {'train': self._generate_examples(6), 'test': self._generate_examples(3)}
-
-        def _generate_examples(self, n):
-            for i in range(n):
-                yield i, {'image': png(i), 'label': i % 3}
-
-    Toy(data_dir=folder, file_format='array_record').download_and_prepare()
-
-
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
 def test_tfds(channels, tmp_path):
+    pytest.importorskip('tensorflow_datasets')
     prepare_tfds(tmp_path, channels)
     dataset = data.dataset('tfds/toy', tmp_path)
     images, labels = dataset.read('train')
@@ -321,6 +294,7 @@ def test_tfds(channels, tmp_path):
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
 def test_tfds_images_of_different_sizes(tmp_path):
+    pytest.importorskip('tensorflow_datasets')
     prepare_tfds(tmp_path, sizes=(8, 9))
     with pytest.raises(data.DataError, match=r'has images of different sizes, \(\d, 8, 3\) and \(\d, 8, 3\)'):
         data.dataset('tfds/toy', tmp_path).read('train')
@@ -328,16 +302,16 @@ def test_tfds_images_of_different_sizes(tmp_path):
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::ResourceWarning')
 def test_tfds_of_texts(monkeypatch, tmp_path):
-    import tensorflow_datasets as tfds
-
+    tfds = pytest.importorskip('tensorflow_datasets')
     features = {'text': tfds.features.Text(), 'label': tfds.features.ClassLabel(num_classes=2)}
     info = SimpleNamespace(supervised_keys=('text', 'label'), features=features, splits={'train': None})
-    monkeypatch.setattr('data._tfds_builder', lambda *args: SimpleNamespace(info=info))
+    monkeypatch.setattr('readers.tfds._builder', lambda *args: SimpleNamespace(info=info))
     with pytest.raises(data.DataError, match='tfds/news is no image classification set'):
         data.dataset('tfds/news', tmp_path)
 
 
 def test_tfds_that_is_not_prepared(tmp_path, monkeypatch):
+    pytest.importorskip('tensorflow_datasets')
     monkeypatch.setitem(sys.modules, 'tensorflow', None)
     with pytest.raises(data.DataError, match=r"run tfds.builder\('mnist', data_dir="):
         data.dataset('tfds/mnist', tmp_path)
@@ -373,6 +347,54 @@ def test_normalise():
     np.testing.assert_allclose(data.normalise(images, (0.5, 0.4, 0.2), (0.2, 0.25, 1.0)), expected, atol=1e-7)
 
 
+def test_channels_that_are_constant_are_left_unscaled(capsys):
+    """Of an image set that is measured, and of one whose row says 0."""
+    images = np.random.default_rng(0).integers(0, 99, (50, 8, 8, 4), np.uint8)
+    images[..., 1], images[..., 3] = 0, 255
+    measured = data.Dataset(None, 10, mean=None, std=None, augment=False)
+    description = data.describe(measured, images, np.zeros(50, np.int32))
+    assert description['std'][1] == description['std'][3] == 1.0
+    np.testing.assert_allclose(description['mean'][1::2], [0, 1])
+    np.testing.assert_allclose(description['std'][::2], images[..., ::2].std(axis=(0, 1, 2)) / 255)
+    lines = [f'warning: channel {i} of the images is constant and is left unscaled\n' for i in (1, 3)]
+    assert capsys.readouterr().err == ''.join(lines)
+    normalised = data.normalise(images, description['mean'], description['std'])
+    np.testing.assert_allclose(normalised[..., 1::2], 0, atol=1e-7)
+    stated = measured._replace(mean=(0.5, 0.0), std=(0.2, 0.0))
+    assert data.describe(stated, images[..., :2], np.zeros(50))['std'] == [0.2, 1.0]
+    data.check_description(description, 'config.json')
+    for std in ([0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, -1.0]):
+        with pytest.raises(data.DataError, match=r'config\.json does not describe images'):
+            data.check_description(description | {'std': std}, 'config.json')
+
+
+def test_one_pixel_is_not_constant():
+    images = np.full((1000, 32, 32, 1), 7, np.uint8)
+    images[500, 3, 3] = 8
+    description = data.describe(data.Dataset(None, 10, None, None, False), images, np.zeros(1000))
+    np.testing.assert_allclose(description['std'], (1 / 1_024_000) ** 0.5 / 255, rtol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+@pytest.mark.parametrize('wanted', [1, 2, 3, 4])
+def test_channels_are_turned_into_others(channels, wanted):
+    """A grey image stays grey; alpha goes, stays or is opaque."""
+    images = np.full((2, 8, 6, channels), 100, np.uint8)
+    if channels in (2, 4):
+        images[..., -1] = 40
+    resized = data.resized(images, (4, 6, wanted))
+    assert resized.shape == (2, 4, 6, wanted)
+    colours = resized[..., :-1] if wanted in (2, 4) else resized
+    assert (np.abs(colours.astype(int) - 100) <= 2).all()  # colours are rounded where alpha is 40
+    if wanted in (2, 4):
+        assert (resized[..., -1] == (40 if channels in (2, 4) else 255)).all()
+
+
+def test_five_channels_cannot_be_turned_into_three():
+    with pytest.raises(data.DataError, match='images of 5 channels cannot be turned into images of 3'):
+        data.resized(np.zeros((1, 8, 8, 5), np.uint8), (8, 8, 3))
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A server of tmp_path/served on this machine, in place of the official ones."""
@@ -397,8 +419,8 @@ def test_download(server, tmp_path):
     folder, url = server
     payload = b'abc' * 1_000_000
     (folder / 'file').write_bytes(payload)
-    official = data.OfficialFile(url + 'file', hashlib.sha256(payload).hexdigest(), len(payload))
-    data.download(official, tmp_path / 'new' / 'file')
+    official = files.OfficialFile(url + 'file', hashlib.sha256(payload).hexdigest(), len(payload))
+    files.download(official, tmp_path / 'new' / 'file')
     assert (tmp_path / 'new' / 'file').read_bytes() == payload
     assert [path.name for path in (tmp_path / 'new').iterdir()] == ['file']
 
@@ -407,8 +429,8 @@ def test_download_of_something_else_is_not_kept(server, tmp_path):
     folder, url = server
     (folder / 'file').write_bytes(b'<html>log in first</html>')
     with pytest.raises(data.DataError, match=r'has the SHA-256 [0-9a-f]{64}, not 0000: not kept'):
-        data.download(data.OfficialFile(url + 'file', '0000', 9), tmp_path / 'new' / 'file')
-    assert not list((tmp_path / 'new').iterdir())
+        files.download(files.OfficialFile(url + 'file', '0000', 9), tmp_path / 'new' / 'file')
+    assert not (tmp_path / 'new').exists()
 
 
 def test_download_without_a_network_says_which_file_to_put_where(tmp_path):
@@ -423,13 +445,13 @@ def test_download_without_a_network_says_which_file_to_put_where(tmp_path):
 def test_network_that_never_answers(monkeypatch):
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: time.sleep(5))
     with pytest.raises(TimeoutError, match=r'no answer in 0\.1 seconds'):
-        data._open_url('http://example.org', seconds=0.1)
+        files._open_url('http://example.org', seconds=0.1)
 
 
 def test_official_addresses_are_whole():
-    for layout in (data._CIFAR10, data._CIFAR100):
+    for layout in (cifar.CIFAR10, cifar.CIFAR100):
         assert layout.official.url.startswith('https://') and len(layout.official.sha256) == 64
-    for layout in (data._MNIST, data._FASHION):
+    for layout in (idx.MNIST, idx.FASHION):
         assert all(len(sha256) == 64 for sha256, _ in layout.sha256.values())
         assert all(Path(name).suffix == '.gz' for name in layout.sha256)
 

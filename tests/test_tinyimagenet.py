@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 import archives
 import data
 import setup_tinyimagenet
+from readers import jpegs, tinyimagenet
 
 
 @pytest.fixture
@@ -85,6 +87,110 @@ def test_changed_images_are_decoded_again(folder):
     assert len(list((folder / 'tiny-imagenet-200').glob('train-*.npy'))) == 1
 
 
+def test_arrays_of_the_user_stay(folder):
+    """Whatever they are called; caches of earlier images go."""
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    root = folder / 'tiny-imagenet-200'
+    own = ['train-labels.npy', 'test-my-labels.npy', 'train-features-resnet50.npy', 'train-0123456789ABCDEF.npy']
+    next(root.glob('train-*.npy')).rename(root / 'train-0123456789abcdef.npy')
+    for name in own:
+        (root / name).write_bytes(name.encode())
+    check(folder)
+    assert all((root / name).read_bytes() == name.encode() for name in own)
+    assert not (root / 'train-0123456789abcdef.npy').exists()
+
+
+HEADERS = [
+    b"\x93NUMPY\x01\0\x40\0{'descr': '|u1', 'fortran_order': False, 'shape': (200, 64, [\n",
+    b'\x93NUMPY\x01\0\xff\x20' + b'(' * 9000,
+    b"\x93NUMPY\x01\0\x60\0{'descr': '|u1', 'fortran_order': False, 'shape': (" + b'9' * 40 + b',), }\n',
+]
+
+
+@pytest.mark.parametrize('payload', HEADERS, ids=('unfinished', 'nested', 'huge'))
+def test_cache_with_a_damaged_header_is_made_again(payload, folder):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    caches = list((folder / 'tiny-imagenet-200').glob('*.npy'))
+    before = [cache.read_bytes() for cache in caches]
+    for cache in caches:
+        cache.write_bytes(payload + cache.read_bytes()[len(payload) :])
+    check(folder)
+    assert [cache.read_bytes() for cache in caches] == before
+
+
+@pytest.mark.parametrize('where', [128, 1_000_000, -4, -5])
+def test_cache_with_a_changed_byte_is_made_again(where, folder):
+    """In the first pixel, one in the middle and the last, and in a checksum."""
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    caches = list((folder / 'tiny-imagenet-200').glob('*.npy'))
+    before = [cache.read_bytes() for cache in caches]
+    for cache, payload in zip(caches, before, strict=True):
+        changed = bytearray(payload)
+        changed[where] ^= 1
+        cache.write_bytes(changed)
+    check(folder)
+    assert [cache.read_bytes() for cache in caches] == before
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_something_else_in_place_of_a_cache(make, folder, capsys):
+    """A pipe is replaced; beside a folder the images come in memory, after one line."""
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    for cache in list((folder / 'tiny-imagenet-200').glob('*.npy')):
+        cache.unlink()
+        make(cache)
+    capsys.readouterr()
+    check(folder)
+    expected = 'could not be written (Is a directory): images are decoded at every start'
+    assert capsys.readouterr().err.count(expected) == (2 if make == os.mkdir else 0)
+
+
+@pytest.fixture
+def unpacked(folder):
+    """The folder as users unpack it themselves, with val/ unsorted."""
+    shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
+    shutil.rmtree(folder / 'tiny-imagenet-200' / 'test')
+    return folder
+
+
+def test_what_macos_leaves_is_passed_over(unpacked):
+    root = unpacked / 'tiny-imagenet-200'
+    for inner in ('', 'train', 'val', 'val/images', 'train/n00000007', 'train/n00000007/images'):
+        (root / inner / '.DS_Store').write_bytes(b'Bud1')
+        (root / inner / '._n00000007_0.JPEG').write_bytes(b'Mac OS X')
+    setup_tinyimagenet.main(['--datasetfolder', str(unpacked)])
+    check(unpacked)
+
+
+def test_annotations_with_a_byte_order_mark(unpacked):
+    annotations = unpacked / 'tiny-imagenet-200' / 'val' / 'val_annotations.txt'
+    annotations.write_bytes(b'\xef\xbb\xbf' + annotations.read_bytes())
+    setup_tinyimagenet.main(['--datasetfolder', str(unpacked)])
+    check(unpacked)
+
+
+def test_annotations_that_are_no_text(unpacked, capsys):
+    (unpacked / 'tiny-imagenet-200' / 'val' / 'val_annotations.txt').write_bytes(b'\xff\xfe')
+    assert 'val_annotations.txt is damaged' in error_of(['--datasetfolder', str(unpacked)], capsys)
+
+
+def test_pipes_in_place_of_files(folder, capsys):
+    setup_tinyimagenet.main(['--datasetfolder', str(folder)])
+    root = folder / 'tiny-imagenet-200'
+    image = root / 'val' / 'n00000003' / 'val_197.JPEG'
+    image.unlink()
+    os.mkfifo(image)
+    assert f'{image} is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+    (root / 'val' / 'images').mkdir()
+    (root / 'val' / 'val_annotations.txt').unlink()
+    os.mkfifo(root / 'val' / 'val_annotations.txt')
+    assert 'val_annotations.txt is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+    shutil.rmtree(root)
+    (folder / 'tiny-imagenet-200.zip').unlink()
+    os.mkfifo(folder / 'tiny-imagenet-200.zip')
+    assert 'tiny-imagenet-200.zip is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+
+
 class Interrupt(BaseException):
     """The process ends here."""
 
@@ -146,7 +252,7 @@ def test_damaged_zip(folder, capsys):
     path = folder / 'tiny-imagenet-200.zip'
     path.write_bytes(path.read_bytes()[:-100])
     error = error_of(['--datasetfolder', str(folder)], capsys)
-    assert f'{path} is damaged' in error and f'the published one {data.TINYIMAGENET.sha256}' in error
+    assert f'{path} is damaged' in error and f'the published one {tinyimagenet.OFFICIAL.sha256}' in error
     assert os.listdir(folder) == ['tiny-imagenet-200.zip']
 
 
@@ -189,7 +295,7 @@ def test_training_before_the_setup(folder):
 def in_processes(folder, monkeypatch):
     """The sorted folder tiny-imagenet-200 without its caches, to be decoded in seven blocks."""
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
-    monkeypatch.setattr(data, '_DECODED_AT_ONCE', 30)
+    monkeypatch.setattr(jpegs, 'BLOCK', 30)
     root = folder / 'tiny-imagenet-200'
     for cache in root.glob('*.npy'):
         cache.unlink()
@@ -205,14 +311,16 @@ def files_beside_images(root):
 
 
 def test_decoding_in_processes(in_processes):
-    """What comes back is mapped from a file, which is the one that np.save writes."""
+    """What comes back is mapped from a file, which is the one that np.save writes, and seven checksums."""
     images, _ = data.dataset('tinyimagenet', in_processes.parent).read('train')
     assert isinstance(images, np.memmap)
     np.testing.assert_array_equal(images, plainly_decoded(in_processes))
     (name,) = files_beside_images(in_processes)
     saved = io.BytesIO()
     np.save(saved, images)
-    assert (in_processes / name).read_bytes() == saved.getvalue()
+    written = (in_processes / name).read_bytes()
+    assert written[:-28] == saved.getvalue()
+    assert written[-4:] == zlib.crc32(images[180:]).to_bytes(4, 'little')
     check(in_processes.parent)
 
 
@@ -252,34 +360,54 @@ def test_interrupted_while_decoding(in_processes, monkeypatch):
     assert not files_beside_images(in_processes)
 
 
-def test_processes_start_without_jax():
-    """They import jpegs.py, and the script that is run."""
-    scripts = 'benchmarks.loading, setup_tinyimagenet, sweep, test, train'
-    code = f"import sys, jpegs, {scripts}; print([name for name in ('jax', 'data') if name in sys.modules])"
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, '-c', code], cwd=root, check=True, capture_output=True).stdout == b'[]\n'
+OWN_SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import data
+from readers import jpegs
+jpegs.BLOCK = 30
+print(data.dataset('tinyimagenet', {folder!r}).read('train')[0].sum())
+with jpegs.decoders(3) as pool:
+    print(*jpegs.submit(pool, eval, "sorted(__import__('sys').modules)").result())
+"""
+
+
+def test_processes_import_neither_jax_nor_the_main_script(in_processes, tmp_path):
+    """So a script without a guard works, which spawned processes would run again: it would print more lines."""
+    script = tmp_path / 'own.py'
+    script.write_text(OWN_SCRIPT.format(root=str(ROOT), folder=str(in_processes.parent)))
+    done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True, timeout=120)
+    total, modules = done.stdout.splitlines()
+    assert int(total) == plainly_decoded(in_processes).sum()
+    assert 'readers.jpegs' in modules.split()
+    assert not {'jax', 'data'} & set(modules.split())
+    assert 'Traceback' not in done.stderr
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_processes_end_with_the_one_that_started_them():
     code = """if True:
-        import os, data
-        print(data._decoders(3).submit(os.getpid).result(), flush=True)
+        import os
+        from readers import jpegs
+        print(jpegs.submit(jpegs.decoders(3), os.getpid).result(), flush=True)
         os._exit(1)
     """
-    process = subprocess.run(
-        [sys.executable, '-c', code], cwd=Path(__file__).parent.parent, capture_output=True, timeout=60
-    )
+    process = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, timeout=60)
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
             os.kill(int(process.stdout), 0)
             time.sleep(0.1)
 
 
-def test_process_that_is_killed_while_it_decodes():
-    with pytest.raises(data.DataError, match='a process that decodes images ended'):
-        list(data._in_blocks(kill_itself, ['a.JPEG'] * 3 * data._DECODED_AT_ONCE))
+def test_process_that_is_killed_while_it_decodes(in_processes, monkeypatch, capsys):
+    monkeypatch.setattr(jpegs, 'decode_with_checksum', kill_itself)
+    error = error_of(['--datasetfolder', str(in_processes.parent)], capsys)
+    assert 'a process that decodes images ended, perhaps for lack of memory: start again' in error
+    assert not files_beside_images(in_processes)
 
 
-def kill_itself(paths):
+def kill_itself(shape, paths):
     assert multiprocessing.parent_process(), 'this is the process of the test'
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,104 @@
+"""MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao et al., 2017): idx files, plain or compressed."""
+
+import gzip
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from readers import files
+from readers.files import DataError, OfficialFile
+
+
+class Layout(NamedTuple):
+    """Where the four files of a set may lie, and where they come from."""
+
+    folders: tuple[str, ...]
+    url: str
+    sha256: dict
+
+
+MNIST = Layout(
+    ('mnist', 'MNIST/raw'),
+    'https://storage.googleapis.com/cvdf-datasets/mnist/',
+    {
+        'train-images-idx3-ubyte.gz': ('440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609', 9_912_422),
+        'train-labels-idx1-ubyte.gz': ('3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c', 28_881),
+        't10k-images-idx3-ubyte.gz': ('8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6', 1_648_877),
+        't10k-labels-idx1-ubyte.gz': ('f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6', 4_542),
+    },
+)
+
+FASHION = Layout(
+    ('fashion', 'FashionMNIST/raw', 'fashion-mnist'),
+    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/',
+    {
+        'train-images-idx3-ubyte.gz': ('3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84', 26_421_880),
+        'train-labels-idx1-ubyte.gz': ('a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845', 29_515),
+        't10k-images-idx3-ubyte.gz': ('346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073', 4_422_102),
+        't10k-labels-idx1-ubyte.gz': ('67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5', 5_148),
+    },
+)
+
+
+def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images [N, H, W, 1] and labels of a split. Downloads the files if they are missing."""
+    prefix = {'train': 'train', 'test': 't10k'}[split]
+    images_path = _find(layout, folder, f'{prefix}-images-idx3-ubyte')
+    labels_path = _find(layout, folder, f'{prefix}-labels-idx1-ubyte')
+    images, labels = (read_file(path, _official(layout, path.name)) for path in (images_path, labels_path))
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise DataError(f'{images_path} holds {images.shape} and {labels_path} {labels.shape}, not N images, N labels')
+    if not images[:1].size and len(images):
+        raise DataError(f'{images_path} holds {images.shape}: its images have no pixels')
+    return images[..., None], files.checked_labels(labels, 10, labels_path)
+
+
+def _find(layout, folder, name):
+    for inner_folder in layout.folders:
+        for path in (folder / inner_folder / name, folder / inner_folder / f'{name}.gz'):
+            if path.exists():
+                return path
+    path = folder / layout.folders[0] / f'{name}.gz'
+    files.download(_official(layout, path.name), path)
+    return path
+
+
+def _official(layout, name):
+    return OfficialFile(layout.url + name, *layout.sha256[name]) if name in layout.sha256 else None
+
+
+_DEFLATE_LIMIT = 1032  # the most bytes that a byte of a .gz file can stand for
+_MAX_RANK = 4
+
+
+def read_file(path: Path, official: OfficialFile | None = None) -> np.ndarray:
+    """Returns the unsigned bytes of an idx file, plain or .gz, in the shape that its header gives. Raises DataError."""
+    with files.opened(path) as raw:
+        num_bytes = os.fstat(raw.fileno()).st_size
+        limit = min(files.budget(num_bytes), _DEFLATE_LIMIT * num_bytes) if path.suffix == '.gz' else num_bytes
+        with files.one_error(path, official), gzip.open(raw) if path.suffix == '.gz' else raw as file:
+            return _parse(file, path, limit)
+
+
+def _parse(file, path, limit):
+    magic = file.read(4)
+    rank = magic[3] if len(magic) == 4 else 0
+    header = file.read(4 * rank)
+    if magic[:3] != b'\0\0\x08' or not 0 < rank <= _MAX_RANK or len(header) < 4 * rank:
+        raise DataError(f'{path} is damaged: it does not start like an idx file of bytes')
+    shape = [int(n) for n in np.frombuffer(header, '>u4')]
+    expected = math.prod(shape)
+    if expected > limit:
+        raise DataError(f'{path} is damaged: its header promises {expected} bytes, more than the file can hold')
+    values, num_bytes = np.empty(expected, np.uint8), 0
+    while block := file.read(1 << 18):
+        if num_bytes + len(block) > expected:
+            raise DataError(f'{path} is damaged: more bytes follow a header that promises {expected}')
+        values[num_bytes : num_bytes + len(block)] = np.frombuffer(block, np.uint8)
+        num_bytes += len(block)
+    if num_bytes < expected:
+        raise DataError(f'{path} is damaged: {num_bytes} bytes follow a header that promises {expected}')
+    return values.reshape(shape)

@@ -1,0 +1,124 @@
+"""SVHN (Netzer et al., 2011), cropped digits: MATLAB files of version 5, of which plain arrays of bytes are read."""
+
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from readers import files
+from readers.files import DataError, OfficialFile
+
+_URL = 'http://ufldl.stanford.edu/housenumbers/'
+OFFICIAL = {
+    'train': OfficialFile(
+        f'{_URL}train_32x32.mat', '435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8', 182_040_794
+    ),
+    'test': OfficialFile(
+        f'{_URL}test_32x32.mat', 'cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b', 64_275_384
+    ),
+}
+
+
+def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images [N, 32, 32, 3] and labels of a split. Downloads the file if it is missing."""
+    name = f'{split}_32x32.mat'
+    found = [path for path in (folder / 'svhn' / name, folder / name) if path.exists()]
+    path = found[0] if found else folder / 'svhn' / name
+    if not found:
+        files.download(OFFICIAL[split], path)
+    content = read_mat(path, ('X', 'y'), OFFICIAL[split])
+    pixels, labels = content['X'], content['y']
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
+        raise DataError(f'{path} holds X {pixels.dtype} {pixels.shape}, not uint8 [32, 32, 3, N]')
+    if labels.dtype.kind not in 'iu' or labels.size != pixels.shape[3] or max(labels.shape) != labels.size:
+        raise DataError(f'{path} holds y {labels.dtype} {labels.shape}, not whole numbers [{pixels.shape[3]}, 1]')
+    labels = files.checked_labels(labels.ravel(), 11, path) % 10
+    return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)), labels
+
+
+_TYPES = {1: 'i1', 2: 'u1', 3: 'i2', 4: 'u2', 5: 'i4', 6: 'u4', 7: 'f4', 9: 'f8', 12: 'i8', 13: 'u8'}
+_MATRIX, _COMPRESSED = 14, 15
+_NUMERIC_CLASSES = range(6, 16)  # of arrays, from double to uint64
+_COMPLEX = 0x08  # a flag of arrays
+
+
+def read_mat(path: Path, names: tuple[str, ...], official: OfficialFile | None = None) -> dict[str, np.ndarray]:
+    """Returns the named arrays of a MATLAB file, which have to be full arrays of real numbers. Raises DataError."""
+    with files.opened(path) as file, files.one_error(path, official):
+        limit = files.budget(os.fstat(file.fileno()).st_size)
+        header = file.read(128)
+        order = {b'IM': '<', b'MI': '>'}.get(header[126:])
+        if order is None:
+            raise ValueError('it does not start like a MATLAB file of version 5')
+        arrays = {}
+        while (tag := file.read(8)) and len(arrays) < len(names):
+            kind, num_bytes = np.frombuffer(tag, f'{order}u4').tolist()
+            end = file.tell() + num_bytes
+            if is_compressed := kind == _COMPRESSED:
+                stream = files.Limited(_Inflated(file, num_bytes), limit, path)
+                kind, _ = np.frombuffer(stream.read_exactly(8), f'{order}u4').tolist()
+            else:
+                stream = files.Limited(file, min(num_bytes, limit), path)
+            if kind == _MATRIX:
+                name, array = _parse_matrix(stream, order, names)
+                limit -= array.nbytes
+                arrays |= {name: array} if name in names else {}
+            if is_compressed:
+                stream.skip_rest()
+            file.seek(end)
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise ValueError(f'it holds no {missing[0]}')
+    return arrays
+
+
+def _parse_matrix(stream, order, names):
+    flags = _parse_element(stream, order, 8)
+    if flags.dtype.itemsize != 4 or len(flags) != 2:
+        raise ValueError('an array has no flags')
+    shape = tuple(_parse_element(stream, order, 256).tolist())
+    name = _parse_element(stream, order, 256).tobytes().decode('latin-1')
+    if name not in names:
+        return name, np.empty(0)
+    if flags[0] & 0xFF not in _NUMERIC_CLASSES or flags[0] >> 8 & _COMPLEX or min(shape) < 0:
+        raise ValueError(f'{name} is no full array of real numbers')
+    values = _parse_element(stream, order)
+    if math.prod(shape) != len(values):
+        raise ValueError(f'{name} has {len(values)} values and the shape {shape}')
+    return name, values.reshape(shape, order='F')
+
+
+def _parse_element(stream, order, most_bytes=None):
+    """The numbers of an element, whose tag has four bytes and as many of data, or eight; padded to eight."""
+    tag = stream.read_exactly(8)
+    kind, num_bytes = np.frombuffer(tag, f'{order}u4').tolist()
+    is_small = kind >> 16
+    if is_small:
+        kind, num_bytes = kind & 0xFFFF, kind >> 16
+    if kind not in _TYPES or (is_small and num_bytes > 4) or num_bytes > (most_bytes or math.inf):
+        raise ValueError(f'it has an element of type {kind} and {num_bytes} bytes')
+    payload = tag[4 : 4 + num_bytes] if is_small else stream.read_exactly(num_bytes)
+    if not is_small:
+        stream.read(min(-num_bytes % 8, stream.left))  # some writers leave the last padding out
+    return np.frombuffer(payload, order + _TYPES[kind])
+
+
+class _Inflated:
+    """Reads what a zlib stream of `num_bytes` stands for, in pieces."""
+
+    def __init__(self, file, num_bytes):
+        self._file, self._left, self._inflater = file, num_bytes, zlib.decompressobj()
+
+    def read(self, num_bytes):
+        content = bytearray()
+        while len(content) < num_bytes and not self._inflater.eof:
+            block = self._inflater.unconsumed_tail
+            if not block:
+                block = self._file.read(min(1 << 18, self._left))
+                self._left -= len(block)
+                if not block:
+                    raise EOFError('it ends too early')
+            content += self._inflater.decompress(block, num_bytes - len(content))
+        return content
