@@ -296,7 +296,9 @@ def test_unknown_model():
 def test_a_compiled_step_on_a_batch_of_200_against_numpy(name, shape):
     """Compiled sums over 32,769 rows and more have been wrong where sums over fewer were right.
 
-    NumPy takes a minute for ResNet-18 on 32×32 pixels; on 16×16 the first stages have 51,200 rows. The slope of the loss in NumPy, float64, is along the step's gradient: a unit vector in each parameter, so that none
+    NumPy takes a minute for ResNet-18 on 32×32 pixels; on 16×16 the first stages have 51,200 rows.
+
+    The slope of the loss in NumPy, float64, is along the step's gradient: a unit vector in each parameter, so that none
     of them drowns in the others.
     """
     images = np.random.default_rng(0).normal(size=(200, *shape)).astype(np.float32)
