@@ -1,0 +1,301 @@
+"""What a script finds around it at the start: JAX's configuration, paths, environment, signals while it imports."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import children
+import devices
+import errors
+import flags
+import runs
+import settings
+import sweep
+import train
+from children import ROOT
+from conftest import read_log, restore
+
+SCRIPTS = ('train.py', 'test.py', 'sweep.py', 'demo2d.py', 'setup_tinyimagenet.py')
+
+
+def call(*command, folder=ROOT, **environment):
+    """A process of its own, because most of the environment is read where Python or JAX begins."""
+    given = os.environ | {name: str(value) for name, value in environment.items()}
+    given.pop('TF_CPP_MIN_LOG_LEVEL', None)  # JAX has set it in this process
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, timeout=300)
+
+
+# JAX.
+
+
+def test_numbers_do_not_depend_on_the_configuration_of_jax(flags_of, tmp_path):
+    """Nor does a resume."""
+    odd = {
+        'JAX_DEFAULT_PRNG_IMPL': 'rbg', 'JAX_THREEFRY_PARTITIONABLE': 0, 'JAX_RANDOM_SEED_OFFSET': 7,
+        'JAX_ENABLE_X64': 1, 'JAX_NUMPY_DTYPE_PROMOTION': 'strict', 'JAX_TRANSFER_GUARD': 'disallow',
+    }  # fmt: skip
+    run = train.main(flags_of(epochs=2))
+    done = call('train.py', *flags_of(epochs=1, resultsfolder=tmp_path / 'odd'), **odd)
+    assert (done.returncode, done.stderr) == (0, '')
+    other = tmp_path / 'odd' / 'mnist_mlp' / 'bsam' / 'run_0'
+    train.main([f'--resume={other}', '--epochs=2'])
+    for record, found in zip(read_log(run)[:1], read_log(other)[:1], strict=True):
+        assert record['loss'] == found['loss'] and record['test_accuracy'] == found['test_accuracy']
+    assert restore(other)[0] == restore(run)[0]
+    tested = call('test.py', f'--resultsfolder={other}', '--corruptions', '--testmc=2', **odd)
+    assert (tested.returncode, tested.stderr) == (0, '')
+    assert json.loads((other / 'metrics.json').read_text())['corruptions']
+
+
+def test_a_jaxlib_that_computes_wrong_numbers_ends_a_script(monkeypatch, flags_of, capsys):
+    devices.require_right_numbers()
+    monkeypatch.setattr(devices, '_squared_norms', lambda rows: 0.99 * rows[:, 0] ** 2)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1
+    assert f'jaxlib {jax.lib.__version__} computes wrong numbers' in error and 'pip install' in error
+
+
+def test_a_resume_in_another_precision_is_refused(flags_of, monkeypatch, capsys):
+    run = train.main(flags_of())
+    before = runs.environment()
+    monkeypatch.setattr(runs, 'environment', lambda: before | {'matmul_precision': 'bfloat16'})
+    with pytest.raises(SystemExit) as stop:
+        train.main([f'--resume={run}', '--epochs=2'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f'JAX_DEFAULT_MATMUL_PRECISION is bfloat16, and {run} was begun with float32: set it so' in error
+    monkeypatch.setattr(runs, 'environment', lambda: before | {'xla_flags': '--another=1'})
+    train.main([f'--resume={run}', '--epochs=2'])
+    assert "XLA_FLAGS is '--another=1'" in capsys.readouterr().err
+
+
+# Paths.
+
+
+def test_home_folders_in_path_flags(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    args = settings.parse_args(['--datasetfolder=~/data', '--resultsfolder=~', '--compilecache=~/cc'])
+    assert args.datasetfolder == f'{tmp_path}/data' and args.resultsfolder == str(tmp_path)
+    assert args.compilecache == f'{tmp_path}/cc'
+    assert settings.parse_args(['--resume=~/run']).resume == tmp_path / 'run'
+    assert sweep.parse_args(['~/s.toml', '--output=~/out']).output == tmp_path / 'out'
+
+
+@pytest.mark.parametrize(('text', 'message'), [('~nobody-here/x', 'this home folder is unknown'), ('a\0b', 'NUL')])
+def test_paths_that_cannot_be(text, message, capsys):
+    for flag in ('--datasetfolder', '--resultsfolder', '--resume', '--compilecache'):
+        with pytest.raises(SystemExit) as stop:
+            settings.parse_args([flag, text])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and '\0' not in error
+
+
+def test_compiled_functions_without_a_home_folder(monkeypatch):
+    for name in ('HOME', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # as for a user that the system does not know
+    assert settings.parse_args([]).compilecache == 'off'
+
+
+@pytest.mark.parametrize(
+    ('variables', 'expected'),
+    [
+        ({'JAX_COMPILATION_CACHE_DIR': '/somewhere'}, '/somewhere'),
+        ({'JAX_COMPILATION_CACHE_DIR': '/somewhere', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}, 'off'),
+        ({'JAX_ENABLE_COMPILATION_CACHE': '1'}, f'{os.sep}bayesian-sam'),
+    ],
+)
+def test_variables_of_jax_choose_the_compile_cache(variables, expected, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert settings.parse_args([]).compilecache.endswith(expected)
+    assert settings.parse_args(['--compilecache=/own']).compilecache == '/own'
+
+
+def test_empty_entries_of_a_compile_cache_are_removed(tmp_path, compilecache):
+    """Those that are a minute old; a younger one is being written."""
+    for name, age in (('old-cache', 100), ('new-cache', 0), ('old-atime', 100)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    (tmp_path / 'full-cache').write_bytes(b'x')
+    os.utime(tmp_path / 'full-cache', (0, 0))
+    try:
+        flags.use_compilecache(str(tmp_path))
+    finally:
+        flags.use_compilecache(str(compilecache))
+    assert {path.name for path in tmp_path.iterdir()} == {'new-cache', 'old-atime', 'full-cache'}
+
+
+# Python and the working folder.
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize(('options', 'variables'), [(['-OO'], {}), ([], {'PYTHONSAFEPATH': '1'})])
+def test_options_of_python(script, options, variables):
+    done = call(*options, script, '--help', **variables)
+    assert (done.returncode, done.stderr) == (0, '') and f'usage: {script}' in done.stdout
+
+
+def test_a_working_folder_that_was_removed(tmp_path):
+    code = f'import os, runpy, sys; os.rmdir(os.getcwd()); sys.argv = ["train.py"]; runpy.run_path("{ROOT}/train.py", '
+    code += 'run_name="__main__")'
+    folder = tmp_path / 'gone'
+    folder.mkdir()
+    done = call('-c', code, folder=folder)
+    assert done.returncode == 2
+    assert done.stderr == 'train.py: error: the working folder no longer exists: cd to one that does\n'
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_ctrl_c_while_a_script_imports(script):
+    """Here while it imports this project's own modules; JAX comes later, see test_resume."""
+    code = f"""if True:
+        import builtins, os, runpy, signal, sys
+        def interrupted(name, *rest, imported=builtins.__import__):
+            if name == 'flags':
+                os.kill(os.getpid(), signal.SIGINT)
+            return imported(name, *rest)
+        builtins.__import__ = interrupted
+        sys.argv = ['{script}', '--help']
+        runpy.run_path('{script}', run_name='__main__')
+    """
+    done = call('-c', code)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, '', '')
+
+
+# Signals.
+
+
+@pytest.mark.parametrize('ignored', [False, True])
+def test_a_closed_terminal_ends_what_nohup_does_not_protect(ignored):
+    def handler(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    import signals
+
+    try:
+        handlers = signals.handle(handler)
+        assert (signal.getsignal(signal.SIGHUP) is handler) != ignored
+        assert all(signal.getsignal(n) is handler for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+        signals.restore(handlers)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_the_middle_of_a_print(monkeypatch, capfd):
+    """Streams cannot be entered twice: the line takes another way, and nothing is raised in the handler."""
+    import signals
+
+    class Entered:
+        def write(self, text):
+            raise RuntimeError('reentrant call inside')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stderr', Entered())
+        signals.say('SIGTERM: waiting')
+    assert capfd.readouterr().err == '\nSIGTERM: waiting\n'
+
+
+# Git.
+
+
+def git(folder, *arguments):
+    identity = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+    subprocess.run(['git', *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_is_never_that_of_another_repository(tmp_path, monkeypatch):
+    outer, inner = tmp_path / 'outer', tmp_path / 'outer' / 'inner'
+    inner.mkdir(parents=True)
+    git(outer, 'init')
+    git(outer, 'commit', '--allow-empty', '-m', 'x')
+    (inner / 'runs.py').touch()
+    monkeypatch.setattr(runs, '__file__', str(inner / 'runs.py'))
+    assert runs._git_commit() is None
+    monkeypatch.setenv('GIT_DIR', str(outer / '.git'))
+    assert runs._git_commit() is None
+    git(inner, 'init') if monkeypatch.delenv('GIT_DIR') is None else None
+    git(inner, 'commit', '--allow-empty', '-m', 'y')
+    monkeypatch.setenv('GIT_DIR', str(outer / '.git'))
+    commit = runs._git_commit()
+    assert commit and len(commit.removesuffix('-dirty')) == 40
+
+
+# Texts.
+
+
+def test_errors_do_not_steer_the_terminal():
+    assert str(errors.UserError('a\x1b[2Jb\nc é')) == r'a\x1b[2Jb\nc é'
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (b'\xef\xbb\xbf[flags]\nvalidation = 0.1\n[grid]\nrho = [0.1]\n', None),
+        ('[flags]\nvalidation = 0.1\n[grid]\nresultsfold\u00e9r = [0.1]\n'.encode('latin-1'), 'utf-8'),
+        (b'x = ' + b'[' * 5000, 'cannot be read'),
+        (b'[flags]\nvalidation = 0.1\n[random]\nalpha = [1, 1' + b'0' * 400 + b']\n', 'two numbers, 0 < low < high'),
+        (b'[flags]\nvalidation = 0.1\n[random]\nalpha = [true, 3]\n', 'two numbers, 0 < low < high'),
+    ],
+    ids=['BOM', 'latin-1', 'nested', '400 digits', 'bool'],
+)
+def test_sweep_files(text, message, tmp_path, capsys):
+    path = tmp_path / 'sweep.toml'
+    path.write_bytes(text)
+    if message is None:
+        assert sweep.read(path) == ({'validation': 0.1}, [{'rho': 0.1}])
+        return
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([str(path), f'--output={tmp_path / "out"}'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('name', ['config.json', 'log.jsonl'])
+def test_a_pipe_in_place_of_a_file_of_a_run(name, flags_of, capsys):
+    """Reading it must not wait for the other end."""
+    run = train.main(flags_of())
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(errors.UserError, match=f'{name} is damaged or cannot be read: it is no regular file'):
+        runs.read_config(run) if name == 'config.json' else runs.read_log(run)
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        '{"epoch": Infinity, "loss": 1, "learning_rate": 1, "test_accuracy": 1}',
+        '{"epoch": 0, "loss": 1e999, "learning_rate": 1, "test_accuracy": 1}',
+        '{"epoch": 0, "loss": {}, "learning_rate": 1, "test_accuracy": 1}',
+        '{"epoch": 0, "loss": 1, "learning_rate": "x", "test_accuracy": 1}',
+        '{"epoch": 0, "loss": 1, "learning_rate": 1, "test_accuracy": true}',
+        '{"epoch": 1' + '0' * 400 + ', "loss": 1, "learning_rate": 1, "test_accuracy": 1}',
+        '[' * 100_000,
+    ],
+)
+def test_a_log_of_what_is_no_number(line, tmp_path):
+    (tmp_path / 'log.jsonl').write_text('{"epoch": 0, "loss": null, "learning_rate": 1, "test_accuracy": 1}\n')
+    assert len(runs.read_log(tmp_path)) == 1
+    (tmp_path / 'log.jsonl').write_text(line + '\n')
+    with pytest.raises(runs.RunError, match=r'log\.jsonl is damaged'):
+        runs.read_log(tmp_path)
+
+
+def test_printed_commands_can_be_copied(tmp_path, flags_of, capsys):
+    run = train.main(flags_of(resultsfolder=tmp_path / 'a [b]'))
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(printed.partition('--resultsfolder ')[2])[0] == str(run)
+    assert np.isfinite(read_log(run)[0]['loss']) and restore(run)[0] == 4
+    assert children.run(['test.py', f'--resultsfolder={run}']).returncode == 0
