@@ -16,6 +16,7 @@ import flags
 import jobs
 import models
 import runs
+import signals
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 gc.set_threshold(10_000)  # JAX's traces are many objects that stay
@@ -51,7 +52,7 @@ def compilecache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def handlers():
     """A run that a signal stopped leaves its handlers to the end of its process, which is this one."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

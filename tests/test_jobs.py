@@ -41,7 +41,7 @@ def test_a_task_that_fails_leaves_the_others(capsys):
     assert capsys.readouterr().err == 'run_0: train.py ended with status 1\n'
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', signals.STOPPING)
 def test_a_signal_ends_what_runs_and_begins_no_more(number, capsys):
     before = signal.getsignal(number)
 

@@ -1,7 +1,10 @@
 """Runs that are stopped, killed, resumed, or run out of disk: nothing is lost, and the result is the same."""
 
 import contextlib
+import errno
+import fcntl
 import itertools
+import json
 import math
 import os
 import random
@@ -300,7 +303,7 @@ def test_other_images_than_before(flags_of, tmp_path, capsys):
     assert stop.value.code == 2 and 'holds other images than those' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', signals.STOPPING)
 def test_signal_to_a_process(number, flags_of, tmp_path):
     """A signal lets it save and exit, also if it comes twice."""
     run = tmp_path / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
@@ -339,6 +342,101 @@ def test_signal_before_the_first_step_ends_without_a_traceback(flags_of):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and 'Traceback' not in error
+
+
+# Checkpoints: where they are, and who reads them meanwhile.
+
+
+@pytest.mark.parametrize('name', ['a[2024]', 'a\\b', 'a*?{}', b'caf\xe9', 'line\nbreak'])
+def test_checkpoints_below_any_path(name, flags_of, tmp_path):
+    """Orbax takes brackets and backslashes for patterns, and TensorStore wants UTF-8."""
+    folder = tmp_path / os.fsdecode(name)
+    run = train.main(flags_of(resultsfolder=folder, epochs=0))
+    train.main([f'--resume={run}', '--epochs=1'])
+    evaluate.main([f'--resultsfolder={run}'])
+    plain = train.main(flags_of())
+    assert_same_run(run, plain)
+    assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['2', '4']
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_kept(flags_of, monkeypatch, capsys):
+    """Whatever the reason: the one before stays, and the exit status tells."""
+    run = train.main(flags_of())
+    save = checkpoints.ocp.Checkpointer.save
+
+    def lose_an_array(self, path, args):
+        save(self, path, args=checkpoints.ocp.args.StandardSave({'params': args.item.params}))
+
+    monkeypatch.setattr(checkpoints.ocp.Checkpointer, 'save', lose_an_array)
+    with pytest.raises(SystemExit) as stop:
+        train.main([f'--resume={run}', '--epochs=2'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count('a checkpoint could not be saved') == 1
+    assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['2', '4']
+    monkeypatch.undo()
+    train.main([f'--resume={run}', '--epochs=2'])
+    assert restore(run)[0] == 6
+
+
+def test_a_checkpoint_that_is_read_is_not_removed(flags_of):
+    run = train.main(flags_of())
+    read = run / 'checkpoints' / '2'
+    with checkpoints._locked(read, fcntl.LOCK_SH) as is_there:
+        assert is_there
+        train.main([f'--resume={run}', '--epochs=2'])
+        assert checkpoints.find_damage(read) is None
+    train.main([f'--resume={run}', '--epochs=3'])
+    assert checkpoints.all_steps(run / 'checkpoints') == [6, 8]
+
+
+def test_a_run_can_be_read_while_it_is_trained(flags_of):
+    """Each read gives the newest checkpoint that is whole, however soon another one takes its place."""
+    run = train.main(flags_of(epochs=0))
+    with ThreadPoolExecutor(1) as pool, Child(['train.py', f'--resume={run}', '--epochs=3000']) as process:
+        ended = pool.submit(process.communicate)
+        while restore(run)[0] < 8:
+            pass
+        steps = [restore(run)[0] for _ in range(30)]
+        process.send_signal(signal.SIGTERM)
+        ended.result()
+    assert steps == sorted(steps) and len(set(steps)) > 5
+
+
+def test_leftovers_of_a_killed_process_go_at_the_next_start(flags_of):
+    run = train.main(flags_of())
+    for name in ('6.partial', '2.removed'):
+        (run / 'checkpoints' / name).mkdir()
+    train.main([f'--resume={run}'])
+    assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['2', '4']
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP])
+def test_folders_that_cannot_be_flushed(number, flags_of, monkeypatch, capsys):
+    """As on some network shares."""
+
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    for name in ('fsync', 'posix_fallocate'):
+        monkeypatch.setattr(os, name, refuse)
+    run = train.main(flags_of())
+    assert restore(run)[0] == 4 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('damage', ['"epoch": Infinity', '"epoch": 1e999', '"epoch": {}', '"loss": "x"', '"log": [[]]'])
+def test_progress_that_is_none(damage, flags_of, capsys):
+    """With a right checksum, as whoever writes a run can make it."""
+    run = train.main(flags_of())
+    checkpoint = run / 'checkpoints' / '4'
+    held = json.loads((checkpoint / 'progress.json').read_text())
+    name = json.loads('{' + damage.partition(':')[0] + ': 0}').popitem()[0]
+    text = json.dumps({key: value for key, value in held.items() if key != name})
+    (checkpoint / 'progress.json').write_text(text[:-1] + ', ' + damage + '}')
+    (checkpoint / 'checksums.json').write_text(json.dumps(checkpoints._checksums(checkpoint)))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([f'--resultsfolder={run}'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and 'progress.json is not what train.py writes' in error
 
 
 SHORT_STEPS = (
