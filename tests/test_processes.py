@@ -92,7 +92,7 @@ def test_processes_train_as_one(number, optim, model, more, writers, short, tmp_
     All that see the run folder write the checkpoint together; where one does not, the first alone writes it.
     """
     flags = [*short, f'--optim={optim}', f'--model={model}', '--trainimages=192']
-    alone, together = tmp_path / 'alone', tmp_path / 'together'
+    alone, together = tmp_path / 'alone', tmp_path / 'to[ge]ther'
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
     relative = os.path.relpath(together, ROOT)
@@ -130,7 +130,7 @@ def until_step(folder, step):
 def test_signal_and_resume_on_more(short, tmp_path):
     """SIGTERM to one of two processes ends both after the same step; four go on, to what one alone comes to."""
     flags = [*short, *LONG, '--epochs=4']
-    alone, together = tmp_path / 'alone', tmp_path / 'together'
+    alone, together = tmp_path / 'alone', tmp_path / 'to[ge]ther'
     processes = start(2, *flags, f'--resultsfolder={together}')
     run = until_step(together, 2)
     processes[1].send_signal(signal.SIGTERM)
