@@ -222,6 +222,8 @@ def draw(folder, subject, prediction, results):
             for at, title in titles.items()
         }
         figures['severities'] = plots.severities(curves)
+    if os.path.islink(folder):
+        raise runs.RunError(f'{folder} is a link to another folder, which may not be yours: remove it')
     try:
         for name, figure in figures.items():
             if figure:

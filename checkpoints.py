@@ -71,7 +71,8 @@ class Writer:
         self.warn = warn
         self.failed = False
         self._together = jax.process_count() > 1 and _all_can_write(run)
-        self._steps = []
+        with _literal(self.folder):  # raises a RunError now, and not when the first is written
+            self._steps = []
         if devices.is_first():
             _discard_leftovers(self.folder)
             self._steps = [step for step in all_steps(self.folder) if step <= self._step(progress)]
@@ -112,7 +113,7 @@ class Writer:
         """Waits for this process's part of the last save; returns whether it failed."""
         error, self._saving = self._saving.exception(), None
         if error:
-            self._report(_reason(error))
+            self._report(errors.reason(error))
         return error is not None
 
     def _report(self, reason):
@@ -125,7 +126,7 @@ class Writer:
             self._make(partial, arrays)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            return _reason(error)
+            return errors.reason(error)
         return None
 
     def _make(self, partial, arrays):
@@ -181,13 +182,28 @@ class Writer:
 @contextlib.contextmanager
 def _literal(folder):
     """Yields a path of a folder that Orbax takes literally: it globs paths, and TensorStore wants them in UTF-8."""
-    if re.fullmatch(r'[\w/.,:+=@%~ -]+', str(folder)):
+    if _is_literal(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix='bayesian-sam-') as beside:
+    with tempfile.TemporaryDirectory(prefix='bayesian-sam-', dir=_literal_place(folder)) as beside:
         link = Path(beside) / folder.name
         link.symlink_to(folder)
         yield link
+
+
+def _is_literal(path):
+    return re.fullmatch(r'[\w/.,:+=@%~ -]+', str(path))
+
+
+def _literal_place(folder):
+    """Returns a folder for temporary links that Orbax takes literally. Raises runs.RunError."""
+    for place in (os.environ.get('TMPDIR', '/tmp'), '/tmp', '/var/tmp'):
+        if _is_literal(place) and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise runs.RunError(
+        f'checkpoints cannot be kept in {folder}: Orbax does not take its path, and no link to it can be made in /tmp: '
+        'take another --resultsfolder'
+    )
 
 
 @contextlib.contextmanager
@@ -197,9 +213,9 @@ def _locked(checkpoint, how):
     how: fcntl.LOCK_SH to read it, fcntl.LOCK_EX | fcntl.LOCK_NB to remove it.
     """
     try:
-        file = open(checkpoint / 'checksums.json', 'rb')  # noqa: SIM115, closed below
+        file = errors.opened(checkpoint / 'checksums.json')
     except OSError:
-        yield checkpoint.exists()
+        yield False  # it is none of ours, or damaged
         return
     with file:
         try:
@@ -261,14 +277,11 @@ def _all_can_write(run):
     return not devices.in_any_process(of_first is None or stamp() != of_first)
 
 
-def _reason(error):
-    return getattr(error, 'strerror', None) or errors.first_line(error)
-
-
 def all_steps(folder):
     """The steps of the checkpoints in a folder `checkpoints`, which need not be there, the newest last."""
     folder = Path(folder)
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch('0|[1-9][0-9]*', name))
 
 
 def restore(run, like, step=None):
@@ -411,12 +424,12 @@ def _read_progress(checkpoint):
     path = checkpoint / 'progress.json'
     try:
         held = Progress(**runs.read_json(path))
+        if not all(type(n) is int and 0 <= n < 2**31 for n in (held.epoch, held.step)):
+            raise ValueError(f'epoch is {held.epoch} and step {held.step}')
         loss = math.nan if held.loss is None else float(held.loss)
         for record in held.log:
             runs.require_record_of_epoch(record)
-        return Progress(
-            int(held.epoch), int(held.step), loss, float(held.seconds), float(held.lr_factor), tuple(held.log)
-        )
+        return Progress(held.epoch, held.step, loss, float(held.seconds), float(held.lr_factor), tuple(held.log))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise runs.RunError(f'{path} is not what train.py writes: {error}') from error
 
@@ -430,8 +443,9 @@ def _discard(checkpoint):
 
 
 def _discard_leftovers(folder):
-    for path in (*folder.glob('*.partial'), *folder.glob('*.removed')):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if runs.LEFTOVER_CHECKPOINT.fullmatch(path.name):
+            errors.remove(path)
 
 
 def _flush(folder):

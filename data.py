@@ -185,7 +185,7 @@ def check_description(description, where):
     names = ('num_train', 'num_classes', 'image_shape', 'mean', 'std')
     held = {name: description.get(name) if isinstance(description, dict) else None for name in names}
     num_train, num_classes, shape, mean, std = held.values()
-    sizes = isinstance(shape, list) and len(shape) == 3 and all(whole(n) for n in shape)
+    sizes = isinstance(shape, list) and len(shape) == 3 and all(whole(n) for n in (*shape, math.prod(shape)))
     channels = finite(mean) and finite(std) and sizes and len(mean) == len(std) and len(mean) in (1, shape[2])
     channels = channels and min(std) > 0
     if not (whole(num_train) and whole(num_classes) and channels):

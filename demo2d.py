@@ -3,7 +3,6 @@
 python demo2d.py --output animation.gif
 """
 
-import io
 import os
 import signal
 import sys
@@ -11,6 +10,8 @@ import sys
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
+
+import io
 
 import numpy as np
 from PIL import Image, ImageColor

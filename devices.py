@@ -54,7 +54,8 @@ def require():
     try:
         found = jax.devices()
     except (RuntimeError, AssertionError) as error:
-        raise DeviceError(f'JAX finds no device: {" ".join(str(error).split())[:300]}') from error
+        reason = ' '.join(str(error).split())[:300] or f'JAX_PLATFORMS is {os.environ.get("JAX_PLATFORMS")}'
+        raise DeviceError(f'JAX finds no device: {reason}') from error
     require_right_numbers()
     numbers = sorted(set(collections.Counter(device.process_index for device in found).values()))
     if len(numbers) > 1:

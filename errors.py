@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and files that are written whole or not at all. Imports nothing of ours."""
+"""Errors that a user can mend; files that are opened with care, and written whole or not at all."""
 
 import contextlib
 import errno
@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 class UserError(Exception):
@@ -31,6 +33,20 @@ def printable(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its class if the message is empty."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+def reason(error: BaseException) -> str:
+    """Returns what an error says, without the number and the path of an OSError."""
+    return getattr(error, 'strerror', None) or first_line(error)
+
+
+def opened(path: Path) -> BinaryIO:
+    """Opens a regular file to read its bytes. Raises OSError, also for a pipe, which would wait for its other end."""
+    file = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, 'it is no regular file', os.fspath(path))
 
 
 @contextlib.contextmanager

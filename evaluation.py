@@ -81,7 +81,7 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
     """
     config, experiment, state, progress = restore(run, step)
     flags = config['flags']
-    folder = dataset_folder or flags['datasetfolder']
+    folder = dataset_folder or settings.folder_there(flags['datasetfolder'])
     dataset = data.dataset(flags['dataset'], folder)
     needs_training_images = with_held_out or split == 'validation' or bn_refresh or with_laplace
     train, held_out = data.read_train(dataset, flags) if needs_training_images else (None, None)

@@ -51,6 +51,10 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
         return {name: value for name, value in vars(args).items() if value is not unset}
 
+    def is_switch(self, name):
+        """Returns whether a flag takes no value."""
+        return any(action.dest == name and action.nargs == 0 for action in self._actions)
+
     def takes_whole_numbers(self, name):
         """Whether a flag's type is one of `integer`."""
         return any(action.dest == name and hasattr(action.type, 'whole') for action in self._actions)
@@ -101,9 +105,9 @@ def _default_compilecache():
     if os.environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'f', 'no', 'n', 'off'):
         return 'off'
     if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-        return os.path.abspath(os.environ['JAX_COMPILATION_CACHE_DIR'])
+        return os.path.abspath(os.path.expanduser(os.environ['JAX_COMPILATION_CACHE_DIR']))
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return 'off' if caches.startswith('~') else os.path.join(caches, 'bayesian-sam')
+    return os.path.join(caches, 'bayesian-sam') if os.path.isabs(caches) else 'off'
 
 
 def _folder_or_off(text):
@@ -120,7 +124,7 @@ def folder(text):
     if '\0' in text:
         raise argparse.ArgumentTypeError(f'{errors.printable(text)!r} is no path: it holds a NUL character')
     expanded = os.path.expanduser(text)
-    if expanded.startswith('~'):
+    if text.startswith('~') and not os.path.isabs(expanded):
         raise argparse.ArgumentTypeError(f'{text!r}: this home folder is unknown: give the whole path')
     return expanded
 
@@ -158,8 +162,10 @@ def use_jax(compilecache='off'):
         2,
     ):  # logs an error for each cached function, because it misreads the CPU's features
         os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    import jax
-
+    try:
+        import jax
+    except ValueError as error:  # of a variable that JAX does not understand
+        raise errors.UserError(f'JAX cannot start: {errors.first_line(error)}') from error
     for name, value in _CONFIGURATION.items():
         if name in jax.config.values:
             jax.config.update(name, value)
@@ -315,8 +321,6 @@ def script(name):
         what = f'what is printed goes nowhere from here on ({error.strerror})'
         print(f'{name}: warning: {what}', file=sys.stderr, flush=True)
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='replace')  # formulas and tables are not ASCII
@@ -373,9 +377,14 @@ class _BreakableStream:
 
 @contextlib.contextmanager
 def one_line_errors(script):
-    """Ends the script with the message of a UserError and the error's exit status."""
+    """Ends the script with the message and the exit status of a UserError, or with the file of an OSError."""
     try:
         yield
     except errors.UserError as error:
         print(f'{script}: error: {error}', file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f'{script}: error: {errors.printable(error.filename)}: {error.strerror}', file=sys.stderr)
+        sys.exit(2)

@@ -3,6 +3,7 @@
 import math
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -174,6 +175,8 @@ def trained_and_tested(run, folder, values, tests):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / 'output.txt').exists() and not (folder / 'output.txt').is_file():
+            raise runs.RunError(f'{folder / "output.txt"} is no regular file: remove it')
         with runs.locked(folder), open(folder / 'output.txt', 'a', buffering=1) as output:
             call = partial(_call, run, folder, output)
             trained = _trained(call, folder, values)
@@ -188,7 +191,11 @@ def _call(run, folder, output, script, given):
         raise runs.RunError(f'{folder}: {script} ended with status {status}, see output.txt')
 
 
-_OF_A_START = ('config', 'lock', 'log', 'checkpoints')  # what train.py writes before its first checkpoint is whole
+def _is_of_a_start(path):
+    """Returns whether train.py writes a file or folder of a run before its first checkpoint is whole."""
+    if path.name == 'checkpoints' and path.is_dir():
+        return all(runs.LEFTOVER_CHECKPOINT.fullmatch(inner.name) for inner in path.iterdir())
+    return re.fullmatch(r'lock|(config\.json|log\.jsonl)(\..+\.partial)?', path.name)
 
 
 def _trained(call, folder, values):
@@ -199,7 +206,7 @@ def _trained(call, folder, values):
         call('train.py', [f'--resume={begun}', *arguments(may_change)])
         return begun
     for left in folder.glob('*/*/run_*'):
-        others = sorted(path.name for path in left.iterdir() if path.name.split('.')[0] not in _OF_A_START)
+        others = sorted(path.name for path in left.iterdir() if not _is_of_a_start(path))
         if others:
             raise runs.RunError(f'{left} holds no checkpoint, but {others[0]}: move it away, and begin anew')
         with runs.locked(left):

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import stat
 import subprocess
@@ -27,6 +28,8 @@ import sys
 from pathlib import Path
 
 import errors
+
+LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # what a process was writing or removing
 
 
 class RunError(errors.UserError):
@@ -68,10 +71,12 @@ def locked(run):
     try:
         if not path.parent.is_dir():
             raise RunError(f'{run} is not a run folder (name the folder run_K that train.py printed)')
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise RunError(f'{path} is no regular file: remove it')
         with contextlib.suppress(OSError):  # of a file system without locks
             _lock(descriptor, run)
         yield
@@ -111,7 +116,7 @@ def read_log(run):
             require_record_of_epoch(record)
         return records
     except (ValueError, OSError) as error:
-        raise RunError(f'{path} is damaged or cannot be read: {error}') from error
+        raise RunError(f'{path} is damaged or cannot be read: {errors.reason(error)}') from error
 
 
 def _write_text(path, text):
@@ -150,23 +155,16 @@ def read_record(path):
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
-        raise RunError(f'{path} is damaged or cannot be read: {error}') from error
+        raise RunError(f'{path} is damaged or cannot be read: {errors.reason(error)}') from error
 
 
 def read_text(path, limit=1 << 24):
     """Returns the text of a regular file in UTF-8, with or without a byte order mark. Raises OSError and ValueError."""
-    with open(path, 'rb', opener=_open_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError('it is no regular file')
+    with errors.opened(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f'it is larger than {limit} bytes')
     return content.decode('utf-8-sig')
-
-
-def _open_at_once(path, flags):
-    """Opens a file, and does not wait for the other end if it is a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _parse_json(text):

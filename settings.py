@@ -114,6 +114,8 @@ _OWN_FLAGS = {name for own in OPTIMIZERS.values() for name in own}
 
 def flags_of(config, run):
     """The flags of a run from its configuration, held to the same bounds as on the command line. Raises RunError."""
+    if not isinstance(config.get('flags'), dict):
+        raise runs.RunError(f'{run}/config.json holds no flags')
     try:
         args = create_parser().from_values(config['flags'], without=OF_START)
         _set_defaults(args)
@@ -129,9 +131,9 @@ def read_config(run):
     return config | {'flags': vars(flags_of(config, run))}
 
 
-def dataset_folder(args):
+def folder_there(dataset_folder):
     """Returns the folder of a run's data sets, or the default one if that is not there, as on another machine."""
-    return args.datasetfolder if os.path.isdir(args.datasetfolder) else os.path.abspath('datasets')
+    return dataset_folder if os.path.isdir(dataset_folder) else os.path.abspath('datasets')
 
 
 def continued(args, given, run):
@@ -147,7 +149,7 @@ def continued(args, given, run):
             raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
         if name == 'epochs' and value != held and args.optim == 'swag':
             raise runs.RunError(f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run')
-    return argparse.Namespace(**vars(args) | {'datasetfolder': dataset_folder(args)} | given)
+    return argparse.Namespace(**vars(args) | {'datasetfolder': folder_there(args.datasetfolder)} | given)
 
 
 def create_parser():

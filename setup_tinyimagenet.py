@@ -6,14 +6,15 @@ It may be interrupted at any point and run again.
 """
 
 import os
-import re
 import signal
 import sys
-from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
+
+import re
+from pathlib import Path, PurePosixPath
 
 import errors
 import flags
@@ -29,7 +30,8 @@ def parse_args(argv=None):
 @flags.script('setup_tinyimagenet.py')
 def main(argv=None):
     args = parse_args(argv)
-    import data  # imported late because JAX takes a second to import and --help should not
+    flags.use_jax()  # imported late because JAX takes a second to import and --help should not
+    import data
     from readers import files, tinyimagenet
     from readers.files import DataError
 

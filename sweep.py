@@ -23,18 +23,19 @@ python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TAS
     alpha = [0.1, 1.0]
 """
 
-import itertools
-import math
 import os
-import random
 import signal
 import sys
-import tomllib
-from functools import partial
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
+
+import itertools
+import math
+import random
+import tomllib
+from functools import partial
 
 import errors
 import flags
@@ -76,11 +77,11 @@ def main(argv=None):
     fixed, varied = read(args.sweep)
     sweep = [fixed | values for values in varied]
     chosen = [] if args.summary else range(args.part[0], len(sweep), args.part[1])
-    for number in chosen:
-        settings.parse_args(jobs.arguments(sweep[number]))
+    for values in sweep:
+        settings.parse_args(jobs.arguments(values))
+    _require_folder(args.output)
     for number, values in enumerate(sweep):
         jobs.require_same_flags(_folder(args, number), values)
-    _require_folder(args.output)
     complete = jobs.on_devices([partial(_complete, args, number, sweep[number]) for number in chosen], args.jobs)
     print(summarise(args, sweep, varied))
     if not all(complete):
@@ -109,7 +110,11 @@ def read(path):
         raise SweepError(f'{path} keeps no images out to choose by: set validation = 0.1 in [flags]')
     if not all(isinstance(values, list) and values for values in grid.values()):
         raise SweepError(f'{path}: each flag in [grid] has a list of values')
-    if not isinstance(draws, int) or draws < 1 or not all(map(_is_range, ranges.values())):
+    parser = settings.create_parser()
+    for name, value in [*fixed.items(), *((name, value) for name, values in grid.items() for value in values)]:
+        if isinstance(value, bool) and not parser.is_switch(name):
+            raise SweepError(f'{path}: {name} = {str(value).lower()}: --{name} is no switch, give it a value')
+    if type(draws) is not int or draws < 1 or not all(map(_is_range, ranges.values())):
         raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
     if 'random' in sweep and not ranges:
         raise SweepError(f'{path}: [random] draws nothing: give it flags, each with two numbers')
@@ -117,7 +122,7 @@ def read(path):
     if num_runs > _MOST_RUNS:
         raise SweepError(f'{path} asks for {num_runs} runs: {_MOST_RUNS} are the most')
     rng = random.Random(0)
-    whole = {name for name in ranges if settings.create_parser().takes_whole_numbers(name)}
+    whole = {name for name in ranges if parser.takes_whole_numbers(name)}
     drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return fixed, [combination | draw for combination in combinations for draw in drawn]
@@ -167,7 +172,7 @@ def _measured(args, number, values):
         try:
             found = jobs.metrics(trained, _evaluation(args))
         except FileNotFoundError:
-            return None
+            continue
         except (OSError, ValueError) as error:
             raise runs.RunError(f'{trained}: its metrics cannot be read: {error}') from error
         asked = runs.asked(test.parse_args([f'--resultsfolder={trained}', *_evaluation(args)]))

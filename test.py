@@ -4,16 +4,17 @@ python test.py --resultsfolder results/cifar10_resnet18/bsam/run_0 --testmc 32
 python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
 """
 
-import contextlib
-import glob
 import os
 import signal
 import sys
-from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
+
+import contextlib
+import glob
+from pathlib import Path
 
 import flags
 from settings import DATASETS

@@ -4,16 +4,17 @@ python train.py --dataset cifar10 --model resnet18 --optim bsam --alpha 0.5 --pr
 python train.py --resume results/cifar10_resnet18/bsam/run_0
 """
 
-import contextlib
 import os
-import shlex
 import signal
 import sys
-import time
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
+
+import contextlib
+import shlex
+import time
 
 import flags
 import jobs

@@ -9,7 +9,6 @@ import hashlib
 import http.client
 import os
 import queue
-import stat
 import threading
 import urllib.request
 import zipfile
@@ -40,11 +39,7 @@ class OfficialFile(NamedTuple):
 def opened(path: Path) -> BinaryIO:
     """Opens a file to read its bytes. Raises DataError, also for a folder, device or pipe, which could hang."""
     try:
-        file = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return file
-        file.close()
-        raise DataError(f'{path} is no regular file')
+        return errors.opened(path)
     except OSError as error:
         raise DataError(f'{path} cannot be read: {error.strerror or error}') from error
     except ValueError as error:  # NUL in the path
@@ -187,8 +182,9 @@ def download(official: OfficialFile, path: Path) -> None:
 
     Raises a DataError that says which file to put where, for instance if there is no answer within 10 seconds.
     """
-    new_folders = [folder for folder in path.parents if not folder.exists()]
+    new_folders = []
     try:
+        new_folders = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         with errors.replacing(path) as unfinished:
             sha256 = _fetch(official, unfinished)

@@ -131,6 +131,18 @@ def test_what_a_full_disk_does_not_take_is_printed(trained, monkeypatch, capsys)
     assert 'results at model average (1 samples):' in captured.out
 
 
+def test_pictures_do_not_follow_a_link(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained(), tmp_path / 'run'))
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'samples.png').touch()
+    (run / 'plots').symlink_to(other)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([f'--resultsfolder={run}', '--plots'])
+    assert stop.value.code == 2 and 'is a link to another folder' in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ['samples.png']
+
+
 def test_a_picture_stays_until_the_new_one_is_whole(trained, monkeypatch, capsys):
     run = trained()
     evaluate.main([f'--resultsfolder={run}', '--plots'])

@@ -144,3 +144,14 @@ def test_folders_that_others_made_are_kept(tmp_path):
     with pytest.raises(runs.RunError, match=r'run_7 holds no checkpoint, but precious\.txt: move it away'):
         jobs._trained(None, tmp_path, {})
     assert (run / 'precious.txt').exists()
+
+
+def test_a_run_of_nothing_but_a_start_is_begun_anew(tmp_path):
+    """Any other file is somebody's, and stays."""
+    for name, is_ours in (
+        ('lock', True), ('config.json', True), ('log.jsonl.host.1.partial', True), ('config.old', False),
+        ('log.txt', False), ('checkpoints', True), ('checkpoints/2.partial', True), ('checkpoints/thesis.tex', False),
+    ):  # fmt: skip
+        path = tmp_path / name
+        path.mkdir() if name == 'checkpoints' else path.touch()
+        assert bool(jobs._is_of_a_start(tmp_path / name.partition('/')[0])) == is_ours, name

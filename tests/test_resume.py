@@ -403,11 +403,57 @@ def test_a_run_can_be_read_while_it_is_trained(flags_of):
 
 
 def test_leftovers_of_a_killed_process_go_at_the_next_start(flags_of):
+    """What is no checkpoint of ours stays, and is taken for none."""
     run = train.main(flags_of())
-    for name in ('6.partial', '2.removed'):
+    for name in ('6.partial', '2.removed', 'notes.partial', '008', '٩', '3'):
         (run / 'checkpoints' / name).mkdir()
-    train.main([f'--resume={run}'])
-    assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['2', '4']
+    (run / 'checkpoints' / '9').symlink_to('nowhere')
+    train.main([f'--resume={run}', '--epochs=2'])
+    kept = ['3', '4', '6', '9', '008', 'notes.partial', '٩']
+    assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == sorted(kept)
+    assert restore(run)[0] == 6
+
+
+@pytest.mark.parametrize('place', ['t[2]', b't\xe9', 'missing'])
+def test_temporary_folders_that_cannot_hold_links(place, flags_of, tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(place)
+    if place != 'missing':
+        folder.mkdir()
+    monkeypatch.setenv('TMPDIR', str(folder))
+    run = train.main(flags_of(resultsfolder=tmp_path / 'a[1]', epochs=0))
+    assert restore(run)[0] == 2
+
+
+def test_a_path_that_cannot_hold_checkpoints_is_refused_before_training(flags_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, '_is_literal', lambda path: False)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of())
+    assert stop.value.code == 2 and 'checkpoints cannot be kept in' in capsys.readouterr().err
+    assert not list(tmp_path.glob('**/log.jsonl'))
+
+
+def test_a_lock_that_leads_elsewhere(flags_of, tmp_path, capsys):
+    """A run may be somebody else's: nothing is written through its links, and no pipe is waited for."""
+    run = train.main(flags_of())
+    precious = tmp_path / 'precious'
+    precious.write_text('mine')
+    for make in (lambda path: path.symlink_to(precious), os.mkfifo):
+        (run / 'lock').unlink()
+        make(run / 'lock')
+        with pytest.raises(SystemExit) as stop:
+            train.main([f'--resume={run}', '--epochs=2'])
+        assert stop.value.code == 2 and f'{run}/lock' in capsys.readouterr().err
+    assert precious.read_text() == 'mine'
+
+
+def test_a_pipe_in_place_of_checksums(flags_of, capsys):
+    run = train.main(flags_of())
+    path = run / 'checkpoints' / '4' / 'checksums.json'
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([f'--resultsfolder={run}'])
+    assert stop.value.code == 2 and '4 is damaged: ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP])
@@ -423,7 +469,18 @@ def test_folders_that_cannot_be_flushed(number, flags_of, monkeypatch, capsys):
     assert restore(run)[0] == 4 and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize('damage', ['"epoch": Infinity', '"epoch": 1e999', '"epoch": {}', '"loss": "x"', '"log": [[]]'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        '"epoch": Infinity',
+        '"epoch": 1e999',
+        '"epoch": {}',
+        '"epoch": 1.5',
+        '"step": -1',
+        f'"step": 1{"0" * 30}',
+        '"log": [[]]',
+    ],
+)
 def test_progress_that_is_none(damage, flags_of, capsys):
     """With a right checksum, as whoever writes a run can make it."""
     run = train.main(flags_of())

@@ -80,6 +80,14 @@ def test_a_resume_in_another_precision_is_refused(flags_of, monkeypatch, capsys)
     assert "XLA_FLAGS is '--another=1'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('script', ['train.py', 'test.py', 'demo2d.py', 'setup_tinyimagenet.py'])
+def test_variables_that_jax_does_not_understand(script, tmp_path):
+    arguments = {'train.py': [], 'test.py': [f'--resultsfolder={tmp_path}'], 'demo2d.py': ['--epochs=1']}
+    done = call(f'{ROOT}/{script}', *arguments.get(script, []), folder=tmp_path, JAX_ENABLE_X64='maybe')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith(f'{script}: error: JAX cannot start: ') and 'maybe' in done.stderr
+
+
 # Paths.
 
 
@@ -90,6 +98,24 @@ def test_home_folders_in_path_flags(monkeypatch, tmp_path):
     assert args.compilecache == f'{tmp_path}/cc'
     assert settings.parse_args(['--resume=~/run']).resume == tmp_path / 'run'
     assert sweep.parse_args(['~/s.toml', '--output=~/out']).output == tmp_path / 'out'
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '~/jax')
+    assert settings.parse_args([]).compilecache == f'{tmp_path}/jax'
+
+
+def test_a_home_folder_that_is_no_path(monkeypatch, capsys):
+    monkeypatch.setenv('HOME', 'relative')
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    assert settings.parse_args([]).compilecache == 'off'
+    with pytest.raises(SystemExit):
+        settings.parse_args(['--datasetfolder=~/data'])
+    assert 'this home folder is unknown' in capsys.readouterr().err
+
+
+def test_names_that_are_too_long_for_the_system(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(['--dataset=cifar10', f'--datasetfolder={tmp_path / ("x" * 300)}', f'--resultsfolder={tmp_path}'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and 'File name too long' in error
 
 
 @pytest.mark.parametrize(('text', 'message'), [('~nobody-here/x', 'this home folder is unknown'), ('a\0b', 'NUL')])
@@ -248,8 +274,9 @@ def test_errors_do_not_steer_the_terminal():
         (b'x = ' + b'[' * 5000, 'cannot be read'),
         (b'[flags]\nvalidation = 0.1\n[random]\nalpha = [1, 1' + b'0' * 400 + b']\n', 'two numbers, 0 < low < high'),
         (b'[flags]\nvalidation = 0.1\n[random]\nalpha = [true, 3]\n', 'two numbers, 0 < low < high'),
+        (b'[flags]\nvalidation = 0.1\nepochs = false\n', 'epochs = false: --epochs is no switch, give it a value'),
     ],
-    ids=['BOM', 'latin-1', 'nested', '400 digits', 'bool'],
+    ids=['BOM', 'latin-1', 'nested', '400 digits', 'bool', 'no switch'],
 )
 def test_sweep_files(text, message, tmp_path, capsys):
     path = tmp_path / 'sweep.toml'

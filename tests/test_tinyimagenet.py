@@ -184,7 +184,9 @@ def test_pipes_in_place_of_files(folder, capsys):
     (root / 'val' / 'images').mkdir()
     (root / 'val' / 'val_annotations.txt').unlink()
     os.mkfifo(root / 'val' / 'val_annotations.txt')
-    assert 'val_annotations.txt is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+    assert 'val_annotations.txt cannot be read: it is no regular file' in error_of(
+        ['--datasetfolder', str(folder)], capsys
+    )
     shutil.rmtree(root)
     (folder / 'tiny-imagenet-200.zip').unlink()
     os.mkfifo(folder / 'tiny-imagenet-200.zip')
