@@ -55,6 +55,10 @@ class Parser(argparse.ArgumentParser):
         """Whether a flag's type is one of `integer`."""
         return any(action.dest == name and hasattr(action.type, 'whole') for action in self._actions)
 
+    def is_switch(self, name):
+        """Whether a flag takes no value."""
+        return any(action.dest == name and action.nargs == 0 for action in self._actions)
+
     def from_values(self, values, without=()):
         """A Namespace of all flags but those named, from plain values held to the bounds of each. Raises ValueError.
 

@@ -115,6 +115,8 @@ _OWN_FLAGS = {name for own in OPTIMIZERS.values() for name in own}
 def flags_of(config, run):
     """The flags of a run from its configuration, held to the same bounds as on the command line. Raises RunError."""
     try:
+        if not isinstance(config['flags'], dict):
+            raise TypeError('they are no object')
         args = create_parser().from_values(config['flags'], without=OF_START)
         _set_defaults(args)
         _require_consistency(args)
