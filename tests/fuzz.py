@@ -542,7 +542,7 @@ def _read_toml(folder, payload):
         args = settings.parse_args(jobs.arguments(fixed | values))
         for name, value in (fixed | values).items():
             held = getattr(args, name)
-            assert held == value or str(held).lower() in (str(value).lower(), f'{value}.0'), (name, held, value)
+            assert str(held).lower() == str(value).lower() or type(held)(value) == held, (name, held, value)
 
 
 READERS = {
