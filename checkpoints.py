@@ -424,12 +424,15 @@ def _read_progress(checkpoint):
     path = checkpoint / 'progress.json'
     try:
         held = Progress(**runs.read_json(path))
-        if not all(type(n) is int and 0 <= n < 2**31 for n in (held.epoch, held.step)):
-            raise ValueError(f'epoch is {held.epoch} and step {held.step}')
-        loss = math.nan if held.loss is None else float(held.loss)
+        if not all(type(n) is int and 0 <= n < 2**31 for n in held[:2]) or not isinstance(held.log, list):
+            raise ValueError('its epoch or step is no whole number, or its log no list')
+        runs.require_numbers(held._asdict(), ('loss', 'seconds', 'lr_factor'))
         for record in held.log:
             runs.require_record_of_epoch(record)
-        return Progress(held.epoch, held.step, loss, float(held.seconds), float(held.lr_factor), tuple(held.log))
+        loss = math.nan if held.loss is None else float(held.loss)
+        return held._replace(
+            loss=loss, seconds=float(held.seconds), lr_factor=float(held.lr_factor), log=tuple(held.log)
+        )
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise runs.RunError(f'{path} is not what train.py writes: {error}') from error
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 class UserError(Exception):
     """Something that a user can mend, in one line: what is wrong, with which value, and what to do.
 
-    Control characters are escaped, because the message may quote a file that someone else wrote.
+    Control characters are escaped and long messages shortened, because they may quote a file that someone else wrote.
     """
 
     status = 2  # exit status of the script that it ends
@@ -26,8 +26,12 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """Returns text with its control characters escaped, so that it cannot steer a terminal."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+    """Returns text with its control characters escaped, so that it cannot steer a terminal.
+
+    The middle of a text of more than 1,500 characters is left out.
+    """
+    escaped = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+    return escaped if len(escaped) <= 1500 else f'{escaped[:1000]} … {escaped[-400:]}'
 
 
 def first_line(error: BaseException) -> str:

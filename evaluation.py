@@ -323,7 +323,9 @@ def read_predictions(path):
     fits = all(
         held[name].shape == shapes.get(name, ()) and held[name].dtype.kind == kind for name, kind in _TYPES.items()
     )
-    if not n or not fits or not 0 <= held['labels'].min() <= held['labels'].max() < k:
+    fits = fits and n and 0 <= held['labels'].min() <= held['labels'].max() < k
+    fits = fits and held['trained'].min() >= 0 and held['votes'].min() >= 0 and held['num_samples'] > 0
+    if not fits or (held['votes'].sum(axis=1) != held['num_samples']).any():
         raise runs.RunError(f'{path} is not what test.py writes: evaluate the run without --reuse')
     probs = metrics.softmax(held['log_probs'])
     prediction = posteriors.Prediction(held['logits'], probs, held['expected_entropy'], held['votes'])

@@ -22,7 +22,8 @@ SCRIPTS = Path(__file__).parent
 
 def arguments(values):
     """Flags as on the command line, of {name: value}; a switch is given where it is true."""
-    given = {name: value for name, value in values.items() if value is not False}
+    parser = settings.create_parser()
+    given = {name: value for name, value in values.items() if value is not False or not parser.is_switch(name)}
     return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
 
 

@@ -129,7 +129,12 @@ def require_record_of_epoch(record):
     numbers = ('loss', 'learning_rate', *accuracies)
     if not accuracies or type(record.get('epoch')) is not int or record['epoch'] < 0:
         raise ValueError('a line is no record of an epoch')
-    for name in numbers:
+    require_numbers(record, numbers)
+
+
+def require_numbers(record, names):
+    """Raises a ValueError unless a dict has numbers of these names: null stands for what is not finite."""
+    for name in names:
         if name not in record or not isinstance(record[name], int | float | None) or isinstance(record[name], bool):
             raise ValueError(f'{name} is {str(record.get(name))[:50]}, no number')
 
@@ -170,9 +175,20 @@ def read_text(path, limit=1 << 24):
 def _parse_json(text):
     """Parses JSON without NaN, infinity or numbers that no float64 holds. Raises ValueError."""
     try:
-        return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole_number)
+        content = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole_number)
     except RecursionError as error:
         raise ValueError('it is nested too deeply') from error
+    _require_shallow(content)
+    return content
+
+
+def _require_shallow(content, depth=50):
+    """Raises a ValueError for what is nested so deeply that a function which calls itself might not get to its end."""
+    if isinstance(content, dict | list):
+        if not depth:
+            raise ValueError('it is nested too deeply')
+        for part in content.values() if isinstance(content, dict) else content:
+            _require_shallow(part, depth - 1)
 
 
 def _number(text):
@@ -246,8 +262,16 @@ def mark(split, laplace, checkpoint=None):
 
 
 def end_of_training(config, epochs):
-    """What metrics.json has as 'trained' of a run with this configuration after so many epochs and one."""
-    return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
+    """What metrics.json has as 'trained' of a run with this configuration after so many epochs and one.
+
+    Raises RunError.
+    """
+    try:
+        return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise RunError(
+            'a config.json does not say on how many images, in which batches, its run was trained'
+        ) from error
 
 
 def environment():

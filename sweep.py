@@ -91,7 +91,7 @@ def main(argv=None):
 def read(path):
     """The flags of every run, and a list with the varied ones of each. Raises SweepError."""
     try:
-        sweep = tomllib.loads(runs.read_text(path))
+        sweep = tomllib.loads(runs.read_text(path, limit=1 << 20))
     except (OSError, ValueError, RecursionError) as error:
         raise SweepError(f'{path} cannot be read: {errors.first_line(error)}') from error
     unknown = sweep.keys() - {'flags', 'grid', 'random'}
@@ -104,17 +104,16 @@ def read(path):
     reserved = {*settings.OF_START, 'resultsfolder', 'devices', 'help'} & {*fixed, *grid, *ranges}
     if reserved:
         raise SweepError(f'{path}: --{min(reserved)} is not for the runs of a sweep: leave it out')
+    for name in {*fixed, *grid, *ranges}:
+        if not name.isidentifier():  # which could end a flag and begin its value
+            raise SweepError(f'{path}: {name!r} is no flag of train.py')
     if grid.keys() & ranges.keys():
         raise SweepError(f'{path}: {min(grid.keys() & ranges.keys())} is in [grid] and in [random]: leave one out')
     if not fixed.get('validation'):
         raise SweepError(f'{path} keeps no images out to choose by: set validation = 0.1 in [flags]')
     if not all(isinstance(values, list) and values for values in grid.values()):
         raise SweepError(f'{path}: each flag in [grid] has a list of values')
-    parser = settings.create_parser()
-    for name, value in [*fixed.items(), *((name, value) for name, values in grid.items() for value in values)]:
-        if isinstance(value, bool) and not parser.is_switch(name):
-            raise SweepError(f'{path}: {name} = {str(value).lower()}: --{name} is no switch, give it a value')
-    if type(draws) is not int or draws < 1 or not all(map(_is_range, ranges.values())):
+    if type(draws) is not int or not 0 < draws <= _MOST_RUNS or not all(map(_is_range, ranges.values())):
         raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
     if 'random' in sweep and not ranges:
         raise SweepError(f'{path}: [random] draws nothing: give it flags, each with two numbers')
@@ -171,6 +170,8 @@ def _measured(args, number, values):
     for trained in _folder(args, number).glob('*/*/run_*'):
         try:
             found = jobs.metrics(trained, _evaluation(args))
+            average = found.get('average')
+            runs.require_numbers(average if isinstance(average, dict) else {}, SHOWN)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
@@ -179,7 +180,7 @@ def _measured(args, number, values):
         epochs = settings.parse_args(jobs.arguments(values)).epochs
         end = runs.end_of_training(runs.read_config(trained), epochs)
         if all(found.get(name) == value for name, value in (asked | {'trained': end}).items()):
-            return found['average']
+            return average
     return None
 
 
@@ -196,7 +197,7 @@ def summarise(args, sweep, varied):
     rows = [
         [
             f'{number:04}',
-            *(str(varied[number][name]) for name in names),
+            *(errors.printable(varied[number][name]) for name in names),
             *(_cell(measured[number][name]) for name in SHOWN),
         ]
         for number in complete

@@ -143,8 +143,11 @@ def opened_zip(path: Path, official: OfficialFile | None = None) -> Iterator[zip
         try:
             members = zipfile.ZipFile(file)
             require_within_budget(path, sum(max(0, member.file_size) for member in members.infolist()))
-            if any(member.header_offset < 0 for member in members.infolist()):
-                raise ValueError('a member starts before the file')
+            for member in members.infolist():
+                if member.header_offset < 0:
+                    raise ValueError('a member starts before the file')
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 raises an OSError
+                    raise ValueError(f'{member.filename} is compressed by method {member.compress_type}')
             yield members
         except (errors.UserError, OSError):
             raise

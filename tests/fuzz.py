@@ -1,5 +1,7 @@
 """Damages small valid files at random and reads them: the right kind of result or one line, in little time and memory.
 
+The files are those of data sets and those of run folders and sweeps.
+
     python tests/fuzz.py --cases 10000
 
 Prints how many damaged files each reader read and refused. Whatever else happened is printed with its seed, and the
@@ -15,8 +17,10 @@ import gzip
 import importlib.util
 import io
 import json
+import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import unittest.mock
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,7 +197,10 @@ def _toy():
 def _of_tfds(name):
     def read(folder, payload):
         archives.write_files(folder, _toy() | {name: payload})
-        with contextlib.redirect_stderr(io.StringIO()):
+        with (  # TFDS warns at length where it would like TensorFlow
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             opened = tfds.open_set('toy', folder)
             _check(*tfds.read(opened, 'test'), opened.num_classes)
 
@@ -226,6 +234,317 @@ def _read_record(folder, payload):
             int(label)
 
 
+# Run folders and sweeps. Modules are imported where files are made, because JAX takes long and most readers need none.
+
+FLAGS = [
+    '--dataset=digits', '--model=mlp', '--optim=bsam', '--batchsize=50', '--batchsplit=5', '--epochs=2',
+    '--trainimages=200', '--validation=0.2', '--datasetfolder=/data', '--resultsfolder=/runs', '--compilecache=off',
+]  # fmt: skip
+
+
+@functools.cache
+def _config():
+    import settings
+
+    flags = {name: value for name, value in vars(settings.parse_args(FLAGS)).items() if name not in settings.OF_START}
+    dataset = {'num_train': 160, 'num_classes': 10, 'image_shape': [32, 32, 1], 'mean': [0.0], 'std': [1.0]}
+    return {
+        'flags': flags, 'dataset': dataset | {'labels_crc32': 5}, 'num_data': 160.0, 'python': '3.11.7',
+        'versions': {'jax': '0.10.1'}, 'matmul_precision': None, 'xla_flags': '', 'git_commit': None, 'device': 'cpu',
+    }  # fmt: skip
+
+
+def _log():
+    record = {'validation_accuracy': 0.5, 'learning_rate': 1.0, 'seconds': 2.5, 'images_per_second': 64.0}
+    return [{'epoch': epoch, 'loss': 2.5 - epoch} | record for epoch in range(3)]
+
+
+def _metrics():
+    values = dict.fromkeys(('accuracy', 'nll', 'ece', 'brier'), 0.5)
+    asked = {'split': 'validation', 'testimages': None, 'testmc': 1, 'bins': 20, 'bnrefresh': None, 'laplace': False}
+    trained = {'epoch': 2, 'steps_of_epoch': 3}
+    return {'trained': trained, 'num_images': 40} | asked | {'mean': values, 'average': values | {'disagreement': None}}
+
+
+def _json(content):
+    return json.dumps(content, indent=1).encode()
+
+
+def _make_config():
+    import jax
+
+    import assessment  # noqa: F401
+    import sessions  # noqa: F401
+
+    now = {'matmul_precision': jax.config.jax_default_matmul_precision, 'xla_flags': os.environ.get('XLA_FLAGS', '')}
+    return _json(_config() | now)
+
+
+def _with_checksum(payload):
+    """Returns a damaged configuration with the checksum that its content has, where Python reads it as an object."""
+    import runs
+
+    try:
+        content = json.loads(payload.decode('utf-8-sig'))
+        digest = runs._digest(content)
+    except (ValueError, RecursionError):
+        return payload
+    if not isinstance(content, dict) or 'sha256' in content:
+        return payload
+    return payload.rstrip()[:-1] + f'{"," if content else ""} "sha256": "{digest}"}}'.encode()
+
+
+def _read_config(folder, payload):
+    """As train.py --resume and test.py do, up to the checkpoint and the images."""
+    import assessment
+    import comparison
+    import data
+    import experiments
+    import jobs
+    import runs
+    import sessions
+    import settings
+
+    _write(folder / 'config.json', _with_checksum(payload))
+    runs.end_of_training(runs.read_config(folder), 2)
+    config = settings.read_config(folder)
+    given = {name: value for name, value in config['flags'].items() if value is not None}
+    assert vars(settings.parse_args(jobs.arguments(given))).items() >= config['flags'].items()
+    with unittest.mock.patch.object(runs, 'environment', return_value=_environment()):
+        sessions._require_same_precision(folder, config)
+    data.check_description(config.get('dataset'), folder / 'config.json')
+    assert all(type(config['dataset'][name]) is int for name in ('num_train', 'num_classes'))
+    comparison.check_flags([config['flags']], 'validation')
+    asked = {'plots': True, 'ood': [], 'laplace': False, 'temperature': True, 'split': 'test', 'bnrefresh': None}
+    assessment.require_possible(folder, config, argparse.Namespace(**asked))
+    args = settings.continued(argparse.Namespace(**config['flags']), {'compilecache': 'off'}, folder)
+    sessions.create_mesh(args, flags_hold=True)
+    _state_shapes(experiments.create(config))
+    runs.write_config(folder, config | {'flags': vars(args)})
+
+
+@functools.cache
+def _environment():
+    import runs
+
+    return runs.environment()
+
+
+@functools.cache
+def _state_shapes(experiment):
+    return experiment.state_shapes()
+
+
+def _write_checkpoint(folder, files):
+    import checkpoints
+
+    for name, payload in files.items():
+        _write(folder / 'checkpoints' / '3' / name, payload)
+    if 'checksums.json' not in files:
+        _write(folder / 'checkpoints' / '3' / 'checksums.json', _json(checkpoints._checksums(folder / 'checkpoints/3')))
+
+
+def _make_progress():
+    import checkpoints
+
+    return _json(checkpoints.Progress(3, 1, 2.5, 0.5, 0.1, _log())._asdict())
+
+
+def _read_progress(folder, payload):
+    import checkpoints
+    import runs
+
+    _write_checkpoint(folder, {'state/a': b'a', 'progress.json': payload})
+    held = checkpoints._of_whole(folder, None, checkpoints._read_progress)
+    assert all(type(number) is int and 0 <= number < 2**31 for number in (held.epoch, held.step))
+    assert all(type(number) is float and math.isfinite(number) for number in (held.seconds, held.lr_factor))
+    assert type(held.loss) is float and not math.isinf(held.loss)
+    assert all(type(checkpoints._accuracy(record)) in (int, float) for record in held.log)
+    runs.write_log(folder, held.log)
+    assert runs.read_log(folder) == list(held.log)
+
+
+_OF_CHECKPOINT = {'state/a': b'a', 'state/b/c': b'bc', 'progress.json': b'{}'}
+
+
+@functools.cache
+def _make_checksums():
+    import checkpoints
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_checkpoint(Path(folder), _OF_CHECKPOINT)
+        return _json(checkpoints._checksums(Path(folder) / 'checkpoints/3'))
+
+
+def _read_checksums(folder, payload):
+    import checkpoints
+
+    _write_checkpoint(folder, _OF_CHECKPOINT | {'checksums.json': payload})
+    assert checkpoints.require_whole(folder).name == '3'
+    assert json.loads(payload.decode('utf-8-sig')) == json.loads(_make_checksums())
+
+
+def _make_log():
+    import plots  # noqa: F401
+
+    return ''.join(json.dumps(record) + '\n' for record in _log()).encode()
+
+
+def _read_log(folder, payload):
+    import plots
+    import runs
+
+    _write(folder / 'log.jsonl', payload)
+    log = runs.read_log(folder)
+    assert all(type(record['epoch']) is int for record in log)
+    figure = plots.training(log, 'validation')
+    numbers = [abs(x) for record in log for x in record.values() if isinstance(x, float | int) and x]
+    if numbers and (max(numbers) > 1e3 or min(numbers) < 1e-3):  # others look alike, and drawing takes long
+        with plots.settings(plots._STYLE):
+            figure.draw_without_rendering()
+
+
+def _make_metrics():
+    import sweep  # noqa: F401
+    from benchmarks import study  # noqa: F401
+
+    return _json(_metrics())
+
+
+def _read_metrics(folder, payload):
+    """As sweep.py and benchmarks/study.py do."""
+    import jobs
+    import runs
+    import sweep
+    from benchmarks import study
+
+    trained = folder / '0000' / 'digits_mlp' / 'bsam' / 'run_0'
+    _write(trained / 'log.jsonl', _make_lines(_log()))
+    runs.write_config(trained, _config())
+    _write(trained / 'metrics-validation.json', payload)
+    values = dict(flag.removeprefix('--').split('=') for flag in FLAGS)
+    print(sweep.summarise(argparse.Namespace(output=folder, testmc=1), [values], [{'rho': 0.1}]))
+    given = ['--split=validation', '--testmc=1']
+    try:
+        measured = jobs.metrics(trained, given)
+    except ValueError as error:
+        raise runs.RunError(error) from error
+    record = study.record_of(trained, values, {'validation': given}, [measured])
+    runs.write_json(folder / 'record.json', record)
+    study.require_record(folder / 'record.json', values, {'validation': given})
+    assert record['evaluations']['validation']['average']['nll'] is None or np.isfinite(
+        record['evaluations']['validation']['average']['nll']
+    )
+
+
+def _make_lines(records):
+    return ''.join(json.dumps(record) + '\n' for record in records).encode()
+
+
+def _predictions():
+    """The arrays of predictions.npz, as .npy files by name."""
+    from types import SimpleNamespace
+
+    import checkpoints
+    import evaluation
+    import metrics
+    import posteriors
+
+    logits = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
+    votes = np.int32([[2, 0, 0]] * 5)
+    prediction = posteriors.Prediction(logits, metrics.softmax(logits), np.full(5, 0.1), votes)
+    subject = SimpleNamespace(progress=checkpoints.Progress(2, 3), labels=np.arange(5) % 3)
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation.write_predictions(Path(folder) / 'a.npz', prediction, subject, 2)
+        with zipfile.ZipFile(Path(folder) / 'a.npz') as members:
+            return {name: members.read(name) for name in members.namelist()}
+
+
+def _zip_of(files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as members:
+        for name, payload in files.items():
+            members.writestr(zipfile.ZipInfo(name), payload, zipfile.ZIP_DEFLATED)
+    return file.getvalue()
+
+
+_BETWEEN = b'<next array>'
+
+
+def _read_arrays(folder, payload):
+    """Arrays that are damaged, in a zip file that is not."""
+    _read_predictions(folder, _zip_of(dict(zip(_predictions_by_name(), payload.split(_BETWEEN), strict=False))))
+
+
+@functools.cache
+def _predictions_by_name():
+    return _predictions()
+
+
+def _read_predictions(folder, payload):
+    import assessment
+    import comparison
+    import evaluation
+
+    _write(folder / 'predictions.npz', payload)
+    labels, prediction, num_samples, progress = evaluation.read_predictions(folder / 'predictions.npz')
+    assert num_samples > 0 and progress.epoch >= 0 and progress.step >= 0
+    assert (prediction.votes >= 0).all() and (prediction.votes.sum(axis=1) == num_samples).all()
+    probs = [prediction.probs_at_mean, prediction.probs]
+    assert all(p.shape == (len(labels), 3) or p.size != 15 for p in probs)
+    for p in probs:
+        finite = p[np.isfinite(p).all(axis=1)]
+        np.testing.assert_allclose(finite.sum(axis=1), 1, rtol=1e-6)
+    assessment.warn_if_incomplete(folder, _config(), progress)
+    rows = comparison.rows([comparison.Result(_config()['flags'], labels, *probs, num_samples)])
+    values = comparison.values(rows, labels, 20)
+    comparison.main_table(rows, values, bold=True), comparison.full_table(rows, values)
+
+
+TOML = """[flags]
+dataset = 'digits'
+model = 'mlp'
+optim = 'bsam'
+datasetfolder = '/data'
+priorprec = 1
+batchsize = 50
+batchsplit = 5
+validation = 0.2
+noaugment = true
+stream = false
+
+[grid]
+rho = [0.01, 0.05]
+randomseed = [0, 1]
+
+[random]
+draws = 2
+alpha = [0.1, 1.0]
+warmup = [1, 3]
+"""
+
+
+def _make_toml():
+    import sweep  # noqa: F401
+
+    return TOML.encode()
+
+
+def _read_toml(folder, payload):
+    import jobs
+    import settings
+    import sweep
+
+    _write(folder / 'sweep.toml', payload)
+    fixed, varied = sweep.read(folder / 'sweep.toml')
+    assert 0 < len(varied) <= 10_000
+    for values in varied[:3]:
+        args = settings.parse_args(jobs.arguments(fixed | values))
+        for name, value in (fixed | values).items():
+            held = getattr(args, name)
+            assert str(held).lower() == str(value).lower() or type(held)(value) == held, (name, held, value)
+
+
 READERS = {
     'cifar.tar.gz': Reader(_cifar_tar, _of_cifar('cifar-10-binary.tar.gz')),
     'cifar.tar': Reader(
@@ -246,6 +565,18 @@ READERS = {
     'npy': Reader(_npy, _read_npy),
     'npz': Reader(_npz, _read_npz),
 }
+OF_DATA = set(READERS)
+READERS |= {
+    'config.json': Reader(_make_config, _read_config),
+    'progress.json': Reader(_make_progress, _read_progress),
+    'checksums.json': Reader(_make_checksums, _read_checksums),
+    'log.jsonl': Reader(_make_log, _read_log),
+    'metrics.json': Reader(_make_metrics, _read_metrics),
+    'predictions.npz': Reader(lambda: _zip_of(_predictions()), _read_predictions),
+    'predictions-arrays': Reader(lambda: _BETWEEN.join(_predictions().values()), _read_arrays),
+    'sweep.toml': Reader(_make_toml, _read_toml),
+}
+OF_RUNS = READERS.keys() - OF_DATA  # of plain Python, so that no case can crash the process
 if importlib.util.find_spec('tensorflow_datasets'):
     READERS |= {
         'tfds-record': Reader(_tfds_record, _read_record),
@@ -262,9 +593,10 @@ def damage(payload: bytes, seed: int) -> bytes:
     """Returns the payload with one to four changes that the seed determines."""
     draws = random.Random(seed)
     content = bytearray(payload)
+    changes = _CHANGES + 6 * _CHANGES_OF_TEXT if _is_text(payload) else _CHANGES
     for _ in range(draws.choice((1, 1, 2, 4))):
         if content:
-            draws.choice(_CHANGES)(content, draws)
+            draws.choice(changes)(content, draws)
     return bytes(content)
 
 
@@ -307,6 +639,57 @@ def _digits(content, draws):
     content[place : place + 1] = draws.choice((b'-1', b'9' * 12, b'9' * 30, b'9' * 5000, b'1e999', b'NaN', b'0x', b''))
 
 
+def _is_text(payload):
+    try:
+        return payload.decode().isprintable() or b'\n' in payload
+    except UnicodeDecodeError:
+        return False
+
+
+# Text: JSON, lines of JSON and TOML.
+
+_VALUES_OF_TEXT = (
+    b'Infinity', b'-Infinity', b'NaN', b'inf', b'nan', b'1e999', b'1e308', b'-1e308', b'5e-324', b'9' * 400,
+    b'-' + b'9' * 400, b'9' * 5000, b'-1', b'0', b'1', b'0.5', b'-0.0', b'2147483648', b'18446744073709551616', b'null',
+    b'true', b'false', b'""', b'{}', b'[]', b'[0]', b'[[]]', b'{"a": []}', b'[' * 5000, b'[' * 5000 + b']' * 5000,
+    b'[' * 600 + b']' * 600, b'{"a":' * 600 + b'0' + b'}' * 600, b'"\\u001b[31m"', b'"\x1b]0;a\x07"', b'"\\u0000"',
+    b'"a\\nb"', b'"\\ud800"', b'"' + b'a' * 5000 + b'"', b'"nan"', b'"1"', b'"../a"', b'"~nobody/a"', b'"a=b"',
+    b'1979-05-27',
+)  # fmt: skip
+_STRING = rb"""(?:"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
+_VALUE = re.compile(rb'(?<=[:=\[,])\s*(' + _STRING + rb'|\{[^{}]*\}|\[[^][]*\]|[-+.\w]+)')
+_ENTRY = re.compile(rb'(' + _STRING + rb'|\w+)(\s*[:=]\s*)(' + _STRING + rb'|\{[^{}]*\}|\[[^][]*\]|[-+.\w]+)(,?\s*)')
+
+
+def _value(content, draws):
+    """Writes another value where one stands: a hostile one, or one of the text's own."""
+    found = list(_VALUE.finditer(content)) or [re.match(rb'()', content)]
+    chosen = draws.choice(found)
+    content[slice(*chosen.span(1))] = draws.choice((*_VALUES_OF_TEXT, draws.choice(found)[1]))
+
+
+def _entry(content, draws):
+    """Drops an entry, or writes it twice, under the key of another one or under a hostile key."""
+    found = list(_ENTRY.finditer(content))
+    if not found:
+        return
+    chosen, other = draws.choice(found), draws.choice(found)
+    quoted = b'"\\u001b[31m"', b'""', b'"a=b"', b'"resume"', b'"\\ud800"', b'"help"'
+    keys = (other[1], draws.choice(quoted))
+    again = draws.choice(keys) + chosen[2] + draws.choice((chosen[3], other[3], *_VALUES_OF_TEXT)) + (chosen[4] or b',')
+    new = draws.choice((b'', chosen[0] * 2, again, again + chosen[0]))
+    content[slice(*chosen.span())] = new
+
+
+def _mark(content, draws):
+    """Puts a byte-order mark, a NUL or an escape code somewhere, mostly in front."""
+    where = draws.choice((0, 0, draws.randrange(len(content))))
+    content[where:where] = draws.choice(
+        (b'\xef\xbb\xbf', b'\xff\xfe', b'\0', b'\x1b[31m', b'\xed\xa0\x80', '\u202e'.encode())
+    )
+
+
+_CHANGES_OF_TEXT = (_value, _value, _value, _entry, _entry, _mark)
 _CHANGES = (_flip, _flip, _truncate, _delete, _splice, _repeat, _number, _number, _digits)
 
 
@@ -323,16 +706,24 @@ def outcome(name: str, payload: bytes) -> str:
     def stop(signum, frame):
         raise _TooLongError
 
-    before = _peak_megabytes()
+    before, said = _peak_megabytes(), io.StringIO()
     folder = Path(tempfile.mkdtemp())
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)  # for what does not come back from C
     try:
-        READERS[name].read(folder, payload)
+        with (
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+            unittest.mock.patch('os.fsync'),  # which takes longer than all else
+        ):
+            READERS[name].read(folder, payload)
         found = 'read'
     except errors.UserError as error:
-        found = 'refused' if '\n' not in str(error) and len(str(error)) < 2000 else f'a long message: {error}'
+        found = 'refused'
+        print(error, file=said)
+    except SystemExit as error:  # of an argument parser
+        found = 'refused' if error.code == 2 else f'exit status {error.code}'
     except _TooLongError:
         found = f'more than {SECONDS} s'
     except BaseException:
@@ -342,6 +733,9 @@ def outcome(name: str, payload: bytes) -> str:
         faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(folder, ignore_errors=True)
     grown = _peak_megabytes() - before
+    lines = said.getvalue().splitlines() if found in ('read', 'refused') else []
+    if not all(line.isprintable() and len(line) < 2000 for line in lines) or (found == 'refused' and len(lines) > 1):
+        found = f'{found}, and said {lines!r:.5000}'
     return found if grown < MEGABYTES else f'{grown:.0f} MB more memory, then: {found}'
 
 
@@ -376,22 +770,38 @@ def run(name: str, cases: int, seed: int = 0, with_corpus: bool = True) -> tuple
     return counts, failures
 
 
-def _child(args):
-    """In a process of its own: reads the corpus and the cases, and prints what came of them."""
+def run_here(
+    name: str, cases: int, seed: int = 0, with_corpus: bool = True, begin: Callable[[str], None] = len
+) -> tuple[dict, dict]:
+    """Tries a reader in this process, which a reader that crashes ends. Returns what `run` does.
+
+    begin: Called with the seed or file name of each case before it is read.
+    """
     counts, failures = collections.Counter(), {}
-    valid = READERS[args.child].make()
-    assert outcome(args.child, valid) == 'read', 'the file that is not damaged'
-    named = [(path.name, path.read_bytes) for path in corpus(args.child)] if args.corpus else []
-    seeds = range(args.seed, args.seed + args.cases)
-    named += [(str(seed), functools.partial(damage, valid, seed)) for seed in seeds]
+    valid = READERS[name].make()
+    assert (found := outcome(name, valid)) == 'read', f'the file that is not damaged: {found}'
+    named = [(path.name, path.read_bytes) for path in corpus(name)] if with_corpus else []
+    named += [(str(seed), functools.partial(damage, valid, seed)) for seed in range(seed, seed + cases)]
+    for label, payload in named:
+        begin(label)
+        found = outcome(name, payload())
+        if found in ('read', 'refused'):
+            counts[found] += 1
+        else:
+            failures[label] = found
+    return counts, failures
+
+
+def _child(args):
+    """Tries a reader in a process of its own, and prints what came of it."""
     with open(args.at, 'w') as at:
-        for label, payload in named:
-            os.pwrite(at.fileno(), label.ljust(64).encode(), 0)
-            found = outcome(args.child, payload())
-            if found in ('read', 'refused'):
-                counts[found] += 1
-            else:
-                failures[label] = found
+        counts, failures = run_here(
+            args.child,
+            args.cases,
+            args.seed,
+            args.corpus,
+            lambda label: os.pwrite(at.fileno(), label.ljust(64).encode(), 0),
+        )
     print(json.dumps({'counts': counts, 'failures': failures}))
 
 

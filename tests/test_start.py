@@ -274,7 +274,7 @@ def test_errors_do_not_steer_the_terminal():
         (b'x = ' + b'[' * 5000, 'cannot be read'),
         (b'[flags]\nvalidation = 0.1\n[random]\nalpha = [1, 1' + b'0' * 400 + b']\n', 'two numbers, 0 < low < high'),
         (b'[flags]\nvalidation = 0.1\n[random]\nalpha = [true, 3]\n', 'two numbers, 0 < low < high'),
-        (b'[flags]\nvalidation = 0.1\nepochs = false\n', 'epochs = false: --epochs is no switch, give it a value'),
+        (b'[flags]\nvalidation = 0.1\nepochs = false\n', "--epochs: 'False' is not a whole number"),
     ],
     ids=['BOM', 'latin-1', 'nested', '400 digits', 'bool', 'no switch'],
 )
