@@ -113,7 +113,7 @@ def read(path):
         raise SweepError(f'{path} keeps no images out to choose by: set validation = 0.1 in [flags]')
     if not all(isinstance(values, list) and values for values in grid.values()):
         raise SweepError(f'{path}: each flag in [grid] has a list of values')
-    if type(draws) is not int or not 0 < draws <= _MOST_RUNS or not all(map(_is_range, ranges.values())):
+    if type(draws) is not int or not 0 < draws < 2**31 or not all(map(_is_range, ranges.values())):
         raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
     if 'random' in sweep and not ranges:
         raise SweepError(f'{path}: [random] draws nothing: give it flags, each with two numbers')
@@ -121,6 +121,7 @@ def read(path):
     if num_runs > _MOST_RUNS:
         raise SweepError(f'{path} asks for {num_runs} runs: {_MOST_RUNS} are the most')
     rng = random.Random(0)
+    parser = settings.create_parser()
     whole = {name for name in ranges if parser.takes_whole_numbers(name)}
     drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
