@@ -17,7 +17,12 @@ results: $(VENV)/requirements
 test: $(VENV)/test-requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes too long for every change: the slow tests, and 10,000 damaged files for every reader.
+test-slow: $(VENV)/test-requirements
+	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python tests/fuzz.py --cases 10000
 
 $(VENV)/requirements: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
@@ -29,4 +34,4 @@ $(VENV)/test-requirements: $(VENV)/requirements tests/requirements.txt
 	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
-.PHONY: train results test
+.PHONY: train results test test-slow

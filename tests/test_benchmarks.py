@@ -75,6 +75,7 @@ def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
         assert stop.value.code == 2 and reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_methods(benchmark, forked_jobs, datasets, tmp_path):
     """Two optimizers, of one draw and one seed each."""
     flags = ['--model=mlp', '--optimizers', 'sgd', 'sam', '--draws=1', '--tuneepochs=1', '--epochs=1', '--seeds=1']
@@ -127,6 +128,7 @@ def test_more_processes_than_cores(benchmark, monkeypatch, capsys):
     assert stop.value.code == 2 and '--processes 2: there are 1 cores' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_growth(benchmark, tmp_path, monkeypatch):
     growth = benchmark('growth')
     monkeypatch.setattr(growth, 'TURNS', 1)
@@ -139,6 +141,7 @@ def test_growth(benchmark, tmp_path, monkeypatch):
     assert picture.read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_loading(benchmark, tmp_path):
     """One training image of each class, and an epoch of one batch, streamed and not."""
     path = tmp_path / 'loading.json'

@@ -46,7 +46,7 @@ def contents(folder):
         *((optim, 'mnist', 'mlp') for optim in optimizers.OPTIMIZERS),
         ('sgd', 'mnist', 'lenet'),
         ('sgd', 'cifar10', 'mlp'),
-        ('bsam', 'cifar10', 'resnet18'),
+        pytest.param('bsam', 'cifar10', 'resnet18', marks=pytest.mark.slow),
     ],
 )
 def test_train_then_evaluate(optim, dataset, model, flags_of, tmp_path, capsys):

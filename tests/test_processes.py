@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import time
@@ -136,7 +137,7 @@ def test_signal_and_resume_on_more(short, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     (first, _, saved), (second, _, _) = ended(processes)
     assert (first, second) == (143, 143)
-    assert f'saved; go on with: python train.py --resume {run}' in saved
+    assert f'saved; go on with: python train.py --resume {shlex.quote(str(run))}' in saved
     assert 2 <= weights(run)[1] < 25
     processes = start(4, f'--resume={run}', '--checkpointevery=1000')
     train.main([*flags, '--checkpointevery=1000', f'--resultsfolder={alone}'])

@@ -307,7 +307,7 @@ def test_other_images_than_before(flags_of, tmp_path, capsys):
 def test_signal_to_a_process(number, flags_of, tmp_path):
     """A signal lets it save and exit, also if it comes twice."""
     run = tmp_path / 'results' / 'mnist_mlp' / 'bsam' / 'run_0'
-    for sent in (1, 2):
+    for sent in (1, 2) if number in (signal.SIGTERM, signal.SIGINT) else (1,):
         arguments = flags_of(epochs=100_000) if sent == 1 else [f'--resume={run}']
         with Child(['train.py', *arguments]) as process:
             process.stdout.readline(), process.stdout.readline()
@@ -501,12 +501,13 @@ SHORT_STEPS = (
 )  # fmt: skip
 
 
-def test_killed_anywhere(datasets, tmp_path):
-    """SIGKILL at 24 random moments, most of them while steps are taken and saved; each time the run goes on."""
+@pytest.mark.parametrize('seeds', [(0,), pytest.param((2, 3), marks=pytest.mark.slow)])
+def test_killed_anywhere(seeds, datasets, tmp_path):
+    """SIGKILL at 12 or 24 random moments, most of them while steps are taken and saved; each time the run goes on."""
     folder_of_whole = f'--resultsfolder={tmp_path / "whole"}'
     never_killed = train.main([*SHORT_STEPS, f'--datasetfolder={datasets}', folder_of_whole])
     with ThreadPoolExecutor(2) as pool:
-        chains = [pool.submit(kill_12_times, datasets, tmp_path / str(seed), seed) for seed in (0, 2)]
+        chains = [pool.submit(kill_12_times, datasets, tmp_path / str(seed), seed) for seed in seeds]
     for chain in chains:
         run, steps = chain.result()
         assert steps == sorted(steps) and len(set(steps)) > 5 and steps[-1] < restore(never_killed)[0]

@@ -174,11 +174,10 @@ def test_options_of_python(script, options, variables):
 
 
 def test_a_working_folder_that_was_removed(tmp_path):
-    code = f'import os, runpy, sys; os.rmdir(os.getcwd()); sys.argv = ["train.py"]; runpy.run_path("{ROOT}/train.py", '
-    code += 'run_name="__main__")'
     folder = tmp_path / 'gone'
     folder.mkdir()
-    done = call('-c', code, folder=folder)
+    command = ['sh', '-c', 'rmdir "$PWD" && exec "$0" "$1"', sys.executable, str(ROOT / 'train.py')]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == 'train.py: error: the working folder no longer exists: cd to one that does\n'
 

@@ -190,7 +190,9 @@ def test_pipes_in_place_of_files(folder, capsys):
     shutil.rmtree(root)
     (folder / 'tiny-imagenet-200.zip').unlink()
     os.mkfifo(folder / 'tiny-imagenet-200.zip')
-    assert 'tiny-imagenet-200.zip is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+    assert 'tiny-imagenet-200.zip cannot be read: it is no regular file' in error_of(
+        ['--datasetfolder', str(folder)], capsys
+    )
 
 
 class Interrupt(BaseException):
