@@ -440,9 +440,9 @@ def _read_progress(checkpoint):
 def _discard(checkpoint):
     """Removes a checkpoint so that at no moment half of it is in its place."""
     removed = checkpoint.with_name(f'{checkpoint.name}.removed')
-    shutil.rmtree(removed, ignore_errors=True)
+    errors.remove(removed)
     os.replace(checkpoint, removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    errors.remove(removed)
 
 
 def _discard_leftovers(folder):

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         A flag that is not among the values is one that there was not yet when they were written: it has its default.
         """
         actions = [action for action in self._actions if action.dest not in ('help', *without)]
-        unknown = sorted(set(values) - {action.dest for action in actions} - {*without})
+        unknown = sorted(set(values) - {action.dest for action in actions})
         if unknown:
             raise ValueError(f'there is no --{unknown[0]}')
         return argparse.Namespace(**{action.dest: _checked_value(action, values) for action in actions})
@@ -156,11 +156,7 @@ _CONFIGURATION = {
 
 def use_jax(compilecache='off'):
     """Imports JAX and configures it as the scripts need it, whatever the environment says."""
-    if _version('jaxlib') < (
-        0,
-        10,
-        2,
-    ):  # logs an error for each cached function, because it misreads the CPU's features
+    if _version('jaxlib') < (0, 10, 2):  # logs an error for each cached function: it misreads the CPU's features
         os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     try:
         import jax

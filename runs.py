@@ -262,7 +262,7 @@ def mark(split, laplace, checkpoint=None):
 
 
 def end_of_training(config, epochs):
-    """What metrics.json has as 'trained' of a run with this configuration after so many epochs and one.
+    """Returns what metrics.json says as 'trained' for a run with this configuration that is complete.
 
     Raises RunError.
     """

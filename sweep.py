@@ -106,7 +106,7 @@ def read(path):
         raise SweepError(f'{path}: --{min(reserved)} is not for the runs of a sweep: leave it out')
     for name in {*fixed, *grid, *ranges}:
         if not name.isidentifier():  # which could end a flag and begin its value
-            raise SweepError(f'{path}: {name!r} is no flag of train.py')
+            raise SweepError(f'{path}: train.py has no flag {name!r}')
     if grid.keys() & ranges.keys():
         raise SweepError(f'{path}: {min(grid.keys() & ranges.keys())} is in [grid] and in [random]: leave one out')
     if not fixed.get('validation'):

@@ -16,7 +16,7 @@ from readers.files import DataError, OfficialFile
 
 
 class Layout(NamedTuple):
-    """What tells CIFAR-10 and CIFAR-100 apart."""
+    """The names and sizes in which CIFAR-10 and CIFAR-100 differ."""
 
     binary_folder: str
     python_folder: str

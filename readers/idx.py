@@ -13,7 +13,7 @@ from readers.files import DataError, OfficialFile
 
 
 class Layout(NamedTuple):
-    """Where the four files of a set may lie, and where they come from."""
+    """The folders in which the four files of a set may be, and their official addresses."""
 
     folders: tuple[str, ...]
     url: str
