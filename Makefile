@@ -14,10 +14,11 @@ results: $(VENV)/requirements
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/growth.py --plot results/growth.json results/growth.png
 
+# Three workers on two cores, because some tests wait for processes and disks.
 test: $(VENV)/test-requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # What takes too long for every change: the slow tests, and 10,000 damaged files for every reader.
 test-slow: $(VENV)/test-requirements
