@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +58,10 @@ def on_devices(tasks, number=None):
             free.put(environment)
 
     with _Processes() as processes, ThreadPoolExecutor(number) as pool:
-        results = list(pool.map(call, tasks))
+        futures = [pool.submit(call, task) for task in tasks]
+        while wait(futures, timeout=0.2).not_done:  # a signal that another thread gets does not wake this one
+            pass
+        results = [future.result() for future in futures]
     if processes.signal:
         sys.exit(128 + processes.signal)
     return results

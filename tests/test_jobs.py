@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,18 @@ def test_a_signal_ends_what_runs_and_begins_no_more(number, capsys):
     out, error = capsys.readouterr()
     assert stop.value.code == 128 + number and not out and f'{number.name}: waiting for what runs' in error
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_another_thread_gets(capsys):
+    """As the second of two in quick succession may be: the system picks any thread, and the main one sleeps on."""
+    began = time.monotonic()
+
+    def is_stopped(run):
+        return run(WAITS, lambda line: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+
+    with pytest.raises(SystemExit) as stop:
+        jobs.on_devices([is_stopped])
+    assert stop.value.code == 143 and time.monotonic() - began < 30
 
 
 def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
