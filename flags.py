@@ -1,4 +1,4 @@
-"""What scripts share: types of flags; JAX's configuration; errors of one line; output that may break off."""
+"""Shared by all scripts: flag types, JAX's configuration, one-line errors, output that may break off."""
 
 import argparse
 import contextlib

@@ -38,12 +38,12 @@ def say(text):
 
 
 class Stop:
-    """What the STOPPING signals do while it is entered.
+    """Handles the STOPPING signals while it is entered.
 
-    Before `begin()` a signal ends the process, as there is nothing to save. After it, the first is noted in `signal`,
-    for the caller to save and to end; another one more than a second later ends the process at once, while in that
-    second it is taken for the same: Slurm signals a process and its parent, which passes it on. Files of a run are
-    written beside their place and renamed, so what was saved before stays whole.
+    Before `begin()` a signal ends the process, because nothing needs saving. After it, the first signal is noted in
+    `signal`, and the caller saves and ends. A second signal ends the process at once. A second one within a second is
+    ignored, because Slurm signals a process and its parent, which passes the signal on. Files of a run are written beside
+    their place and renamed, so what was saved before stays whole.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""What all readers share: files that may be damaged or hostile, one budget for their claims, downloads.
+"""Shared by all readers: opening files that may be damaged or hostile, the budget for their claims, downloads.
 
 A reader takes the folder of the data sets and a split, 'train' or 'test'. It returns images uint8 [N, H, W, C] and
 labels int32 [N]. It raises a DataError for a file that is missing or damaged.
