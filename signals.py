@@ -42,8 +42,8 @@ class Stop:
 
     Before `begin()` a signal ends the process, because nothing needs saving. After it, the first signal is noted in
     `signal`, and the caller saves and ends. A second signal ends the process at once. A second one within a second is
-    ignored, because Slurm signals a process and its parent, which passes the signal on. Files of a run are written beside
-    their place and renamed, so what was saved before stays whole.
+    ignored, because Slurm signals a process and its parent, which passes the signal on. What was saved before stays
+    whole, because files of a run are written beside their place and renamed.
     """
 
     def __init__(self):
