@@ -11,7 +11,7 @@ train: $(VENV)/requirements
 
 # Writes results/README.md and its pictures again from the records in results/.
 results: $(VENV)/requirements
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python studies/report.py
 	$(BIN)/python benchmarks/growth.py --plot results/growth.json results/growth.png
 
 # Three workers on two cores, because some tests wait for processes and disks.

@@ -7,23 +7,17 @@ from pathlib import Path
 
 import jax
 
-import checkpoints
-import comparison
-import corruptions
 import data
-import devices
-import evaluation
 import experiments
 import metrics
-import runs
-import settings
-import tables
+from evaluation import comparison, corruptions, measures, tables
+from runs import checkpoints, folders, hosts, json_files, provenance, training_flags
 
 
 def assess(args):
     """Prints and writes all that the arguments of test.py ask for. Raises DataError, RunError and others."""
     several = len(args.resultsfolder) > 1
-    configs = devices.from_first(lambda: [settings.read_config(run) for run in args.resultsfolder])
+    configs = hosts.from_first(lambda: [training_flags.read_config(run) for run in args.resultsfolder])
     for run, config in zip(args.resultsfolder, configs, strict=True):
         data.check_description(config.get('dataset'), run / 'config.json')
         if not args.reuse:
@@ -31,7 +25,7 @@ def assess(args):
     if several:
         require_comparable(configs, args)
         if not args.reuse:
-            devices.from_first(lambda: [checkpoints.require_whole(run).name for run in args.resultsfolder])
+            hosts.from_first(lambda: [checkpoints.require_whole(run).name for run in args.resultsfolder])
     results = []
     for run in args.resultsfolder:
         if several and not args.reuse:
@@ -43,37 +37,37 @@ def assess(args):
 
 def require_comparable(configs, args):
     """Raises a ComparisonError for runs that are not to be compared, a RunError if their tables have no place."""
-    if devices.is_first():
+    if hosts.is_first():
         if args.output and not os.path.isdir(args.output):
-            raise runs.RunError(f'--output {args.output} is no folder: make it first')
+            raise folders.RunError(f'--output {args.output} is no folder: make it first')
         if not os.access(_common_folder(args), os.W_OK):
-            raise runs.RunError(f'{_common_folder(args)} cannot be written: name another --output')
+            raise folders.RunError(f'{_common_folder(args)} cannot be written: name another --output')
     comparison.check_flags([config['flags'] for config in configs], args.split)
 
 
 def require_possible(run, config, args):
     """Raises a DataError, ModelError or RunError for what cannot be asked of a run with this configuration."""
     flags = config['flags']
-    if devices.is_first():
+    if hosts.is_first():
         if not os.access(run, os.W_OK):
-            raise runs.RunError(f'{run} cannot be written, so metrics.json has no place')
+            raise folders.RunError(f'{run} cannot be written, so metrics.json has no place')
         if args.plots:
-            runs.read_log(run)
+            folders.read_log(run)
     if flags['dataset'] in args.ood:
         raise data.DataError(f'--ood {flags["dataset"]}: these are the images that the run knows')
-    if args.laplace and flags['optim'] in settings.WITH_POSTERIOR:
-        raise runs.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
+    if args.laplace and flags['optim'] in training_flags.WITH_POSTERIOR:
+        raise folders.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
     if args.laplace and flags['priorprec'] == 0:
-        raise runs.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
+        raise folders.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
     if (args.temperature or args.split == 'validation') and not flags['validation']:
-        raise runs.RunError(f'{run} kept no training images out: train with --validation 0.1')
+        raise folders.RunError(f'{run} kept no training images out: train with --validation 0.1')
     if args.bnrefresh:
         batches = config['dataset']['num_train'] // flags['batchsize']
         if args.bnrefresh > batches:
             what = f'the training images are {batches} batches of {flags["batchsize"]}'
-            raise runs.RunError(f'--bnrefresh {args.bnrefresh}: {what}')
+            raise folders.RunError(f'--bnrefresh {args.bnrefresh}: {what}')
         if not jax.tree.leaves(experiments.create(config).state_shapes().batch_stats):
-            raise runs.RunError(f'--bnrefresh {args.bnrefresh}: {flags["model"]} has no batch normalisation')
+            raise folders.RunError(f'--bnrefresh {args.bnrefresh}: {flags["model"]} has no batch normalisation')
 
 
 def _common_folder(args):
@@ -85,7 +79,7 @@ def evaluate(run, args):
 
     Each part is written and printed before the next part begins, because the next may fail or be stopped.
     """
-    subject = evaluation.load(
+    subject = measures.load(
         run,
         split=args.split,
         with_held_out=args.temperature,
@@ -96,25 +90,25 @@ def evaluate(run, args):
         bn_refresh=args.bnrefresh,
         with_laplace=args.laplace,
     )
-    if devices.is_first():
+    if hosts.is_first():
         warn_if_incomplete(run, subject.config, subject.progress)
         warn_of_batch_statistics(subject, args.bnrefresh)
-    ood = {name: evaluation.read_ood(subject, name, args.testimages) for name in args.ood}
-    corrupted = None if args.corruptions is None else evaluation.read_corrupted(subject, args.corruptions or None)
+    ood = {name: measures.read_ood(subject, name, args.testimages) for name in args.ood}
+    corrupted = None if args.corruptions is None else measures.read_corrupted(subject, args.corruptions or None)
     predictions = list(subject.posterior.predict(subject.images, args.testmc))
     prediction, num_samples = predictions[-1], args.testmc[-1]
-    mark, environment = runs.mark(args.split, args.laplace, args.checkpoint), runs.environment()
-    results = {'trained': _trained(subject.progress), 'num_images': len(subject.labels), **runs.asked(args)}
+    mark, environment = folders.mark(args.split, args.laplace, args.checkpoint), provenance.environment()
+    results = {'trained': _trained(subject.progress), 'num_images': len(subject.labels), **folders.asked(args)}
     for i, (part, show) in enumerate(measure(subject, args, predictions, ood, corrupted)):
         results |= part
         try:
-            if devices.is_first():
-                runs.write_json(runs.metrics_file(run, args), results | environment)
+            if hosts.is_first():
+                json_files.write_json(folders.metrics_file(run, args), results | environment)
                 if i == 0:
-                    evaluation.write_predictions(run / f'predictions{mark}.npz', prediction, subject, num_samples)
+                    measures.write_predictions(run / f'predictions{mark}.npz', prediction, subject, num_samples)
         finally:
             show(results)  # on a full disk too
-    if args.plots and devices.is_first():
+    if args.plots and hosts.is_first():
         print(f'\npictures: {draw(run / f"plots{mark}", subject, prediction, results)}')
     probs = prediction.probs_at_mean, prediction.probs
     return comparison.Result(subject.flags, subject.labels, *probs, num_samples, args.laplace)
@@ -125,22 +119,22 @@ def measure(subject, args, predictions, ood, corrupted):
 
     Args:
         predictions: posteriors.Predictions for the subject's images, one for each number of args.testmc.
-        ood: {name: evaluation.read_ood(...)}, empty for none.
-        corrupted: evaluation.read_corrupted(...), None for none.
+        ood: {name: measures.read_ood(...)}, empty for none.
+        corrupted: measures.read_corrupted(...), None for none.
 
     Yields:
         ({name: value}, function of all entries so far).
     """
     prediction, num_samples, num_bins = predictions[-1], args.testmc[-1], args.bins
-    yield evaluation.measure(prediction, subject.labels, num_bins), print_metrics
+    yield measures.measure(prediction, subject.labels, num_bins), print_metrics
     if len(predictions) > 1:
-        yield {'samples': evaluation.curve(predictions, args.testmc, subject.labels, num_bins)}, print_curve
+        yield {'samples': measures.curve(predictions, args.testmc, subject.labels, num_bins)}, print_curve
     if args.temperature:
-        yield {'temperature': evaluation.tempered(subject, prediction, num_samples, num_bins)}, print_temperature
+        yield {'temperature': measures.tempered(subject, prediction, num_samples, num_bins)}, print_temperature
     if ood:
-        yield {'ood': evaluation.all_ood(subject, prediction, ood, num_samples)}, print_ood
+        yield {'ood': measures.all_ood(subject, prediction, ood, num_samples)}, print_ood
     if corrupted:
-        yield {'corruptions': evaluation.all_corrupted(subject, corrupted, num_samples, num_bins)}, print_corruptions
+        yield {'corruptions': measures.all_corrupted(subject, corrupted, num_samples, num_bins)}, print_corruptions
 
 
 def _trained(progress):
@@ -149,7 +143,7 @@ def _trained(progress):
 
 def warn_if_incomplete(run, config, progress):
     epochs = config['flags']['epochs']
-    if _trained(progress) != runs.end_of_training(config, epochs):
+    if _trained(progress) != folders.end_of_training(config, epochs):
         where = f'epoch {progress.epoch + 1} of {epochs + 1}'
         print(f'test.py: warning: {run} is evaluated in {where}', file=sys.stderr)
 
@@ -163,12 +157,12 @@ def warn_of_batch_statistics(subject, bn_refresh):
 
 def read_again(run, args):
     """The comparison.Results of a run that was evaluated before, with its own posterior, Laplace's or both."""
-    config = settings.read_config(run)
-    files = {laplace: run / f'predictions{runs.mark(args.split, laplace)}.npz' for laplace in (False, True)}
+    config = training_flags.read_config(run)
+    files = {laplace: run / f'predictions{folders.mark(args.split, laplace)}.npz' for laplace in (False, True)}
     results = []
     for laplace, path in files.items():
         if path.exists() or not any(other.exists() for other in files.values()):
-            labels, prediction, num_samples, progress = evaluation.read_predictions(path)
+            labels, prediction, num_samples, progress = measures.read_predictions(path)
             warn_if_incomplete(run, config, progress)
             probs = prediction.probs_at_mean, prediction.probs
             results.append(comparison.Result(config['flags'], labels, *probs, num_samples, laplace))
@@ -191,7 +185,7 @@ def compare(results, args):
     if over_seeds:
         print("difference to the first of several runs: 95 % interval and p-value over seeds (Welch's t-test)\n")
         print(tables.markdown(header, over_seeds))
-    if devices.is_first():
+    if hosts.is_first():
         print('written: ' + ', '.join(str(path) for path in comparison.write(_common_folder(args), rows, values)))
 
 
@@ -200,7 +194,7 @@ def draw(folder, subject, prediction, results):
 
     A picture of an earlier evaluation stays until the new one is whole. It is removed if this one does not draw it.
     """
-    import plots  # Matplotlib takes most of a second
+    from evaluation import plots  # Matplotlib takes most of a second
 
     average = f'average of {results["testmc"]} samples'
     titles = {'mean': 'at the mean', 'average': average}
@@ -209,7 +203,7 @@ def draw(folder, subject, prediction, results):
     figures = {
         'reliability': plots.reliability({title: results['reliability'][at] for at, title in titles.items()}),
         'risk_coverage': plots.risk_coverage(predictions, subject.labels),
-        'training': plots.training(runs.read_log(subject.run), split),
+        'training': plots.training(folders.read_log(subject.run), split),
         'images': plots.image_sheet(subject.images, subject.labels, prediction.probs),
         'samples': None,
         'severities': None,
@@ -218,12 +212,11 @@ def draw(folder, subject, prediction, results):
         figures['samples'] = plots.samples(results['samples'], results['mean'])
     if 'corruptions' in results:
         curves = {
-            title: [results[at], *evaluation.over_corruptions(results['corruptions'], at)]
-            for at, title in titles.items()
+            title: [results[at], *measures.over_corruptions(results['corruptions'], at)] for at, title in titles.items()
         }
         figures['severities'] = plots.severities(curves)
     if os.path.islink(folder):
-        raise runs.RunError(f'{folder} is a link to another folder, which may not be yours: remove it')
+        raise folders.RunError(f'{folder} is a link to another folder, which may not be yours: remove it')
     try:
         for name, figure in figures.items():
             if figure:
@@ -231,7 +224,7 @@ def draw(folder, subject, prediction, results):
             else:
                 plots.remove(folder, name)
     except OSError as error:
-        raise runs.RunError(f'{folder} cannot be written: {error.strerror}') from error
+        raise folders.RunError(f'{folder} cannot be written: {error.strerror}') from error
     return folder
 
 
@@ -292,10 +285,10 @@ def print_corruptions(results):
         return [_cell(name, points[at][name]) for name in metrics.SHORT for at in ('mean', 'average')]
 
     def print_severities_averaged(title, names):
-        rows = [[name, *cells(evaluation.over_severities(corrupted[name]))] for name in names]
+        rows = [[name, *cells(measures.over_severities(corrupted[name]))] for name in names]
         print_table([title, *header], rows)
 
-    of_severity = zip(*(evaluation.over_corruptions(corrupted, at) for at in ('mean', 'average')), strict=True)
+    of_severity = zip(*(measures.over_corruptions(corrupted, at) for at in ('mean', 'average')), strict=True)
     rows = [['0 (clean)', *cells(results)]]
     rows += [[str(i), *cells({'mean': m, 'average': a})] for i, (m, a) in enumerate(of_severity, start=1)]
     print(f'\n{corruptions.description(corrupted)}', end='')

@@ -16,18 +16,18 @@ import io
 import numpy as np
 from PIL import Image, ImageColor
 
-import flags
+from runs import launch, parsing
 
 COLOURS = GREY, BROWN, BLUE, BLACK = '#B0B0B0', '#8F5F3F', '#435571', '#000000'
 X_RANGE, Y_RANGE = (-1.5, 2.7), (-1.0, 1.4)
 
 
 def parse_args(argv=None):
-    parser = flags.Parser("Animate bSAM's posterior over decision boundaries of two moons.")
-    parser.add_argument('--output', type=flags.new_file, default='animation.gif', help='the GIF to write')
-    parser.add_argument('--epochs', type=flags.integer(1), default=251, help='epochs; every second one is a frame')
+    parser = parsing.Parser("Animate bSAM's posterior over decision boundaries of two moons.")
+    parser.add_argument('--output', type=parsing.new_file, default='animation.gif', help='the GIF to write')
+    parser.add_argument('--epochs', type=parsing.integer(1), default=251, help='epochs; every second one is a frame')
     parser.add_argument(
-        '--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of weights, batches and samples'
+        '--randomseed', type=parsing.integer(0, below=2**32), default=0, help='seed of weights, batches and samples'
     )
     args = parser.parse_args(argv)
     if args.output.suffix != '.gif':
@@ -35,13 +35,13 @@ def parse_args(argv=None):
     return args
 
 
-@flags.script('demo2d.py')
+@launch.script('demo2d.py')
 def main(argv=None):
     args = parse_args(argv)
-    flags.use_jax()
+    launch.use_jax()
     import jax
 
-    import devices
+    from runs import devices
 
     devices.require()
     with jax.enable_x64(True):
@@ -117,7 +117,7 @@ def grid_points():
 
 def draw(points, labels, sample_logits, mean_logits):
     """Returns a frame as a Pillow image: the samples' boundaries in thin grey, the mean's boundary in thick black."""
-    import plots  # Matplotlib takes most of a second to import, and --help should not
+    from evaluation import plots  # Matplotlib takes most of a second to import, and --help should not
 
     with plots.settings({}), io.BytesIO() as file:
         figure = plots.Figure(figsize=(5.6, 3.2), dpi=100)
@@ -142,7 +142,7 @@ def boundary(logits):
 
 def save_gif(frames, path):
     """Writes frames of 50 ms that loop forever, in the colours drawn and their halves, whole. Raises RunError."""
-    import runs
+    from runs import json_files
 
     shades = [(1, 1, 1)] + [
         1 - opacity * (1 - np.array(ImageColor.getrgb(c)) / 255) for c in COLOURS for opacity in (0.5, 1)
@@ -152,7 +152,7 @@ def save_gif(frames, path):
     frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
     with io.BytesIO() as file:
         frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=50, loop=0, optimize=True)
-        runs.write_bytes(path, file.getvalue())
+        json_files.write_bytes(path, file.getvalue())
 
 
 if __name__ == '__main__':

@@ -17,9 +17,9 @@ import feeds
 import metrics
 import models
 import optimizers
-import posteriors
-import settings
 import training
+from evaluation import posteriors
+from runs import training_flags
 
 
 class Experiment(NamedTuple):
@@ -139,4 +139,4 @@ def lr_factor(flags, epoch):
 
 
 def _first_constant_epoch(flags):
-    return settings.first_constant_epoch(flags['epochs'], flags['swagstart'] or 0)
+    return training_flags.first_constant_epoch(flags['epochs'], flags['swagstart'] or 0)

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-import devices
+from ops import sharding
+from runs import hosts
 
 SHARE = 0.4  # of a device's memory that images may take
 PART = 1 << 28  # bytes of images that are sent at once for an evaluation of more
@@ -20,11 +21,11 @@ class Resident:
     """All images lie on every device, and a step finds its own: nothing is sent for it."""
 
     def __init__(self, images, labels, mesh):
-        self.arrays = devices.replicate((images, labels), mesh)
+        self.arrays = sharding.replicate((images, labels), mesh)
 
     @staticmethod
     def choose(epoch, images, labels):
-        chosen = devices.shard(epoch.batches[epoch.step])
+        chosen = sharding.shard(epoch.batches[epoch.step])
         return images[chosen], labels[chosen]
 
     def of_epoch(self, epoch, done):
@@ -52,7 +53,7 @@ class Streamed:
                 yield ahead.pop(0).result()
 
     def _read(self, indices):
-        return devices.place_rows(self.arrays, indices, self.mesh)
+        return sharding.place_rows(self.arrays, indices, self.mesh)
 
 
 def create(images, labels, mesh, stream):
@@ -67,8 +68,8 @@ def parts(images, batch_size, stream=False):
     for, or where they would fill a device.
     """
     if not (stream or _too_large(images)):
-        return [devices.send(images)]
-    batch_size = devices.shareable(batch_size)
+        return [sharding.send(images)]
+    batch_size = sharding.shareable(batch_size)
     rows = max(PART // images[:1].nbytes // batch_size, 1) * batch_size
     return [images[i : i + rows] for i in range(0, len(images), rows)]
 
@@ -78,10 +79,10 @@ def over_parts(function, parts):
 
     Parts that are on the host are sent when they are due.
     """
-    sent = (part if isinstance(part, jax.Array) else devices.send(part) for part in parts)
+    sent = (part if isinstance(part, jax.Array) else sharding.send(part) for part in parts)
     return np.concatenate([jax.device_get(function(part)) for part in sent], axis=-2)
 
 
 def _too_large(images):
     limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
-    return devices.from_first(lambda: limit is not None and images.nbytes > SHARE * limit)
+    return hosts.from_first(lambda: limit is not None and images.nbytes > SHARE * limit)

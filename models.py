@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-import convolution
 import errors
+from ops import convolution
 
 
 class ModelError(errors.UserError):

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import checkpoints
 import data
-import devices
 import errors
 import experiments
 import feeds
 import metrics
-import runs
 import training
+from ops import sharding
+from runs import checkpoints, devices, folders, hosts, provenance
 
 
 class DivergenceError(errors.UserError):
@@ -62,19 +61,19 @@ def begin(args, held):
     Raises DataError, DeviceError, ModelError and RunError.
     """
     mesh = create_mesh(args)
-    if devices.is_first():
-        runs.require_place(args.resultsfolder, args.dataset, args.model, args.optim)
+    if hosts.is_first():
+        folders.require_place(args.resultsfolder, args.dataset, args.model, args.optim)
     config, augmented, images = _read(args)
     experiment = experiments.create(config)
     state = jax.jit(experiment.init)(experiments.keys(args.randomseed).init)
 
     def create():
-        run = runs.create(args.resultsfolder, args.dataset, args.model, args.optim)
-        held.enter_context(runs.locked(run))
-        runs.write_config(run, config | {'num_data': experiment.num_data} | runs.environment())
+        run = folders.create(args.resultsfolder, args.dataset, args.model, args.optim)
+        held.enter_context(folders.locked(run))
+        folders.write_config(run, config | {'num_data': experiment.num_data} | provenance.environment())
         return str(run)
 
-    run = Path(devices.from_first(create))
+    run = Path(hosts.from_first(create))
     return Session(run, args, mesh, experiment, images, augmented, state, checkpoints.Progress())
 
 
@@ -84,8 +83,8 @@ def resume(run, args, before, held, step=None):
     before: the run's configuration; args may have other paths and other epochs.
     Raises DataError, DeviceError, ModelError and RunError.
     """
-    if devices.is_first():
-        held.enter_context(runs.locked(run))
+    if hosts.is_first():
+        held.enter_context(folders.locked(run))
     mesh = create_mesh(args, flags_hold=True)
     _require_same_precision(run, before)
     data.check_description(before.get('dataset'), Path(run) / 'config.json')
@@ -95,10 +94,10 @@ def resume(run, args, before, held, step=None):
     _, state, progress = checkpoints.restore(run, experiment.state_shapes(), step)
     least = progress.epoch if step is None else before['flags']['epochs']  # later checkpoints may be there
     if args.epochs < least:
-        raise runs.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')
-    if devices.is_first():
-        runs.write_config(run, before | config)
-        runs.write_log(run, progress.log)
+        raise folders.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')
+    if hosts.is_first():
+        folders.write_config(run, before | config)
+        folders.write_log(run, progress.log)
     return Session(run, args, mesh, experiment, images, augmented, state, progress)
 
 
@@ -107,12 +106,12 @@ def _require_same_precision(run, before):
 
     before: the run's configuration; one from before these were recorded is taken for the same.
     """
-    now = runs.environment()
+    now = provenance.environment()
     precision, flags = before.get('matmul_precision'), before.get('xla_flags', now['xla_flags'])
     if 'matmul_precision' in before and precision != now['matmul_precision']:
         begun, given = precision or 'unset', now['matmul_precision'] or 'unset'
-        raise runs.RunError(f'JAX_DEFAULT_MATMUL_PRECISION is {given}, and {run} was begun with {begun}: set it so')
-    if flags != now['xla_flags'] and devices.is_first():
+        raise folders.RunError(f'JAX_DEFAULT_MATMUL_PRECISION is {given}, and {run} was begun with {begun}: set it so')
+    if flags != now['xla_flags'] and hosts.is_first():
         what = f'XLA_FLAGS is {now["xla_flags"]!r}, and {run} was begun with {flags!r}'
         print(f'train.py: warning: {errors.printable(what)}: numbers may differ by rounding', file=sys.stderr)
 
@@ -161,9 +160,9 @@ def _read(args):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train, images.train_labels)}
     trained = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
-    devices.require_same({'flags': trained, 'data set': config['dataset']})
+    hosts.require_same({'flags': trained, 'data set': config['dataset']})
     some = images.train[:: len(images.train) // 16 + 1]
-    devices.require_same_arrays('images', some, images.train_labels, images.held_out_labels)
+    hosts.require_same_arrays('images', some, images.train_labels, images.held_out_labels)
     return config, dataset.augment and not args.noaugment, images
 
 
@@ -175,7 +174,7 @@ class Trainer:
         self.args, self.experiment = session.args, session.experiment
         images = session.images
         self.feed = feeds.create(images.train, images.train_labels, session.mesh, self.args.stream)
-        self.data_key = devices.replicate(experiments.keys(self.args.randomseed).batches, session.mesh)
+        self.data_key = sharding.replicate(experiments.keys(self.args.randomseed).batches, session.mesh)
         with jax.set_mesh(session.mesh):
             self.held_out = feeds.parts(images.held_out, self.args.testbatchsize, self.args.stream)
         self.steps = len(images.train) // self.args.batchsize
@@ -196,11 +195,11 @@ class Trainer:
                 raise
         if self.log_failed:  # as long as a checkpoint was being written, the disk may have been fuller than it is now
             self._write_log(progress.log)
-        return devices.from_first(lambda: not (writer.failed or self.log_failed))
+        return hosts.from_first(lambda: not (writer.failed or self.log_failed))
 
     def _take_epochs(self, writer):
         """Returns the progress up to the last epoch or a signal."""
-        state, progress = devices.replicate(self.session.state, self.session.mesh), self.session.progress
+        state, progress = sharding.replicate(self.session.state, self.session.mesh), self.session.progress
         while progress.epoch <= self.args.epochs and not self.stopped:
             state, progress = self._take_steps(state, progress, writer)
             if self.stopped:
@@ -227,7 +226,7 @@ class Trainer:
             if len(in_flight) > 2:
                 self._check_loss(progress, *in_flight.popleft())
             self.report.step(done, epoch.loss)
-            self.stopped = devices.reached_stop(self.stop, next(self.calls))
+            self.stopped = hosts.reached_stop(self.stop, next(self.calls))
             if done == self.steps or self.stopped or due(done):
                 while in_flight:
                     self._check_loss(progress, *in_flight.popleft())
@@ -269,7 +268,7 @@ class Trainer:
             'loss': np.float32(progress.loss),
             'lr_factor': np.float32(progress.lr_factor),
         }
-        sent = devices.replicate(numbers, self.session.mesh)
+        sent = sharding.replicate(numbers, self.session.mesh)
         num_images = len(self.session.images.train)
         epoch = training.start_epoch(self.data_key, sent['epoch'], num_images, self.args.batchsize)
         return epoch._replace(step=sent['step'], loss=sent['loss']), sent['lr_factor']
@@ -287,12 +286,12 @@ class Trainer:
         }
 
     def _write_log(self, log):
-        if not devices.is_first():
+        if not hosts.is_first():
             return
         try:
-            runs.write_log(self.session.run, log)
+            folders.write_log(self.session.run, log)
             self.log_failed = False
-        except runs.RunError as error:
+        except folders.RunError as error:
             if not self.log_failed:
                 self.report.warn(f'{error}; training goes on, and the log is tried again after the next epoch')
             self.log_failed = True

@@ -17,20 +17,20 @@ import re
 from pathlib import Path, PurePosixPath
 
 import errors
-import flags
+from runs import launch, parsing
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     help = 'where tiny-imagenet-200.zip or the folder tiny-imagenet-200 is, or will be downloaded to'
-    parser.add_argument('--datasetfolder', type=flags.path, default=Path('datasets'), help=help)
+    parser.add_argument('--datasetfolder', type=parsing.path, default=Path('datasets'), help=help)
     return parser.parse_args(argv)
 
 
-@flags.script('setup_tinyimagenet.py')
+@launch.script('setup_tinyimagenet.py')
 def main(argv=None):
     args = parse_args(argv)
-    flags.use_jax()  # imported late because JAX takes a second to import and --help should not
+    launch.use_jax()  # imported late because JAX takes a second to import and --help should not
     import data
     from readers import files, tinyimagenet
     from readers.files import DataError

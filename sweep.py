@@ -38,12 +38,9 @@ import tomllib
 from functools import partial
 
 import errors
-import flags
-import jobs
-import runs
-import settings
-import tables
 import test
+from evaluation import tables
+from runs import folders, json_files, launch, parsing, processes, training_flags
 
 _MOST_RUNS = 10_000  # whose folders have numbers of four digits
 SHOWN = ('nll', 'accuracy', 'ece')
@@ -54,12 +51,12 @@ class SweepError(errors.UserError):
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__)
-    parser.add_argument('sweep', type=flags.path, help='the TOML file; its format stands at the top of sweep.py')
-    parser.add_argument('--output', type=flags.path, required=True, help='folder of the runs and the summary')
+    parser = parsing.Parser(__doc__)
+    parser.add_argument('sweep', type=parsing.path, help='the TOML file; its format stands at the top of sweep.py')
+    parser.add_argument('--output', type=parsing.path, required=True, help='folder of the runs and the summary')
     parser.add_argument('--part', type=_part, default='0/1', metavar='I/M', help='only every M-th run, from I on')
-    flags.add_jobs(parser)
-    parser.add_argument('--testmc', type=flags.integer(1), default=8, help='posterior samples of the evaluation')
+    parsing.add_jobs(parser)
+    parser.add_argument('--testmc', type=parsing.integer(1), default=8, help='posterior samples of the evaluation')
     parser.add_argument('--summary', action='store_true', help='train nothing, only write the tables')
     return parser.parse_args(argv)
 
@@ -67,22 +64,22 @@ def parse_args(argv=None):
 def _part(text):
     """'I/M' as two whole numbers, I less than M."""
     index, _, number = text.partition('/')
-    number = flags.integer(1)(number)
-    return flags.integer(0, below=number)(index), number
+    number = parsing.integer(1)(number)
+    return parsing.integer(0, below=number)(index), number
 
 
-@flags.script('sweep.py')
+@launch.script('sweep.py')
 def main(argv=None):
     args = parse_args(argv)
     fixed, varied = read(args.sweep)
     sweep = [fixed | values for values in varied]
     chosen = [] if args.summary else range(args.part[0], len(sweep), args.part[1])
     for values in sweep:
-        settings.parse_args(jobs.arguments(values))
+        training_flags.parse_args(processes.arguments(values))
     _require_folder(args.output)
     for number, values in enumerate(sweep):
-        jobs.require_same_flags(_folder(args, number), values)
-    complete = jobs.on_devices([partial(_complete, args, number, sweep[number]) for number in chosen], args.jobs)
+        processes.require_same_flags(_folder(args, number), values)
+    complete = processes.on_devices([partial(_complete, args, number, sweep[number]) for number in chosen], args.jobs)
     print(summarise(args, sweep, varied))
     if not all(complete):
         sys.exit(1)
@@ -91,7 +88,7 @@ def main(argv=None):
 def read(path):
     """The flags of every run, and a list with the varied ones of each. Raises SweepError."""
     try:
-        sweep = tomllib.loads(runs.read_text(path, limit=1 << 20))
+        sweep = tomllib.loads(json_files.read_text(path, limit=1 << 20))
     except (OSError, ValueError, RecursionError) as error:
         raise SweepError(f'{path} cannot be read: {errors.first_line(error)}') from error
     unknown = sweep.keys() - {'flags', 'grid', 'random'}
@@ -101,7 +98,7 @@ def read(path):
     draws = ranges.pop('draws', 1)
     if unknown:
         raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
-    reserved = {*settings.OF_START, 'resultsfolder', 'devices', 'help'} & {*fixed, *grid, *ranges}
+    reserved = {*training_flags.OF_START, 'resultsfolder', 'devices', 'help'} & {*fixed, *grid, *ranges}
     if reserved:
         raise SweepError(f'{path}: --{min(reserved)} is not for the runs of a sweep: leave it out')
     for name in {*fixed, *grid, *ranges}:
@@ -121,7 +118,7 @@ def read(path):
     if num_runs > _MOST_RUNS:
         raise SweepError(f'{path} asks for {num_runs} runs: {_MOST_RUNS} are the most')
     rng = random.Random(0)
-    parser = settings.create_parser()
+    parser = training_flags.create_parser()
     whole = {name for name in ranges if parser.takes_whole_numbers(name)}
     drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -157,7 +154,7 @@ def _complete(args, number, values, run):
     """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns True; raises RunError."""
     folder = _folder(args, number)
     if not _measured(args, number, values):
-        _, (measured,) = jobs.trained_and_tested(run, folder, values, [_evaluation(args)])
+        _, (measured,) = processes.trained_and_tested(run, folder, values, [_evaluation(args)])
         print(f'{folder}: validation nll {measured["average"]["nll"]}', flush=True)
     return True
 
@@ -170,16 +167,16 @@ def _measured(args, number, values):
     """The metrics of the average over samples, None for a run that is not trained and evaluated as it is to be."""
     for trained in _folder(args, number).glob('*/*/run_*'):
         try:
-            found = jobs.metrics(trained, _evaluation(args))
+            found = processes.metrics(trained, _evaluation(args))
             average = found.get('average')
-            runs.require_numbers(average if isinstance(average, dict) else {}, SHOWN)
+            json_files.require_numbers(average if isinstance(average, dict) else {}, SHOWN)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise runs.RunError(f'{trained}: its metrics cannot be read: {error}') from error
-        asked = runs.asked(test.parse_args([f'--resultsfolder={trained}', *_evaluation(args)]))
-        epochs = settings.parse_args(jobs.arguments(values)).epochs
-        end = runs.end_of_training(runs.read_config(trained), epochs)
+            raise folders.RunError(f'{trained}: its metrics cannot be read: {error}') from error
+        asked = folders.asked(test.parse_args([f'--resultsfolder={trained}', *_evaluation(args)]))
+        epochs = training_flags.parse_args(processes.arguments(values)).epochs
+        end = folders.end_of_training(folders.read_config(trained), epochs)
         if all(found.get(name) == value for name, value in (asked | {'trained': end}).items()):
             return average
     return None
@@ -205,8 +202,8 @@ def summarise(args, sweep, varied):
     ]
     text = tables.markdown(header, rows) + f'\n{len(complete)} of {len(sweep)} runs, by validation metrics\n'
     if complete:
-        runs.write_bytes(args.output / 'summary.md', text.encode())
-        runs.write_bytes(args.output / 'summary.csv', tables.comma_separated(header, rows).encode())
+        json_files.write_bytes(args.output / 'summary.md', text.encode())
+        json_files.write_bytes(args.output / 'summary.csv', tables.comma_separated(header, rows).encode())
     return text
 
 

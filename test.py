@@ -16,8 +16,8 @@ import contextlib
 import glob
 from pathlib import Path
 
-import flags
-from settings import DATASETS
+from runs import launch, parsing
+from runs.training_flags import DATASETS
 
 # Flags that may differ between the processes of one evaluation.
 OF_PROCESS = (
@@ -29,7 +29,7 @@ OF_PROCESS = (
 def parse_args(argv=None):
     parser = create_parser()
     args = parser.parse_args(argv)
-    flags.require_whole_address(parser, args)
+    parsing.require_whole_address(parser, args)
     args.testmc = sorted(set(args.testmc))
     try:
         args.resultsfolder = _expanded(args.resultsfolder)
@@ -40,29 +40,31 @@ def parse_args(argv=None):
 
 
 def create_parser():
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     add = parser.add_argument
     help = 'run folders run_K that train.py printed; several are also compared with each other'
-    add('--resultsfolder', type=flags.folder, nargs='+', required=True, metavar='RUN', help=help)
+    add('--resultsfolder', type=parsing.folder, nargs='+', required=True, metavar='RUN', help=help)
     help = 'samples from the posterior over which probabilities are averaged; several numbers give a curve'
-    add('--testmc', type=flags.integer(1), nargs='+', default=[1], metavar='N', help=help)
-    add('--testbatchsize', type=flags.integer(1), default=200, help='images per batch, on each device')
-    add('--datasetfolder', type=flags.folder, help='folder of the data sets, where it is not the one of the training')
+    add('--testmc', type=parsing.integer(1), nargs='+', default=[1], metavar='N', help=help)
+    add('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch, on each device')
+    add('--datasetfolder', type=parsing.folder, help='folder of the data sets, where it is not the one of the training')
     help = 'the checkpoint after so many steps, instead of the newest'
-    add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
+    add('--checkpoint', type=parsing.integer(0), metavar='STEP', help=help)
     help = 'evaluate on the test set, or on what train.py --validation kept out of training'
     parser.add_choice('--split', ('test', 'validation'), default='test', help=help)
     help = 'evaluate so many images of each set, a random part that is the same for all runs; all by default'
-    add('--testimages', type=flags.integer(1), metavar='N', help=help)
-    add('--bins', type=flags.integer(1, below=10_001), default=20, help='bins of ECE, MCE and the reliability diagram')
+    add('--testimages', type=parsing.integer(1), metavar='N', help=help)
+    add(
+        '--bins', type=parsing.integer(1, below=10_001), default=20, help='bins of ECE, MCE and the reliability diagram'
+    )
     help = 'estimate batch statistics of the mean and of every sample again, over K training batches'
-    add('--bnrefresh', type=flags.integer(1), metavar='K', help=help)
+    add('--bnrefresh', type=parsing.integer(1), metavar='K', help=help)
     help = 'also the metrics at the temperature that is best for what train.py --validation kept out of training'
     add('--temperature', action='store_true', help=help)
     help = 'test sets of other data, to be told from the known'
     parser.add_choice('--ood', DATASETS, also='tfds/', nargs='+', default=[], help=help)
     help = 'evaluate corrupted test images: built-in corruptions, or those of a folder CIFAR-10-C or CIFAR-100-C'
-    builtin_or_folder = lambda text: text and flags.folder(text)  # noqa: E731
+    builtin_or_folder = lambda text: text and parsing.folder(text)  # noqa: E731
     add('--corruptions', type=builtin_or_folder, nargs='?', const='', metavar='FOLDER', help=help)
     help = 'sample from a Laplace approximation of the last layer, of runs whose optimizer has no posterior'
     add('--laplace', action='store_true', help=help)
@@ -70,11 +72,11 @@ def create_parser():
     add('--ensemble', action='store_true', help='also the averages over the runs of each method and over all')
     add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
     help = 'folder of the tables of several runs; without it the one that all of them are in'
-    add('--output', type=flags.path, help=help)
+    add('--output', type=parsing.path, help=help)
     help = 'devices that share the samples, or the images of a batch; all that there are by default'
-    add('--devices', type=flags.integer(1), help=help)
-    flags.add_coordinator(parser)
-    flags.add_compilecache(parser)
+    add('--devices', type=parsing.integer(1), help=help)
+    parsing.add_coordinator(parser)
+    parsing.add_compilecache(parser)
     return parser
 
 
@@ -118,32 +120,33 @@ def _expanded(patterns):
     return list({os.path.realpath(folder): Path(folder) for folder in folders}.values())
 
 
-@flags.script('test.py')
+@launch.script('test.py')
 def main(argv=None):
     args = parse_args(argv)
 
     # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
-    flags.use_jax(args.compilecache)
+    launch.use_jax(args.compilecache)
     import jax
 
     import assessment
-    import devices
+    from runs import devices, hosts
 
     with contextlib.ExitStack() as held:
-        held.enter_context(devices.ended_together('test.py', 'start them again'))
-        held.enter_context(flags.one_line_errors('test.py'))
+        held.enter_context(hosts.ended_together('test.py', 'start them again'))
+        held.enter_context(launch.one_line_errors('test.py'))
         held.enter_context(devices.enough_memory('a smaller --testbatchsize takes less'))
         if args.coordinator:
-            devices.join('test.py', args.coordinator, args.processes, args.processid, args.jointimeout)
+            hosts.join('test.py', args.coordinator, args.processes, args.processid, args.jointimeout)
         devices.require()
-        if not devices.is_first():
+        hosts.wait_for_all()  # before they read data: it may take one of them longer than the others would wait
+        if not hosts.is_first():
             held.enter_context(contextlib.redirect_stdout(None))
         same = {name: value for name, value in vars(args).items() if name not in OF_PROCESS}
         same['corruptions'] = args.corruptions is not None
-        devices.require_same({'flags': same, 'number of runs': len(args.resultsfolder)})
+        hosts.require_same({'flags': same, 'number of runs': len(args.resultsfolder)})
         with jax.set_mesh(devices.create_mesh(args.devices)):
             assessment.assess(args)
-        devices.wait_for_all()  # the first process has written its files, and all may end
+        hosts.wait_for_all()  # the first process has written its files, and all may end
 
 
 if __name__ == '__main__':

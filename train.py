@@ -16,35 +16,34 @@ import contextlib
 import shlex
 import time
 
-import flags
-import jobs
-import signals
-from settings import OF_START, WITH_POSTERIOR, continued, create_parser, flags_of, parse_args
+from runs import launch, processes, signals
+from runs.training_flags import OF_START, WITH_POSTERIOR, continued, create_parser, flags_of, parse_args
 
 LESS_MEMORY = '--stream takes less, and so do --atonce 1, a smaller --batchsize or --precision bfloat16'
 
 
-@flags.script('train.py')
+@launch.script('train.py')
 def main(argv=None):
     args = parse_args(argv)
     if args.seeds:
         values = {name: value for name, value in create_parser().given(argv).items() if name != 'seeds'}
-        sys.exit(jobs.train_seeds(values, args.seeds))
+        sys.exit(processes.train_seeds(values, args.seeds))
     with signals.Stop() as stop, contextlib.ExitStack() as held:
         # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
-        flags.use_jax(args.compilecache)
-        import devices
+        launch.use_jax(args.compilecache)
         import sessions
+        from runs import devices, hosts
 
-        held.enter_context(devices.ended_together('train.py', 'go on with --resume when all are back'))
-        held.enter_context(flags.one_line_errors('train.py'))
+        held.enter_context(hosts.ended_together('train.py', 'go on with --resume when all are back'))
+        held.enter_context(launch.one_line_errors('train.py'))
         held.enter_context(devices.enough_memory(LESS_MEMORY))
         of_start = {name: vars(args).pop(name) for name in OF_START}
         if of_start['coordinator']:
             address = (of_start[name] for name in ('coordinator', 'processes', 'processid', 'jointimeout'))
-            devices.join('train.py', *address, stops_by_step=True)
+            hosts.join('train.py', *address, stops_by_step=True)
         devices.require()
-        if not devices.is_first():
+        hosts.wait_for_all()  # before they read data: it may take one of them longer than the others would wait
+        if not hosts.is_first():
             held.enter_context(contextlib.redirect_stdout(None))
         args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
         if of_start['resume']:
@@ -54,7 +53,7 @@ def main(argv=None):
         else:
             session = sessions.begin(args, held)
         print_sizes(session, with_devices=bool(of_start['coordinator']))
-        if devices.is_first():
+        if hosts.is_first():
             warn_of_long_warmup(session.args)
         with Report(session) as report:
             trainer = sessions.Trainer(session, stop, report)
@@ -68,11 +67,10 @@ def main(argv=None):
 
 def resumed(run, checkpoint, given, held):
     """The sessions.Session that goes on from a run's newest checkpoint, or the one named, with the flags given now."""
-    import devices
-    import runs
     import sessions
+    from runs import folders, hosts
 
-    config = devices.from_first(lambda: runs.read_config(run))
+    config = hosts.from_first(lambda: folders.read_config(run))
     if 'coordinator' in given:
         given.setdefault('devices', None)
     args = continued(flags_of(config, run), given, run)
@@ -96,13 +94,13 @@ def warn_of_long_warmup(args):
 
 def exit_unless_complete(session, stop, all_saved):
     """Ends the process of a run that a signal stopped, or whose end could not be saved, and says how to go on."""
-    import devices
+    from runs import hosts
 
     if not all_saved:
         print(f'train.py: error: the last state or log of {session.run} could not be saved', file=sys.stderr)
         sys.exit(128 + stop.signal if stop.signal else 1)
     if stop.signal:
-        if devices.is_first():
+        if hosts.is_first():
             print(f'{signals.SAVED} {shlex.quote(str(session.run))}', file=sys.stderr)
         sys.exit(128 + stop.signal)
 
@@ -113,7 +111,7 @@ class Report:
     def __init__(self, session):
         from tqdm import tqdm
 
-        import devices
+        from runs import hosts
 
         self.num_epochs, self.batch_size = session.args.epochs + 1, session.args.batchsize
         self.split = session.split
@@ -121,7 +119,7 @@ class Report:
         self.steps_before = session.progress.epoch * self.steps
         total = self.num_epochs * self.steps * self.batch_size
         begun = (self.steps_before + session.progress.step) * self.batch_size
-        hidden = not (sys.stderr.isatty() and devices.is_first())
+        hidden = not (sys.stderr.isatty() and hosts.is_first())
         self.bar = tqdm(total=total, initial=begun, unit=' images', disable=hidden, dynamic_ncols=True)
         self.accuracy, self.refreshed = '', time.monotonic()
 

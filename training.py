@@ -9,9 +9,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import data
-import devices
 import feeds
 import models
+from ops import sharding
 
 
 class Epoch(NamedTuple):
@@ -65,7 +65,7 @@ def step_function(optimizer, normalise, augmented=False, choose=feeds.Resident.c
         # Made once: XLA would augment them again for every window of the first convolution.
         batch = jax.lax.optimization_barrier((normalise(images), labels))
         state, loss = optimizer.step(state, batch, lr_factor)
-        state = jax.tree.map(devices.gather, state)
+        state = jax.tree.map(sharding.gather, state)
         return state, epoch._replace(step=epoch.step + 1, loss=epoch.loss + loss), loss
 
     return step

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree
 
-import convolution
 import models
+from ops import convolution
 
 
 def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, damping):

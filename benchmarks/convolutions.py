@@ -9,27 +9,29 @@ import collections
 import math
 import os
 import re
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import jax
-import run
 from flax import linen as nn
 
-import flags
 import models
-import runs
-import tables
+from benchmarks import run
+from evaluation import tables
+from runs import json_files, launch, parsing, provenance
 
 SUB_BATCHES, SUB_BATCH = 4, 25
 
 
-@flags.script('convolutions.py')
+@launch.script('convolutions.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
-    parser.add_argument('--json', type=flags.new_file, help='write all figures here')
+    parser.add_argument('--json', type=parsing.new_file, help='write all figures here')
     args = parser.parse_args(argv)
     os.environ['PJRT_NPROC'] = '1'
     if jax.default_backend() != 'cpu':
@@ -57,14 +59,14 @@ def main(argv=None):
     rows.append(['all else: normalisation, additions, transpositions', f'{other:.0f}', '', ''])
     print(tables.markdown(['', 'ms', 'GFLOP/s as a plain convolution', 'of the matrix product'], rows))
     if args.json:
-        figures = runs.provenance('benchmarks/convolutions.py', argv) | {
+        figures = provenance.of_command('benchmarks/convolutions.py', argv) | {
             'gradient_milliseconds': elapsed * 1e3,
             'gflops': flops / elapsed,
             'matrix_gflops': matrix_rate,
             'milliseconds_and_gflop': table,
             'other_milliseconds': other,
         }
-        runs.write_json(args.json, figures)
+        json_files.write_json(args.json, figures)
 
 
 def operation_times(call, names):

@@ -9,42 +9,45 @@ but for the parameters: there the loss is |w|²/2, so that the optimizer itself 
 
 import io
 import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
-import run
 
-import flags
 import optimizers
-import plots
-import runs
+from benchmarks import run
+from evaluation import plots
+from runs import folders, json_files, launch, parsing, provenance
 
 BATCHES, SUB_BATCHES, SAMPLES = (25, 50, 100, 200, 400), (1, 2, 4, 8, 20), (1, 2, 4, 8, 16, 32)
 PARAMETERS = (10_000, 100_000, 1_000_000, 10_000_000, 40_000_000)
 NETWORK, SUB_BATCH, TEST_IMAGES, TURNS = 'resnet20', 25, 200, 5
 
 
-@flags.script('growth.py')
+@launch.script('growth.py')
 def main(argv=None):
     args = parse_args(argv)
     if args.plot:
         plot(*args.plot)
         return
-    results = runs.read_record(args.json) if args.json.exists() else {}
-    measured = runs.provenance('benchmarks/growth.py', argv)
+    results = json_files.read_record(args.json) if args.json.exists() else {}
+    measured = provenance.of_command('benchmarks/growth.py', argv)
     for name in args.panels:
         results[name] = measured | {'seconds': curves(*PANELS[name])}
-        runs.write_json(args.json, results)
+        json_files.write_json(args.json, results)
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument('--json', type=flags.new_file, help='measure, and write the figures into this file')
+    action.add_argument('--json', type=parsing.new_file, help='measure, and write the figures into this file')
     help = 'what to measure; others in the file stay (default: all)'
     parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
     help = 'plot figures measured before'
-    action.add_argument('--plot', type=flags.path, nargs=2, metavar=('JSON', 'PNG'), help=help)
+    action.add_argument('--plot', type=parsing.path, nargs=2, metavar=('JSON', 'PNG'), help=help)
     args = parser.parse_args(argv)
     if args.plot and args.plot[1].suffix != '.png':
         parser.error(f'--plot {args.plot[1]} is not the name of a .png')
@@ -53,10 +56,10 @@ def parse_args(argv):
 
 def all_panels(path):
     """The figures of a JSON file with those of all panels. Raises RunError."""
-    results = runs.read_record(path)
+    results = json_files.read_record(path)
     lacking = [name for name in PANELS if 'seconds' not in (results.get(name) or {})]
     if lacking:
-        raise runs.RunError(f'{path} has no figures of {", ".join(lacking)}: measure them with --json {path}')
+        raise folders.RunError(f'{path} has no figures of {", ".join(lacking)}: measure them with --json {path}')
     return results
 
 
@@ -65,7 +68,7 @@ def plot(source, picture):
     figure = drawn(all_panels(source))
     with plots.settings({}), io.BytesIO() as file:
         figure.savefig(file, dpi=150)
-        runs.write_bytes(picture, file.getvalue())
+        json_files.write_bytes(picture, file.getvalue())
 
 
 def curves(make, optims, sizes):

@@ -24,9 +24,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import flags
-import runs
-import tables
+from evaluation import tables
+from runs import json_files, launch, parsing, provenance
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,15 +33,15 @@ CLASSES, SIZE = 200, 64
 TRAINING = ['--dataset', 'tinyimagenet', '--model', 'lenet', '--optim', 'sgd', '--alpha', '0.01', '--warmup', '1']
 
 
-@flags.script('loading.py')
+@launch.script('loading.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     add = parser.add_argument
-    add('--perclass', type=flags.integer(1), default=500, help='training images of each of the 200 classes')
-    add('--trained', type=flags.integer(1), default=20, help='and of those that are trained on')
-    add('--epochs', type=flags.integer(1), default=3, help='see train.py; the first of them is not timed')
-    add('--turns', type=flags.integer(1), default=3, help='trainings of each kind')
-    add('--json', type=flags.new_file, help='write all figures here')
+    add('--perclass', type=parsing.integer(1), default=500, help='training images of each of the 200 classes')
+    add('--trained', type=parsing.integer(1), default=20, help='and of those that are trained on')
+    add('--epochs', type=parsing.integer(1), default=3, help='see train.py; the first of them is not timed')
+    add('--turns', type=parsing.integer(1), default=3, help='trainings of each kind')
+    add('--json', type=parsing.new_file, help='write all figures here')
     args = parser.parse_args(argv)
     with made_set(args.perclass) as (folder, setup_seconds):
         figures = {'setup_seconds': setup_seconds} | reading(folder)
@@ -50,7 +49,7 @@ def main(argv=None):
         figures |= streaming(folder, args)
     print(tables.markdown(['', 'measured'], rows(figures)))
     if args.json:
-        runs.write_json(args.json, runs.provenance('benchmarks/loading.py', argv) | figures)
+        json_files.write_json(args.json, provenance.of_command('benchmarks/loading.py', argv) | figures)
 
 
 def rows(figures):

@@ -20,21 +20,16 @@ from jax.tree_util import Partial
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import baseline
-
 import data
-import devices
-import evaluation
 import experiments
-import flags
 import metrics
 import models
 import optimizers
-import posteriors
-import runs
-import settings
-import tables
 import training
+from benchmarks import baseline
+from evaluation import measures, posteriors, tables
+from ops import sharding
+from runs import json_files, launch, parsing, provenance, training_flags
 
 BATCH, SPLIT = 200, 8
 # Forward pass of an image at 32×32 in multiply-adds, convolutions and head; a gradient costs three forward passes.
@@ -42,10 +37,10 @@ MULTIPLY_ADDS = {'resnet18': 0.5554e9, 'resnet20': 0.0408e9}
 NAMES = {'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}
 
 
-@flags.script('run.py')
+@launch.script('run.py')
 def main(argv=None):
     args = parse_args(argv)
-    results = runs.provenance('benchmarks/run.py', argv) | {'machine': machine()}
+    results = provenance.of_command('benchmarks/run.py', argv) | {'machine': machine()}
     for model in args.models:
         turns = partial(lasting, args.repeats, args.seconds)
         results[model] = step_times(model, args.precision, turns())
@@ -58,21 +53,26 @@ def main(argv=None):
     results['metrics'] = metric_times()
     print_table(results, args.precision)
     if args.json:
-        runs.write_json(args.json, results)
+        json_files.write_json(args.json, results)
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
-    add('--precision', choices=settings.PRECISIONS, default='float32', help='see train.py')
-    add('--repeats', type=flags.integer(1), default=5, help='turns at least in which steps and evaluation are timed')
-    add('--seconds', type=flags.integer(0), default=60, help='more turns of each comparison until it has taken so long')
-    add('--testimages', type=flags.integer(1), default=1000, help='images that are evaluated, twice')
-    add('--testmc', type=flags.integer(1), default=8, help='samples over which their predictions are averaged')
+    add('--precision', choices=training_flags.PRECISIONS, default='float32', help='see train.py')
+    add('--repeats', type=parsing.integer(1), default=5, help='turns at least in which steps and evaluation are timed')
+    add(
+        '--seconds',
+        type=parsing.integer(0),
+        default=60,
+        help='more turns of each comparison until it has taken so long',
+    )
+    add('--testimages', type=parsing.integer(1), default=1000, help='images that are evaluated, twice')
+    add('--testmc', type=parsing.integer(1), default=8, help='samples over which their predictions are averaged')
     help = 'turns of a step of the published formulation at least, minutes each on a CPU; 0 leaves it out'
-    add('--baselinerepeats', type=flags.integer(0), default=2, help=help)
-    add('--json', type=flags.new_file, help='write all figures here')
+    add('--baselinerepeats', type=parsing.integer(0), default=2, help=help)
+    add('--json', type=parsing.new_file, help='write all figures here')
     return parser.parse_args(argv)
 
 
@@ -161,7 +161,9 @@ def copy_rate():
 
 
 def configuration(model, optim, precision, batchsplit=SPLIT, **given):
-    values = vars(settings.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}'])) | given
+    values = (
+        vars(training_flags.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}'])) | given
+    )
     values |= {'alpha': 0.01, 'rho': values['rho'] and 0.01, 'batchsplit': values['batchsplit'] and batchsplit}
     row = data.DATASETS['cifar10']
     dataset = {'num_train': 50_000, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': row.mean, 'std': row.std}
@@ -188,7 +190,7 @@ def step_of(model, optim, precision, batchsplit=SPLIT, **given):
 def posterior_of(model, optim, precision, batch_size):
     """A first state's posteriors.Posterior, and a function of `images` that returns the logits at its mean."""
     experiment = experiments.create(configuration(model, optim, precision))
-    state = devices.send(jax.jit(experiment.init)(jax.random.key(0)))
+    state = sharding.send(jax.jit(experiment.init)(jax.random.key(0)))
     sample = Partial(experiment.optimizer.sample, state)
     apply, params, batch_stats = experiment.apply, state.params, state.batch_stats
     posterior = posteriors.Posterior(apply, sample, params, batch_stats, jax.random.key(0), batch_size)
@@ -323,7 +325,7 @@ def evaluation_times(model, precision, turns, num_images, num_samples):
     def samples_then_metrics():
         for prediction in posterior.predict(images, range(1, num_samples + 1)):
             yield prediction
-        yield evaluation.measure(prediction, labels, num_bins=20)
+        yield measures.measure(prediction, labels, num_bins=20)
 
     plain = partial(logits, images=images)
     next(samples_then_metrics()), plain()  # compiles

@@ -19,41 +19,42 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import run
 
-import devices
-import flags
-import jobs
-import runs
-import tables
 import training
+from benchmarks import run
+from evaluation import tables
+from ops import sharding
+from runs import devices, hosts, json_files, launch, parsing, processes, provenance
 
 SUB_BATCH = 25
 NODE = 8  # devices of a node
 BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types, those of a step in float32
 
 
-@flags.script('scaling.py')
+@launch.script('scaling.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__)
-    add, positive = parser.add_argument, flags.number(above=0)
+    parser = parsing.Parser(__doc__)
+    add, positive = parser.add_argument, parsing.number(above=0)
     add('part', choices=('measure', 'predict'))
-    add('--json', type=flags.new_file, help='write all figures here')
+    add('--json', type=parsing.new_file, help='write all figures here')
     add('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
-    add('--processes', type=flags.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes')
-    add('--steps', type=flags.integer(1), default=5, help='measure: steps that are timed')
-    add('--devices', type=flags.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
+    add('--processes', type=parsing.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes')
+    add('--steps', type=parsing.integer(1), default=5, help='measure: steps that are timed')
+    add('--devices', type=parsing.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
     add('--teraflops', type=positive, default=100, help='predict: what a device reaches in convolutions')
     add('--memory', type=positive, default=3350, help='predict: GB/s of a device to its memory')
     add('--nvlink', type=positive, default=450, help='predict: GB/s of a device within its node')
     add('--network', type=positive, default=50, help='predict: GB/s of a device to other nodes')
     help = 'predict: µs of each of the 2 (n - 1) turns of a ring'
-    add('--latency', type=flags.number(minimum=0), default=5, help=help)
+    add('--latency', type=parsing.number(minimum=0), default=5, help=help)
     add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
@@ -65,7 +66,7 @@ def main(argv=None):
     rows = measured(args) if args.part == 'measure' else predicted(args)
     print(tables.markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     if args.json:
-        runs.write_json(args.json, runs.provenance('benchmarks/scaling.py', argv) | {'rows': rows})
+        json_files.write_json(args.json, provenance.of_command('benchmarks/scaling.py', argv) | {'rows': rows})
 
 
 def measured(args):
@@ -97,22 +98,22 @@ def started(worker, number):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    one_core = os.environ | jobs.share_of_cores(os.cpu_count())
-    processes = [
+    one_core = os.environ | processes.share_of_cores(os.cpu_count())
+    workers = [
         subprocess.Popen(
             [sys.executable, __file__, 'measure', '--worker', json.dumps(worker | {'process': i, 'address': address})],
             env=one_core, stdout=subprocess.PIPE, text=True,
         )
         for i in range(number)
     ]  # fmt: skip
-    said = [process.communicate()[0] for process in processes]
+    said = [worker.communicate()[0] for worker in workers]
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
 def joined(number, process, address):
     """The mesh over the processes that there are."""
     if number > 1:
-        devices.join('scaling.py', address, number, process)
+        hosts.join('scaling.py', address, number, process)
     return devices.create_mesh()
 
 
@@ -136,9 +137,9 @@ def time_training(model, batch_size, steps, **processes):
     mesh = joined(**processes)
     experiment, step = run.step_of(model, 'bsam', 'float32', batch_size // SUB_BATCH)
     with jax.set_mesh(mesh):
-        state = devices.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
-        images = devices.replicate(run.synthetic_images(2 * batch_size), mesh)
-        key, zero, one = devices.replicate((jax.random.key(1), np.int32(0), np.float32(1)), mesh)
+        state = sharding.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
+        images = sharding.replicate(run.synthetic_images(2 * batch_size), mesh)
+        key, zero, one = sharding.replicate((jax.random.key(1), np.int32(0), np.float32(1)), mesh)
         epoch = training.start_epoch(key, zero, 2 * batch_size, batch_size)
         for number_of_step in range(steps + 1):
             if number_of_step == 1:

@@ -14,26 +14,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import flags
-import runs
+from runs import json_files, launch, parsing, provenance
 
 ROOT = Path(__file__).parent.parent
 
 
-@flags.script('start.py')
+@launch.script('start.py')
 def main(argv=None):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     parser.add_argument('--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'])
-    parser.add_argument('--json', type=flags.new_file, help='write all figures here')
+    parser.add_argument('--json', type=parsing.new_file, help='write all figures here')
     args = parser.parse_args(argv)
-    results = runs.provenance('benchmarks/start.py', argv) | {'help_seconds': seconds_of_help()}
+    results = provenance.of_command('benchmarks/start.py', argv) | {'help_seconds': seconds_of_help()}
     print(f'train.py --help: {results["help_seconds"]:.2f} s')
     for model in args.models:
         results[model] = start_times(model)
         first, second = results[model]['first_seconds'], results[model]['second_seconds']
         print(f'{model}, to the end of the first step: {first:.1f} s, the second time {second:.1f} s', flush=True)
     if args.json:
-        runs.write_json(args.json, results)
+        json_files.write_json(args.json, results)
 
 
 def seconds_of_help():

@@ -14,13 +14,10 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import run
-
-import devices
-import flags
-import runs
-import settings
-import tables
+from benchmarks import run
+from evaluation import tables
+from ops import sharding
+from runs import devices, json_files, launch, parsing, provenance, training_flags
 
 # Of each way to take a step: its name in tables, the optimizer, flags other than the defaults, whether it has a mesh.
 WAYS = {
@@ -40,7 +37,7 @@ class Trainer(run.Trainer):
         self.mesh = devices.create_mesh(1) if has_mesh else None
         if has_mesh:
             names = 'state', 'epoch', 'images', 'labels', 'lr_factor'
-            vars(self).update(devices.replicate({name: getattr(self, name) for name in names}, self.mesh))
+            vars(self).update(sharding.replicate({name: getattr(self, name) for name in names}, self.mesh))
 
     def compile(self):
         with self._context():
@@ -55,11 +52,14 @@ class Trainer(run.Trainer):
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
 
-@flags.script('throughput.py')
+@launch.script('throughput.py')
 def main(argv=None):
     args = parse_args(argv)
-    flags.use_compilecache(args.compilecache)
-    results = runs.provenance('benchmarks/throughput.py', argv) | {'model': args.model, 'batch_size': args.batchsize}
+    launch.use_compilecache(args.compilecache)
+    results = provenance.of_command('benchmarks/throughput.py', argv) | {
+        'model': args.model,
+        'batch_size': args.batchsize,
+    }
     results['machine'] = {'copy_gbytes_per_second': run.copy_rate() / 1e9}
     trainers = {}
     for precision in args.precisions:
@@ -82,22 +82,24 @@ def main(argv=None):
         }
     print_table(results, args)
     if args.json:
-        runs.write_json(args.json, results)
+        json_files.write_json(args.json, results)
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     add = parser.add_argument
     add('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
     help = 'what networks compute in, see train.py'
-    add('--precisions', nargs='+', choices=settings.PRECISIONS, default=list(settings.PRECISIONS), help=help)
+    add(
+        '--precisions', nargs='+', choices=training_flags.PRECISIONS, default=list(training_flags.PRECISIONS), help=help
+    )
     add('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='steps that are timed')
-    add('--batchsize', type=flags.integer(8), default=run.BATCH, help='images of a step')
-    add('--steps', type=flags.integer(1), default=20, help='steps of a turn')
-    add('--repeats', type=flags.integer(1), default=5, help='turns')
-    add('--matrix', type=flags.integer(1), default=8192, help='rows of the square matrices that are multiplied')
-    flags.add_compilecache(parser)
-    add('--json', type=flags.new_file, help='write all figures here')
+    add('--batchsize', type=parsing.integer(8), default=run.BATCH, help='images of a step')
+    add('--steps', type=parsing.integer(1), default=20, help='steps of a turn')
+    add('--repeats', type=parsing.integer(1), default=5, help='turns')
+    add('--matrix', type=parsing.integer(1), default=8192, help='rows of the square matrices that are multiplied')
+    parsing.add_compilecache(parser)
+    add('--json', type=parsing.new_file, help='write all figures here')
     args = parser.parse_args(argv)
     if args.batchsize % run.SPLIT:
         parser.error(f'--batchsize {args.batchsize} does not divide into {run.SPLIT} sub-batches')

@@ -9,19 +9,15 @@ import pytest
 from flax import linen as nn
 
 import archives
-import checkpoints
 import children
 import experiments
-import flags
-import jobs
 import models
-import runs
-import signals
+from runs import checkpoints, folders, launch, processes, signals
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 gc.set_threshold(10_000)  # JAX's traces are many objects that stay
 
-os.environ |= jobs.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
+os.environ |= processes.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
 # LLVM's further optimizations, and unrolled loops, take longer than they save in short tests; GPUs are to sum in one
 # order.
 XLA_FLAGS = (
@@ -45,7 +41,7 @@ def compilecache(tmp_path_factory):
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XDG_CACHE_HOME', str(folder))
-        flags.use_compilecache(str(folder / 'bayesian-sam'))
+        launch.use_compilecache(str(folder / 'bayesian-sam'))
         yield folder / 'bayesian-sam'
 
 
@@ -160,7 +156,7 @@ def forked_jobs():
         return children.Child(command[1:], environment=environment, errors_to_output=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, '_start', start)
+        patch.setattr(processes, '_start', start)
         yield
 
 
@@ -188,7 +184,7 @@ def read_log(run):
 
 def restore(run, step=None):
     """What checkpoints.restore returns for a run: (step, state, progress)."""
-    experiment = experiments.create(runs.read_config(run))
+    experiment = experiments.create(folders.read_config(run))
     return checkpoints.restore(run, experiment.state_shapes(), step)
 
 

@@ -244,9 +244,13 @@ FLAGS = [
 
 @functools.cache
 def _config():
-    import settings
+    from runs import training_flags
 
-    flags = {name: value for name, value in vars(settings.parse_args(FLAGS)).items() if name not in settings.OF_START}
+    flags = {
+        name: value
+        for name, value in vars(training_flags.parse_args(FLAGS)).items()
+        if name not in training_flags.OF_START
+    }
     dataset = {'num_train': 160, 'num_classes': 10, 'image_shape': [32, 32, 1], 'mean': [0.0], 'std': [1.0]}
     return {
         'flags': flags, 'dataset': dataset | {'labels_crc32': 5}, 'num_data': 160.0, 'python': '3.11.7',
@@ -282,11 +286,11 @@ def _make_config():
 
 def _with_checksum(payload):
     """Returns a damaged configuration with the checksum that its content has, where Python reads it as an object."""
-    import runs
+    from runs import folders
 
     try:
         content = json.loads(payload.decode('utf-8-sig'))
-        digest = runs._digest(content)
+        digest = folders._digest(content)
     except (ValueError, RecursionError):
         return payload
     if not isinstance(content, dict) or 'sha256' in content:
@@ -297,37 +301,35 @@ def _with_checksum(payload):
 def _read_config(folder, payload):
     """As train.py --resume and test.py do, up to the checkpoint and the images."""
     import assessment
-    import comparison
     import data
     import experiments
-    import jobs
-    import runs
     import sessions
-    import settings
+    from evaluation import comparison
+    from runs import folders, processes, provenance, training_flags
 
     _write(folder / 'config.json', _with_checksum(payload))
-    runs.end_of_training(runs.read_config(folder), 2)
-    config = settings.read_config(folder)
+    folders.end_of_training(folders.read_config(folder), 2)
+    config = training_flags.read_config(folder)
     given = {name: value for name, value in config['flags'].items() if value is not None}
-    assert vars(settings.parse_args(jobs.arguments(given))).items() >= config['flags'].items()
-    with unittest.mock.patch.object(runs, 'environment', return_value=_environment()):
+    assert vars(training_flags.parse_args(processes.arguments(given))).items() >= config['flags'].items()
+    with unittest.mock.patch.object(provenance, 'environment', return_value=_environment()):
         sessions._require_same_precision(folder, config)
     data.check_description(config.get('dataset'), folder / 'config.json')
     assert all(type(config['dataset'][name]) is int for name in ('num_train', 'num_classes'))
     comparison.check_flags([config['flags']], 'validation')
     asked = {'plots': True, 'ood': [], 'laplace': False, 'temperature': True, 'split': 'test', 'bnrefresh': None}
     assessment.require_possible(folder, config, argparse.Namespace(**asked))
-    args = settings.continued(argparse.Namespace(**config['flags']), {'compilecache': 'off'}, folder)
+    args = training_flags.continued(argparse.Namespace(**config['flags']), {'compilecache': 'off'}, folder)
     sessions.create_mesh(args, flags_hold=True)
     _state_shapes(experiments.create(config))
-    runs.write_config(folder, config | {'flags': vars(args)})
+    folders.write_config(folder, config | {'flags': vars(args)})
 
 
 @functools.cache
 def _environment():
-    import runs
+    from runs import provenance
 
-    return runs.environment()
+    return provenance.environment()
 
 
 @functools.cache
@@ -336,7 +338,7 @@ def _state_shapes(experiment):
 
 
 def _write_checkpoint(folder, files):
-    import checkpoints
+    from runs import checkpoints
 
     for name, payload in files.items():
         _write(folder / 'checkpoints' / '3' / name, payload)
@@ -345,14 +347,13 @@ def _write_checkpoint(folder, files):
 
 
 def _make_progress():
-    import checkpoints
+    from runs import checkpoints
 
     return _json(checkpoints.Progress(3, 1, 2.5, 0.5, 0.1, _log())._asdict())
 
 
 def _read_progress(folder, payload):
-    import checkpoints
-    import runs
+    from runs import checkpoints, folders
 
     _write_checkpoint(folder, {'state/a': b'a', 'progress.json': payload})
     held = checkpoints._of_whole(folder, None, checkpoints._read_progress)
@@ -360,8 +361,8 @@ def _read_progress(folder, payload):
     assert all(type(number) is float and math.isfinite(number) for number in (held.seconds, held.lr_factor))
     assert type(held.loss) is float and not math.isinf(held.loss)
     assert all(type(checkpoints._accuracy(record)) in (int, float) for record in held.log)
-    runs.write_log(folder, held.log)
-    assert runs.read_log(folder) == list(held.log)
+    folders.write_log(folder, held.log)
+    assert folders.read_log(folder) == list(held.log)
 
 
 _OF_CHECKPOINT = {'state/a': b'a', 'state/b/c': b'bc', 'progress.json': b'{}'}
@@ -369,7 +370,7 @@ _OF_CHECKPOINT = {'state/a': b'a', 'state/b/c': b'bc', 'progress.json': b'{}'}
 
 @functools.cache
 def _make_checksums():
-    import checkpoints
+    from runs import checkpoints
 
     with tempfile.TemporaryDirectory() as folder:
         _write_checkpoint(Path(folder), _OF_CHECKPOINT)
@@ -377,7 +378,7 @@ def _make_checksums():
 
 
 def _read_checksums(folder, payload):
-    import checkpoints
+    from runs import checkpoints
 
     _write_checkpoint(folder, _OF_CHECKPOINT | {'checksums.json': payload})
     assert checkpoints.require_whole(folder).name == '3'
@@ -385,17 +386,17 @@ def _read_checksums(folder, payload):
 
 
 def _make_log():
-    import plots  # noqa: F401
+    from evaluation import plots  # noqa: F401
 
     return ''.join(json.dumps(record) + '\n' for record in _log()).encode()
 
 
 def _read_log(folder, payload):
-    import plots
-    import runs
+    from evaluation import plots
+    from runs import folders
 
     _write(folder / 'log.jsonl', payload)
-    log = runs.read_log(folder)
+    log = folders.read_log(folder)
     assert all(type(record['epoch']) is int for record in log)
     figure = plots.training(log, 'validation')
     numbers = [abs(x) for record in log for x in record.values() if isinstance(x, float | int) and x]
@@ -406,31 +407,30 @@ def _read_log(folder, payload):
 
 def _make_metrics():
     import sweep  # noqa: F401
-    from benchmarks import study  # noqa: F401
+    from studies import study  # noqa: F401
 
     return _json(_metrics())
 
 
 def _read_metrics(folder, payload):
-    """As sweep.py and benchmarks/study.py do."""
-    import jobs
-    import runs
+    """As sweep.py and studies/study.py do."""
     import sweep
-    from benchmarks import study
+    from runs import folders, json_files, processes
+    from studies import study
 
     trained = folder / '0000' / 'digits_mlp' / 'bsam' / 'run_0'
     _write(trained / 'log.jsonl', _make_lines(_log()))
-    runs.write_config(trained, _config())
+    folders.write_config(trained, _config())
     _write(trained / 'metrics-validation.json', payload)
     values = dict(flag.removeprefix('--').split('=') for flag in FLAGS)
     print(sweep.summarise(argparse.Namespace(output=folder, testmc=1), [values], [{'rho': 0.1}]))
     given = ['--split=validation', '--testmc=1']
     try:
-        measured = jobs.metrics(trained, given)
+        measured = processes.metrics(trained, given)
     except ValueError as error:
-        raise runs.RunError(error) from error
+        raise folders.RunError(error) from error
     record = study.record_of(trained, values, {'validation': given}, [measured])
-    runs.write_json(folder / 'record.json', record)
+    json_files.write_json(folder / 'record.json', record)
     study.require_record(folder / 'record.json', values, {'validation': given})
     assert record['evaluations']['validation']['average']['nll'] is None or np.isfinite(
         record['evaluations']['validation']['average']['nll']
@@ -445,17 +445,16 @@ def _predictions():
     """The arrays of predictions.npz, as .npy files by name."""
     from types import SimpleNamespace
 
-    import checkpoints
-    import evaluation
     import metrics
-    import posteriors
+    from evaluation import measures, posteriors
+    from runs import checkpoints
 
     logits = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
     votes = np.int32([[2, 0, 0]] * 5)
     prediction = posteriors.Prediction(logits, metrics.softmax(logits), np.full(5, 0.1), votes)
     subject = SimpleNamespace(progress=checkpoints.Progress(2, 3), labels=np.arange(5) % 3)
     with tempfile.TemporaryDirectory() as folder:
-        evaluation.write_predictions(Path(folder) / 'a.npz', prediction, subject, 2)
+        measures.write_predictions(Path(folder) / 'a.npz', prediction, subject, 2)
         with zipfile.ZipFile(Path(folder) / 'a.npz') as members:
             return {name: members.read(name) for name in members.namelist()}
 
@@ -483,11 +482,10 @@ def _predictions_by_name():
 
 def _read_predictions(folder, payload):
     import assessment
-    import comparison
-    import evaluation
+    from evaluation import comparison, measures
 
     _write(folder / 'predictions.npz', payload)
-    labels, prediction, num_samples, progress = evaluation.read_predictions(folder / 'predictions.npz')
+    labels, prediction, num_samples, progress = measures.read_predictions(folder / 'predictions.npz')
     assert num_samples > 0 and progress.epoch >= 0 and progress.step >= 0
     assert (prediction.votes >= 0).all() and (prediction.votes.sum(axis=1) == num_samples).all()
     probs = [prediction.probs_at_mean, prediction.probs]
@@ -531,15 +529,14 @@ def _make_toml():
 
 
 def _read_toml(folder, payload):
-    import jobs
-    import settings
     import sweep
+    from runs import processes, training_flags
 
     _write(folder / 'sweep.toml', payload)
     fixed, varied = sweep.read(folder / 'sweep.toml')
     assert 0 < len(varied) <= 10_000
     for values in varied[:3]:
-        args = settings.parse_args(jobs.arguments(fixed | values))
+        args = training_flags.parse_args(processes.arguments(fixed | values))
         for name, value in (fixed | values).items():
             held = getattr(args, name)
             assert str(held).lower() == str(value).lower() or type(held)(value) == held, (name, held, value)

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import sys
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -12,17 +11,18 @@ import pytest
 
 import conftest
 import models
+from children import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+FOLDERS = ('benchmarks', 'studies')
+SCRIPTS = [f'{path.parent.name}.{path.stem}' for name in FOLDERS for path in (ROOT / name).glob('*.py')]
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
     """A function that imports a benchmark, whose network and batches are small."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
     before = set(sys.modules)
-    run = importlib.import_module('run')
+    run = importlib.import_module('benchmarks.run')
     monkeypatch.setattr(run, 'BATCH', 8)
     monkeypatch.setattr(run, 'SPLIT', 2)
     monkeypatch.setattr(run, 'machine', lambda: {'matrix_gflops': 1.0, 'copy_gbytes_per_second': 1.0})
@@ -33,7 +33,7 @@ def benchmark(monkeypatch):
     )
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], '__file__', '')):
+        if name.startswith(FOLDERS):
             del sys.modules[name]
 
 
@@ -47,7 +47,7 @@ def test_run(benchmark, tmp_path, capsys):
     """With the published formulation, and its table without."""
     path = tmp_path / 'benchmark.json'
     flags = ['--models=resnet20', '--repeats=1', '--seconds=0', '--testimages=12', '--testmc=2', '--baselinerepeats=1']
-    run = benchmark('run')
+    run = benchmark('benchmarks.run')
     run.main([*flags, f'--json={path}'])
     assert 'as published' in capsys.readouterr().out
     results = json.loads(path.read_text())
@@ -60,7 +60,7 @@ def test_run(benchmark, tmp_path, capsys):
     assert 'as published' not in table and '2.50 to 3.00' in table
 
 
-@pytest.mark.parametrize('name', [path.stem for path in BENCHMARKS.glob('*.py') if path.stem != 'baseline'])
+@pytest.mark.parametrize('name', sorted({*SCRIPTS} - {'benchmarks.baseline'}))
 def test_help(benchmark, capsys, name):
     with pytest.raises(SystemExit) as stop:
         benchmark(name).main(['--help'])
@@ -71,7 +71,7 @@ def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
     """They are refused before anything is measured."""
     for path, reason in ((tmp_path, 'is a folder: give the path of a file'), (tmp_path / 'a' / 'b', 'make it first')):
         with pytest.raises(SystemExit) as stop:
-            benchmark('run').main([f'--json={path}'])
+            benchmark('benchmarks.run').main([f'--json={path}'])
         assert stop.value.code == 2 and reason in capsys.readouterr().err
 
 
@@ -80,7 +80,7 @@ def test_methods(benchmark, forked_jobs, datasets, tmp_path):
     """Two optimizers, of one draw and one seed each."""
     flags = ['--model=mlp', '--optimizers', 'sgd', 'sam', '--draws=1', '--tuneepochs=1', '--epochs=1', '--seeds=1']
     flags += ['--dataset=mnist', '--batchsize=20', '--batchsplit=2', f'--datasetfolder={datasets}']
-    benchmark('methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "mnist"}'])
+    benchmark('studies.methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "mnist"}'])
     results = json.loads((tmp_path / 'mnist.json').read_text())['optimizers']
     assert all(found['chosen'] == found['tried'][0]['settings'] for found in results.values())
     assert '| sgd, mean' in (tmp_path / 'mnist.md').read_text() and (tmp_path / 'mnist.csv').exists()
@@ -97,7 +97,7 @@ def test_methods(benchmark, forked_jobs, datasets, tmp_path):
 )
 def test_methods_that_would_fail_are_not_begun(benchmark, flags, reason, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        benchmark('methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "mnist"}'])
+        benchmark('studies.methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "mnist"}'])
     assert stop.value.code == 2 and reason in capsys.readouterr().err and not (tmp_path / 'runs').exists()
 
 
@@ -116,7 +116,7 @@ def test_figures_that_cannot_be_plotted(benchmark, text, name, reason, tmp_path,
     if text is not None:
         figures.write_text(text)
     with pytest.raises(SystemExit) as stop:
-        benchmark('growth').main(['--plot', str(figures), str(picture)])
+        benchmark('benchmarks.growth').main(['--plot', str(figures), str(picture)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1 and reason in error and not picture.exists()
 
@@ -124,13 +124,13 @@ def test_figures_that_cannot_be_plotted(benchmark, text, name, reason, tmp_path,
 def test_more_processes_than_cores(benchmark, monkeypatch, capsys):
     monkeypatch.setattr('os.cpu_count', lambda: 1)
     with pytest.raises(SystemExit) as stop:
-        benchmark('scaling').main(['measure'])
+        benchmark('benchmarks.scaling').main(['measure'])
     assert stop.value.code == 2 and '--processes 2: there are 1 cores' in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_growth(benchmark, tmp_path, monkeypatch):
-    growth = benchmark('growth')
+    growth = benchmark('benchmarks.growth')
     monkeypatch.setattr(growth, 'TURNS', 1)
     for name, (make, optims, _) in growth.PANELS.items():
         monkeypatch.setitem(growth.PANELS, name, (make, optims[-1:], (25, 50) if name == 'batch' else (1, 2)))
@@ -146,7 +146,7 @@ def test_loading(benchmark, tmp_path):
     """One training image of each class, and an epoch of one batch, streamed and not."""
     path = tmp_path / 'loading.json'
     flags = ['--perclass=1', '--trained=1', '--epochs=1', '--turns=1']
-    benchmark('loading').main([*flags, f'--json={path}'])
+    benchmark('benchmarks.loading').main([*flags, f'--json={path}'])
     figures = json.loads(path.read_text())
     assert len(figures['epoch_seconds']) == len(figures['streamed_epoch_seconds']) == 1
     assert figures['decoded_per_second'] > 0 and figures['setup_seconds'] > 0
@@ -157,7 +157,7 @@ def test_convolutions(benchmark, tmp_path, monkeypatch):
     """The operations of each kind are 2·9·3·4 a pixel of 25 images of 32×32, and take time."""
     path = tmp_path / 'convolutions.json'
     monkeypatch.setenv('PJRT_NPROC', '1')  # which the benchmark sets
-    benchmark('convolutions').main(['--model=resnet20', f'--json={path}'])
+    benchmark('benchmarks.convolutions').main(['--model=resnet20', f'--json={path}'])
     table = json.loads(path.read_text())['milliseconds_and_gflop']
     assert set(table) == {'forward, stem', 'kernel gradient, stem'}
     for milliseconds, gflop in table.values():
@@ -179,14 +179,14 @@ def test_kind_of_operation(benchmark, op_name, kind):
     """The gradient of a bias is no part of a convolution here."""
     hlo = f'  %fusion.7 = f32[25,64] fusion(%a), metadata={{op_name="jit(gradient)/{op_name}" source_line=4}}\n'
     loop = '  %while.2 = (f32[1]) while(%b), metadata={op_name="jit(gradient)/stem/conv/while"}\n'
-    assert benchmark('convolutions').kinds_of_operations(hlo + loop) == {'fusion.7': kind}
+    assert benchmark('benchmarks.convolutions').kinds_of_operations(hlo + loop) == {'fusion.7': kind}
 
 
 def test_convolutions_of_a_gpu(benchmark, monkeypatch, capsys):
     monkeypatch.setenv('PJRT_NPROC', '1')
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     with pytest.raises(SystemExit, match='2'):
-        benchmark('convolutions').main([])
+        benchmark('benchmarks.convolutions').main([])
     assert 'set JAX_PLATFORMS=cpu' in capsys.readouterr().err
 
 
@@ -194,7 +194,7 @@ def test_throughput(benchmark, tmp_path, capsys):
     path = tmp_path / 'throughput.json'
     ways = ['sgd', 'bsam_on_a_mesh_of_one_device']
     flags = ['--model=resnet20', '--precisions=float32', '--ways', *ways, '--batchsize=8', '--steps=1', '--repeats=1']
-    throughput = benchmark('throughput')
+    throughput = benchmark('benchmarks.throughput')
     throughput.main([*flags, '--matrix=32', '--compilecache=off', f'--json={path}'])
     measured = json.loads(path.read_text())['float32']
     assert list(measured) == ways and min(numbers(measured)) > 0
@@ -202,10 +202,10 @@ def test_throughput(benchmark, tmp_path, capsys):
 
 
 def test_scaling_joins_processes(benchmark, monkeypatch):
-    """As devices.join wants to be called, which is not called for one process."""
-    scaling = benchmark('scaling')
-    join = mock.create_autospec(scaling.devices.join)
-    monkeypatch.setattr(scaling.devices, 'join', join)
+    """As hosts.join wants to be called, which is not called for one process."""
+    scaling = benchmark('benchmarks.scaling')
+    join = mock.create_autospec(scaling.hosts.join)
+    monkeypatch.setattr(scaling.hosts, 'join', join)
     assert scaling.joined(1, 0, 'host:1').size == scaling.joined(2, 1, 'host:1').size
     join.assert_called_once_with('scaling.py', 'host:1', 2, 1)
 
@@ -213,7 +213,7 @@ def test_scaling_joins_processes(benchmark, monkeypatch):
 def test_scaling_counts_convolutions_as_gpus_compute_them(benchmark, traced_anew, monkeypatch):
     """Two gradients over one sub-batch: forward, kernel gradients, and the second convolution's input gradient."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
-    scaling = benchmark('scaling')
+    scaling = benchmark('benchmarks.scaling')
     weighted_pixels = (3 * 32 - 2) ** 2  # of an image of 32×32 by a 3×3 kernel, less those beyond its borders
     flops = 2 * 2 * scaling.SUB_BATCH * weighted_pixels * 32 * (2 * 3 + 3 * 32)
     assert 1 < scaling.count('resnet20', 1)['flops'] / flops < 1.2

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-import bootstrap
 import metrics
 
 
@@ -16,7 +15,7 @@ def coin_predictions(rng, n, share):
 def test_interval_of_an_accuracy_is_that_of_a_binomial():
     probs, labels = coin_predictions(np.random.default_rng(0), 2000, 0.8)
     accuracy = metrics.accuracy(probs, labels)
-    low, high = bootstrap.interval(bootstrap.resampled({'a': metrics.accuracy}, probs, labels)['a'])
+    low, high = metrics.interval(metrics.resampled({'a': metrics.accuracy}, probs, labels)['a'])
     deviation = np.sqrt(accuracy * (1 - accuracy) / 2000)
     np.testing.assert_allclose([low, high], accuracy + deviation * np.array([-1.96, 1.96]), atol=0.2 * deviation)
 
@@ -27,7 +26,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     hits = 0
     for _ in range(120):
         probs, labels = coin_predictions(rng, 300, 0.9)
-        low, high = bootstrap.interval(bootstrap.resampled({'a': metrics.accuracy}, probs, labels)['a'])
+        low, high = metrics.interval(metrics.resampled({'a': metrics.accuracy}, probs, labels)['a'])
         hits += low <= 0.9 <= high
     assert abs(hits / 120 - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 120)
 
@@ -39,14 +38,14 @@ def test_differences_are_paired():
     wrong = np.flatnonzero(labels == 1)
     better = labels.copy()
     better[wrong[:20]] = 0
-    values = bootstrap.resampled({'a': metrics.accuracy}, probs, labels)['a']
-    others = bootstrap.resampled({'a': metrics.accuracy}, probs, better)['a']
+    values = metrics.resampled({'a': metrics.accuracy}, probs, labels)['a']
+    others = metrics.resampled({'a': metrics.accuracy}, probs, better)['a']
     observed = metrics.accuracy(probs, labels) - metrics.accuracy(probs, better)
-    low, high, p = bootstrap.difference(observed, values - others)
+    low, high, p = metrics.difference(observed, values - others)
     assert -0.03 < low < high < -0.01 and p == 2 / 1001
-    (one, two), (three, four) = bootstrap.interval(values), bootstrap.interval(others)
+    (one, two), (three, four) = metrics.interval(values), metrics.interval(others)
     assert one < four and three < two
-    assert bootstrap.difference(0, values - values)[2] == 1
+    assert metrics.difference(0, values - values)[2] == 1
 
 
 def calibrated(rng, n, gap):
@@ -62,9 +61,9 @@ def test_intervals_of_differences_of_calibration_errors_hold_the_truth():
     hits = percentile_hits = 0
     for _ in range(40):
         pair = calibrated(rng, 1000, 0), calibrated(rng, 1000, 0.1)
-        first, second = (bootstrap.resampled({'ece': metrics.ece}, *one)['ece'] for one in pair)
-        low, high, _ = bootstrap.difference(metrics.ece(*pair[1]) - metrics.ece(*pair[0]), second - first)
+        first, second = (metrics.resampled({'ece': metrics.ece}, *one)['ece'] for one in pair)
+        low, high, _ = metrics.difference(metrics.ece(*pair[1]) - metrics.ece(*pair[0]), second - first)
         hits += low <= 0.1 <= high
-        low, high = bootstrap.interval(second - first)
+        low, high = metrics.interval(second - first)
         percentile_hits += low <= 0.1 <= high
     assert hits >= 30 and percentile_hits <= 24

@@ -22,13 +22,11 @@ import demo2d
 import experiments
 import models
 import optimizers
-import posteriors
-import runs
-import settings
 import test as evaluate
 import train
 from conftest import read_log, restore
-from flags import use_compilecache
+from evaluation import posteriors
+from runs import folders, launch, training_flags
 
 ROOT = Path(__file__).parent.parent
 LINE = re.compile(
@@ -127,7 +125,7 @@ def test_a_warmup_that_takes_all_epochs(epochs, warmup, warns, flags_of, capsys)
     assert (warning in capsys.readouterr().err) == warns
 
 
-@pytest.mark.parametrize('optim', settings.OPTIMIZERS)
+@pytest.mark.parametrize('optim', training_flags.OPTIMIZERS)
 def test_bfloat16_trains_and_keeps_float32_state(optim, flags_of, small_resnet18):
     run = train.main(flags_of(dataset='cifar10', model='resnet18', optim=optim, precision='bfloat16'))
     _, state, _ = restore(run)
@@ -151,22 +149,23 @@ def test_compiled_functions_that_have_no_place(flags_of, compilecache, tmp_path,
         error = capsys.readouterr().err
         assert error == f'warning: --compilecache {tmp_path}/file cannot be written: what is compiled is not kept\n'
         assert not jax.config.jax_enable_compilation_cache
-        assert runs.read_config(run)['flags']['compilecache'] == f'{tmp_path}/file'
+        assert folders.read_config(run)['flags']['compilecache'] == f'{tmp_path}/file'
         monkeypatch.setattr(os, 'access', lambda path, mode: False)  # as of a folder that others keep
-        use_compilecache(str(tmp_path))
+        launch.use_compilecache(str(tmp_path))
         assert jax.config.jax_enable_compilation_cache and 'cannot be written' in capsys.readouterr().err
     finally:
-        use_compilecache(str(compilecache))
+        launch.use_compilecache(str(compilecache))
 
 
 def test_runs_started_together_get_different_folders(tmp_path):
     script = """if True:
-        import os, sys, runs
+        import os, sys
+        from runs import folders
         pids = []
         for _ in range(20):
             pid = os.fork()
             if not pid:
-                run = runs.create(sys.argv[1], 'tfds/toy', 'mlp', 'sgd')
+                run = folders.create(sys.argv[1], 'tfds/toy', 'mlp', 'sgd')
                 (run / f'{os.getpid()}').touch()
                 os._exit(0)
             pids.append(pid)
@@ -224,38 +223,41 @@ def test_results_without_a_place_are_refused_before_data_are_read(flags_of, tmp_
 
 
 def test_names_in_any_case(flags_of):
-    args = settings.parse_args(flags_of(dataset='CIFAR10', model='ResNet18', optim='bSAM'))
+    args = training_flags.parse_args(flags_of(dataset='CIFAR10', model='ResNet18', optim='bSAM'))
     assert (args.dataset, args.model, args.optim) == ('cifar10', 'resnet18', 'bsam')
 
 
 def test_flags_offer_what_the_tables_hold():
-    assert tuple(data.DATASETS) == settings.DATASETS
-    assert tuple(models.MODELS) == settings.MODELS
-    assert list(optimizers.OPTIMIZERS) == list(settings.OPTIMIZERS)
+    assert tuple(data.DATASETS) == training_flags.DATASETS
+    assert tuple(models.MODELS) == training_flags.MODELS
+    assert list(optimizers.OPTIMIZERS) == list(training_flags.OPTIMIZERS)
 
 
-@pytest.mark.parametrize('optim', settings.OPTIMIZERS)
+@pytest.mark.parametrize('optim', training_flags.OPTIMIZERS)
 def test_optimizers_take_the_flags_of_the_table(optim):
     """weight_decay is made from priorprec, num_data from dafactor, swagevery from the data; clip may be unset."""
     arguments = inspect.signature(optimizers.OPTIMIZERS[optim]).parameters
     parameters = {experiments.FLAGS_OF_ARGUMENTS.get(name, name) for name in arguments}
-    own = set(settings.OPTIMIZERS[optim]) - {'swagrate'}
+    own = set(training_flags.OPTIMIZERS[optim]) - {'swagrate'}
     assert parameters - {'loss', 'weight_decay', 'num_data', 'swagevery'} == own - {'priorprec'}
 
 
 def test_flags_of_other_optimizers_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        settings.parse_args(['--optim=sgd', '--rho=0.1'])
+        training_flags.parse_args(['--optim=sgd', '--rho=0.1'])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and '--rho is no flag of sgd, which takes --alpha, --beta1, --priorprec' in error
     with pytest.raises(SystemExit):
-        settings.parse_args(['--optim=swag', '--epochs=1'])
+        training_flags.parse_args(['--optim=swag', '--epochs=1'])
     assert 'swag needs two epochs or more after --swagstart 0.5 of 2' in capsys.readouterr().err
-    assert settings.parse_args(['--optim=ivon']).beta2 == 0.99999 and settings.parse_args(['--optim=sgd']).beta2 is None
+    assert (
+        training_flags.parse_args(['--optim=ivon']).beta2 == 0.99999
+        and training_flags.parse_args(['--optim=sgd']).beta2 is None
+    )
 
 
 def test_defaults_are_those_of_the_reference():
-    args = vars(settings.parse_args(['--optim=bsam']))
+    args = vars(training_flags.parse_args(['--optim=bsam']))
     others = {
         'coordinator',
         'processes',
@@ -272,7 +274,7 @@ def test_defaults_are_those_of_the_reference():
         'trainimages',
     }
     assert all(args.pop(name) is None for name in others)
-    assert settings.parse_args([]).optim == 'sgd'
+    assert training_flags.parse_args([]).optim == 'sgd'
     assert args == {
         'randomseed': 0, 'alpha': 1.0, 'rho': 0.1, 'optim': 'bsam', 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0,
         'dafactor': 1.0, 'batchsize': 200, 'testbatchsize': 200, 'epochs': 180, 'warmup': 5, 'dataset': 'cifar10',

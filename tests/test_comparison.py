@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import comparison
 import metrics
-import settings
-import tables
+from evaluation import comparison, tables
+from runs import training_flags
 
 LABELS = np.random.default_rng(0).integers(0, 3, 400)
 
@@ -155,7 +154,7 @@ def test_perfect_values_are_bold_only_where_asked():
 
 def test_flags_that_may_change_make_no_other_method():
     """But for the number of epochs."""
-    assert set(settings.MAY_CHANGE) - {'epochs'} <= set(comparison._NOT_OF_THE_METHOD)
+    assert set(training_flags.MAY_CHANGE) - {'epochs'} <= set(comparison._NOT_OF_THE_METHOD)
 
 
 def test_what_cannot_be_compared():

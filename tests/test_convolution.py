@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-import convolution
+from ops import convolution
 
 
 def jax_convolution(x, kernel, stride, padding):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import corruptions
 import data
+from evaluation import corruptions
 
 EXTRA = ['gaussian_blur', 'saturate', 'spatter', 'speckle_noise']
 

@@ -17,16 +17,14 @@ import pytest
 from PIL import Image
 
 import archives
-import checkpoints
 import children
 import data
-import runs
-import settings
 import setup_tinyimagenet
 import test as evaluate
 import train
 from conftest import arrays, read_log, restore
 from readers import cifar
+from runs import checkpoints, folders, training_flags
 
 
 def error_of(main, arguments, capsys):
@@ -132,9 +130,9 @@ def test_damaged_config(change, message, run, capsys):
 )
 def test_absurd_config(part, name, value, message, run, capsys):
     """With a checksum that is right, as from someone who means harm."""
-    config = runs.read_config(run)
+    config = folders.read_config(run)
     config[part][name] = value
-    runs.write_config(run, config)
+    folders.write_config(run, config)
     assert message in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
 
 
@@ -146,29 +144,29 @@ def test_absurd_config(part, name, value, message, run, capsys):
     ],
 )
 def test_config_without_a_part(main, flag, message, run, capsys):
-    config = runs.read_config(run)
+    config = folders.read_config(run)
     del config['dataset']
-    runs.write_config(run, config)
+    folders.write_config(run, config)
     assert message in error_of(main, [f'--{flag}={run}'], capsys)
 
 
 def test_config_from_before_a_flag_was_there(run):
     """A flag that is missing has its default, which is what was done then."""
-    config = runs.read_config(run)
+    config = folders.read_config(run)
     del config['flags']['validation'], config['flags']['bnupdate'], config['flags']['eta']
     del config['dataset']['labels_crc32']
-    runs.write_config(run, config)
+    folders.write_config(run, config)
     evaluate.main([f'--resultsfolder={run}'])
     train.main([f'--resume={run}'])
-    args = settings.flags_of(runs.read_config(run), run)
+    args = training_flags.flags_of(folders.read_config(run), run)
     assert (args.validation, args.bnupdate, args.eta) == (0.0, 'both', None)
 
 
 def test_damaged_log_is_written_again_from_the_checkpoint(run):
     log = read_log(run)
     (run / 'log.jsonl').write_text('{"epoch": 0, "lo')
-    with pytest.raises(runs.RunError, match=r'log\.jsonl is damaged'):
-        runs.read_log(run)
+    with pytest.raises(folders.RunError, match=r'log\.jsonl is damaged'):
+        folders.read_log(run)
     train.main([f'--resume={run}'])
     assert [record['loss'] for record in read_log(run)] == [record['loss'] for record in log]
 
@@ -190,7 +188,7 @@ def test_checkpoint_of_another_network(run, flags_of, small_resnet18, capsys):
 
 def test_500_random_damages_of_a_run_folder(run, finished):
     """Every one is noticed, or leaves all as it was, as a configuration without its last newline."""
-    expected, config = arrays(restore(finished)[1]), runs.read_config(finished)
+    expected, config = arrays(restore(finished)[1]), folders.read_config(finished)
     files = [path.relative_to(run) for path in run.rglob('*') if path.is_file() and path.name != 'lock']
     files = [path for path in files if path.parts[:2] != ('checkpoints', '4')]
     draws, noticed = random.Random(0), 0
@@ -198,14 +196,14 @@ def test_500_random_damages_of_a_run_folder(run, finished):
         name, damage = draws.choice(files), draws.choice(list(DAMAGES))
         DAMAGES[damage](run / name, draws.randrange(1 << 30))
         try:
-            settings.flags_of(runs.read_config(run), run)
+            training_flags.flags_of(folders.read_config(run), run)
             state = restore(run)[1]
-            runs.read_log(run)
-        except runs.RunError as error:
+            folders.read_log(run)
+        except folders.RunError as error:
             noticed += 1
             assert '\n' not in str(error)
         else:
-            assert name.name in ('log.jsonl', 'config.json') and runs.read_config(run) == config
+            assert name.name in ('log.jsonl', 'config.json') and folders.read_config(run) == config
             for one, two in zip(arrays(state), expected, strict=True):
                 np.testing.assert_array_equal(one, two)
         (run / name).write_bytes((finished / name).read_bytes())

@@ -12,12 +12,12 @@ import pytest
 
 import children
 import conftest
-import devices
 import experiments
 import sessions
-import settings
 import train
 import training
+from ops import sharding
+from runs import devices, training_flags
 
 # Takes 20 steps with every optimizer on 1 and on 8 devices, and evaluates the weights there; prints the relative
 # differences of weights, batch statistics and probabilities as JSON.
@@ -25,8 +25,10 @@ SCRIPT = """if True:
     import json, sys
     import jax, jax.numpy as jnp, numpy as np
     sys.path[:0] = ['tests', '.']
-    import conftest, devices, experiments, flags, models, settings, training
-    flags.use_compilecache(sys.argv[1])
+    import conftest, experiments, models, training
+    from ops import sharding
+    from runs import devices, launch, training_flags
+    launch.use_compilecache(sys.argv[1])
     models.MODELS |= {'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (160, 16, 16, 3), np.uint8), rng.integers(0, 10, 160)
@@ -37,17 +39,17 @@ SCRIPT = """if True:
         split = [f'--batchsplit={sub_batches}', f'--atonce={2 if number == 8 else 1}']
         split = [] if optim in ('sgd', 'adam', 'adamw', 'swag') else split
         arguments = [f'--optim={optim}', f'--model={model}', '--alpha=0.01', '--batchsize=16', '--epochs=3', *split]
-        experiment = experiments.create({'flags': vars(settings.parse_args(arguments)), 'dataset': dataset})
+        experiment = experiments.create({'flags': vars(training_flags.parse_args(arguments)), 'dataset': dataset})
         mesh = devices.create_mesh(number)
         step = training.step_function(experiment.optimizer, experiment.normalise)
         is_shared = bool(split) and number > 1
         start = inits.setdefault((optim, model), jax.jit(experiment.init))(jax.random.key(0))
         with jax.set_mesh(mesh):
-            state = devices.replicate(start, mesh)
-            held = devices.replicate((images, labels, jnp.float32(1)), mesh)
+            state = sharding.replicate(start, mesh)
+            held = sharding.replicate((images, labels, jnp.float32(1)), mesh)
             of_kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
             epochs = [training.start_epoch(jax.random.key(1), jnp.int32(i), 160, 16) for i in (0, 1)]
-            epochs = devices.replicate(epochs, mesh)
+            epochs = sharding.replicate(epochs, mesh)
             reductions = step.lower(state, epochs[0], *held).as_text().count('stablehlo.all_reduce')
             assert reductions == (is_shared if split else of_kernels * (mesh.size > 1))
             for epoch in epochs:
@@ -61,7 +63,7 @@ SCRIPT = """if True:
         return float(np.linalg.norm(one - other) / np.linalg.norm(one))
 
     assert len(jax.devices()) == 8
-    cases = [(optim, model) for model in ('resnet20', 'resnet18') for optim in settings.OPTIMIZERS]
+    cases = [(optim, model) for model in ('resnet20', 'resnet18') for optim in training_flags.OPTIMIZERS]
     cases.append(('bsam', 'resnet18', 16))  # two on each of eight devices, which computes them together
     print(json.dumps({
         ' '.join(map(str, case)): [difference(*pair) for pair in zip(*(run(*case[:2], n, *case[2:]) for n in (1, 8)))]
@@ -82,7 +84,7 @@ def test_eight_devices_train_as_one(compilecache):
     done = run_on_devices(8, SCRIPT, compilecache)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
-    assert len(differences) == 2 * len(settings.OPTIMIZERS) + 1
+    assert len(differences) == 2 * len(training_flags.OPTIMIZERS) + 1
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
     # Of two sub-batches each the devices add up sums, in another order than one device does; else all ran on one.
@@ -94,7 +96,8 @@ GRADIENTS = """if True:
     import re, sys
     sys.path[:0] = ['.']
     import jax, jax.numpy as jnp, numpy as np
-    import convolution, devices
+    from ops import convolution, sharding
+    from runs import devices
     channels, features = map(int, sys.argv[1:])
     images = jax.random.normal(jax.random.key(0), (212, 6, 6, channels))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, features))
@@ -103,13 +106,13 @@ GRADIENTS = """if True:
     def gradients(images, kernel):
         def loss(images, kernel):
             return jnp.square(convolution.convolve(images, kernel, (1, 1), 'SAME')).sum()
-        of_images, of_kernel = jax.grad(loss, (0, 1))(devices.shard(images), kernel)
-        return devices.shard(of_images), devices.gather(of_kernel)
+        of_images, of_kernel = jax.grad(loss, (0, 1))(sharding.shard(images), kernel)
+        return sharding.shard(of_images), sharding.gather(of_kernel)
 
     mesh = devices.create_mesh()
     with jax.set_mesh(mesh):
-        compiled = gradients.lower(*devices.replicate((images, kernel), mesh)).compile()
-        shared = compiled(*devices.replicate((images, kernel), mesh))
+        compiled = gradients.lower(*sharding.replicate((images, kernel), mesh)).compile()
+        shared = compiled(*sharding.replicate((images, kernel), mesh))
     for ours, alone in zip(shared, gradients(images, kernel)):
         np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-6 * np.abs(alone).max())
     print(*re.findall(' (all-gather|all-reduce|all-to-all|collective-permute|while)\\(', compiled.as_text()))
@@ -179,12 +182,12 @@ def test_commands_on_four_devices(datasets, tmp_path):
 )
 def test_shares_that_are_not_equal(flags, number, offers, monkeypatch):
     """What is offered is taken; to a run that is resumed, whose flags hold, devices are."""
-    monkeypatch.setattr(devices, 'create_mesh', lambda n: jax.sharding.AbstractMesh((n or number,), (devices.AXIS,)))
-    args = settings.parse_args(flags)
+    monkeypatch.setattr(devices, 'create_mesh', lambda n: jax.sharding.AbstractMesh((n or number,), (sharding.AXIS,)))
+    args = training_flags.parse_args(flags)
     with pytest.raises(devices.DeviceError, match=f'cannot be shared out over {number} devices: take {offers}$'):
         sessions.create_mesh(args)
     for offer in offers.split(', or '):
-        sessions.create_mesh(settings.parse_args([*flags, *offer.split()]))
+        sessions.create_mesh(training_flags.parse_args([*flags, *offer.split()]))
     with pytest.raises(devices.DeviceError, match=f'devices: take {offers.split(", or ")[-1]}$'):
         sessions.create_mesh(args, flags_hold=True)
 
@@ -198,7 +201,7 @@ def test_devices_that_are_not_there(flags_of, capsys):
 @pytest.mark.parametrize('optim', ['sgd', 'sam', 'bsam'])
 def test_a_step_on_one_device_is_that_without_a_mesh(optim):
     """The same operations are compiled, so sharing out costs nothing where there is nothing to share."""
-    of_run = vars(settings.parse_args([f'--optim={optim}', '--model=mlp', '--alpha=0.01', '--batchsize=16']))
+    of_run = vars(training_flags.parse_args([f'--optim={optim}', '--model=mlp', '--alpha=0.01', '--batchsize=16']))
     dataset = {'num_train': 32, 'num_classes': 10, 'image_shape': [8, 8, 3], 'mean': [0.5], 'std': [0.2]}
     experiment = experiments.create({'flags': of_run, 'dataset': dataset})
 

@@ -17,16 +17,13 @@ import pytest
 from PIL import Image
 
 import assessment
-import checkpoints
-import corruptions
+import children
 import data
-import evaluation
 import metrics
-import plots
-import posteriors
-import runs
 import test as evaluate
 import train
+from evaluation import corruptions, measures, plots, posteriors
+from runs import checkpoints, folders
 
 PICTURES = ('reliability', 'risk_coverage', 'training', 'images', 'samples', 'severities')
 
@@ -77,11 +74,11 @@ def test_everything_at_once(trained, capsys):
 
 ALL_PARTS = ['--testmc', '1', '2', '--temperature', '--ood=digits', '--corruptions', '--plots']
 PARTS = {
-    'samples': 'evaluation.curve',
-    'temperature': 'evaluation.tempered',
-    'ood': 'evaluation.all_ood',
-    'corruptions': 'evaluation.all_corrupted',
-    'pictures': 'plots.save',
+    'samples': 'evaluation.measures.curve',
+    'temperature': 'evaluation.measures.tempered',
+    'ood': 'evaluation.measures.all_ood',
+    'corruptions': 'evaluation.measures.all_corrupted',
+    'pictures': 'evaluation.plots.save',
 }
 SHORT = dict.fromkeys(metrics.SHORT, 0.5)
 
@@ -93,7 +90,7 @@ def test_a_part_that_fails_loses_none_of_those_before(failing, trained, monkeypa
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, 'all_corrupted', lambda *args: {'fog': [dict.fromkeys(('mean', 'average'), SHORT)]})
+    monkeypatch.setattr(measures, 'all_corrupted', lambda *args: {'fog': [dict.fromkeys(('mean', 'average'), SHORT)]})
     monkeypatch.setattr(PARTS[failing], fail)
     with pytest.raises(SystemExit) as stop:
         evaluate.main([f'--resultsfolder={run}', *ALL_PARTS])
@@ -101,7 +98,7 @@ def test_a_part_that_fails_loses_none_of_those_before(failing, trained, monkeypa
     results = results_of(run)
     assert [part for part in PARTS if part in results] == list(PARTS)[: list(PARTS).index(failing)]
     assert results['average']['nll'] > 0 and results['versions']
-    labels, prediction, num_samples, _ = evaluation.read_predictions(run / 'predictions.npz')
+    labels, prediction, num_samples, _ = measures.read_predictions(run / 'predictions.npz')
     assert num_samples == 2
     np.testing.assert_allclose(metrics.nll(prediction.probs, labels), results['average']['nll'], rtol=1e-5)
     assert 'results at mean of distribution:' in capsys.readouterr().out
@@ -161,7 +158,7 @@ def test_a_picture_stays_until_the_new_one_is_whole(trained, monkeypatch, capsys
 
 PICTURE = """import sys
 sys.path.insert(0, sys.argv[1])
-import plots
+from evaluation import plots
 points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
 plots.save(plots.samples(points, points[0]), sys.argv[2], 'picture')
 """
@@ -190,7 +187,7 @@ def test_pictures_whatever_the_configuration_of_matplotlib(environment, settings
     folder = tmp_path / environment.get('MATPLOTLIBRC', '.')
     folder.mkdir(exist_ok=True)
     (folder / 'matplotlibrc').write_bytes(settings)
-    command = [sys.executable, '-c', PICTURE, str(Path(plots.__file__).parent), 'pictures']
+    command = [sys.executable, '-c', PICTURE, str(children.ROOT), 'pictures']
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '')
     assert {path.name: path.read_bytes() for path in (tmp_path / 'pictures').iterdir()} == picture
@@ -224,7 +221,7 @@ def test_means_over_official_corruptions(capsys):
         * 5
         for name in names
     }
-    assert evaluation.over_corruptions(corrupted, 'average') == [dict.fromkeys(metrics.SHORT, 1.0)] * 5
+    assert measures.over_corruptions(corrupted, 'average') == [dict.fromkeys(metrics.SHORT, 1.0)] * 5
     assessment.print_corruptions({'testmc': 32, 'mean': SHORT, 'average': SHORT, 'corruptions': corrupted})
     caption, *tables = capsys.readouterr().out.strip().split('\n| ')
     assert caption == "mean of the benchmark's 15 corruptions"
@@ -241,7 +238,7 @@ def test_unknown_images_of_a_diverged_network():
     )
     fine = wrong._replace(logits=np.eye(4, 3), probs=metrics.softmax(np.eye(4, 3)), expected_entropy=np.arange(4.0))
     for known, unknown in ((wrong, fine), (fine, wrong), (wrong, wrong)):
-        found = evaluation.ood_detection(known, unknown)
+        found = measures.ood_detection(known, unknown)
         assert list(found['average']) == ['max_prob', 'entropy', 'mutual_information']
         assert np.isnan([value for score in found['average'].values() for value in score.values()]).all()
 
@@ -421,9 +418,9 @@ def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, 
 def test_one_of_several_runs_without_a_description(flags, flags_of, monkeypatch, capsys):
     """It is found before the first of them is evaluated."""
     first, second = (train.main(flags_of(optim=optim)) for optim in ('sgd', 'bsam'))
-    config = runs.read_config(second)
+    config = folders.read_config(second)
     del config['dataset']
-    runs.write_config(second, config)
+    folders.write_config(second, config)
     monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
     assert 'does not describe images' in error_of(['--resultsfolder', str(first), str(second), *flags], capsys)
 
@@ -449,7 +446,7 @@ def test_a_diverged_run(flags_of, monkeypatch, capsys):
     """No picture, temperature or approximation of it looks like a result."""
     run = train.main([*flags_of(optim='sgd', alpha=1e30, validation=0.25), '--keepgoing'])
     drawn = []
-    monkeypatch.setattr('plots.save', lambda figure, folder, name: drawn.append(figure))
+    monkeypatch.setattr('evaluation.plots.save', lambda figure, folder, name: drawn.append(figure))
     evaluate.main([f'--resultsfolder={run}', '--plots', '--temperature'])
     reliability, risk_coverage, *_ = drawn
     (title,) = {axes.get_title().splitlines()[1] for axes in reliability.axes[:2]}
@@ -520,8 +517,8 @@ def test_predictions_that_claim_to_be_large(tmp_path):
     with zipfile.ZipFile(tmp_path / 'predictions.npz', 'w') as file:
         for name in ('labels', 'logits', 'log_probs', 'expected_entropy', 'votes', 'num_samples', 'trained'):
             file.writestr(f'{name}.npy', header.getvalue())
-    with pytest.raises(runs.RunError, match='is missing or damaged'):
-        evaluation.read_predictions(tmp_path / 'predictions.npz')
+    with pytest.raises(folders.RunError, match='is missing or damaged'):
+        measures.read_predictions(tmp_path / 'predictions.npz')
 
 
 def test_folders_whose_names_look_like_patterns(tmp_path):

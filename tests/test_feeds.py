@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import conftest
-import devices
 import feeds
-import runs
 import test
 import train
 import training
 from conftest import restore
+from ops import sharding
+from runs import devices, folders, json_files
 
 
 def weights(run):
@@ -48,7 +48,7 @@ def test_streamed_run_is_the_resident_one(flags_of, monkeypatch):
     measured = evaluated(one)
     monkeypatch.delattr(feeds, 'Resident')  # a run that is not streamed would want it
     sizes = []
-    monkeypatch.setattr(devices, 'send', partial(note_size, devices.send, sizes))
+    monkeypatch.setattr(sharding, 'send', partial(note_size, sharding.send, sizes))
     monkeypatch.setattr(feeds, 'PART', 13 * 28 * 28)
     other = train.main([*flags_of(testbatchsize=6), '--stream'])
     np.testing.assert_array_equal(weights(one), weights(other))
@@ -72,7 +72,7 @@ def note_size(send, sizes, arrays):
 
 def evaluated(run):
     test.main(['--resultsfolder', str(run), '--testmc', '3', '--testbatchsize', '6'])
-    metrics = runs.read_json(run / 'metrics.json')
+    metrics = json_files.read_json(run / 'metrics.json')
     return metrics['mean'], metrics['average']
 
 
@@ -85,7 +85,7 @@ def test_images_too_large_for_a_device_are_streamed(limit, kind, monkeypatch):
             return None if limit is None else {'bytes_limit': limit}
 
     monkeypatch.setattr(jax, 'local_devices', lambda: [Device()])
-    monkeypatch.setattr(devices, 'replicate', lambda arrays, mesh: arrays)
+    monkeypatch.setattr(sharding, 'replicate', lambda arrays, mesh: arrays)
     images = np.zeros((1, 10, 10, 1), np.uint8)
     assert type(feeds.create(images, np.zeros(1, np.int32), None, stream=False)) is kind
     assert isinstance(feeds.parts(images, 5)[0], jax.Array) == (kind is feeds.Resident)
@@ -97,8 +97,8 @@ def test_seeds_are_runs_of_their_own(forked_jobs, flags_of, capfd):
         train.main([*flags_of(), '--seeds', '5', '6'])
     assert stop.value.code == 0
     together = [alone.with_name('run_1'), alone.with_name('run_2')]
-    assert [runs.read_config(run)['flags']['randomseed'] for run in together] == [5, 6]
-    assert runs.read_config(together[0])['flags'] == runs.read_config(alone)['flags']
+    assert [folders.read_config(run)['flags']['randomseed'] for run in together] == [5, 6]
+    assert folders.read_config(together[0])['flags'] == folders.read_config(alone)['flags']
     np.testing.assert_array_equal(weights(together[0]), weights(alone))
     assert not np.array_equal(weights(together[1]), weights(alone))
     assert f'seed 5: {together[0]}: 40 training and 20 test images' in capfd.readouterr().out

@@ -20,9 +20,9 @@ import scipy.io
 from PIL import Image
 
 import archives
-import corruptions
 import data
 import setup_tinyimagenet
+from evaluation import corruptions
 from readers import cifar, files, idx, npy, pickles, tfds
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import jobs
-import runs
-import signals
+from runs import folders, processes, signals
 
 WAITS = [sys.executable, '-c', 'import time; print("begun", flush=True); time.sleep(60)']
 
@@ -31,14 +29,14 @@ def test_jobs_share_the_machine(monkeypatch):
         assert run([sys.executable, '-c', code], lines.append) == 0
         return lines
 
-    assert sorted(jobs.on_devices([task, task])) == [['3 4\n'], ['5 4\n']]
+    assert sorted(processes.on_devices([task, task])) == [['3 4\n'], ['5 4\n']]
 
 
 def test_a_task_that_fails_leaves_the_others(capsys):
     def fails(run):
-        raise runs.RunError('run_0: train.py ended with status 1')
+        raise folders.RunError('run_0: train.py ended with status 1')
 
-    assert jobs.on_devices([fails, lambda run: run([sys.executable, '-c', 'exit(3)'], print)]) == [None, 3]
+    assert processes.on_devices([fails, lambda run: run([sys.executable, '-c', 'exit(3)'], print)]) == [None, 3]
     assert capsys.readouterr().err == 'run_0: train.py ended with status 1\n'
 
 
@@ -50,7 +48,7 @@ def test_a_signal_ends_what_runs_and_begins_no_more(number, capsys):
         return run(WAITS, lambda line: os.kill(os.getpid(), number))
 
     with pytest.raises(SystemExit) as stop:
-        jobs.on_devices([is_stopped, lambda run: run([sys.executable, '-c', 'print("begun")'], print)])
+        processes.on_devices([is_stopped, lambda run: run([sys.executable, '-c', 'print("begun")'], print)])
     out, error = capsys.readouterr()
     assert stop.value.code == 128 + number and not out and f'{number.name}: waiting for what runs' in error
     assert signal.getsignal(number) == before
@@ -64,13 +62,13 @@ def test_a_signal_that_another_thread_gets(capsys):
         return run(WAITS, lambda line: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
 
     with pytest.raises(SystemExit) as stop:
-        jobs.on_devices([is_stopped])
+        processes.on_devices([is_stopped])
     assert stop.value.code == 143 and time.monotonic() - began < 30
 
 
 def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
-    monkeypatch.setattr(jobs, 'on_devices', lambda tasks: [0, -9, 1])
-    assert jobs.train_seeds({}, [0, 1, 2]) == 137
+    monkeypatch.setattr(processes, 'on_devices', lambda tasks: [0, -9, 1])
+    assert processes.train_seeds({}, [0, 1, 2]) == 137
 
 
 def test_seeds_that_a_signal_left_out_are_named(monkeypatch, capsys):
@@ -78,20 +76,20 @@ def test_seeds_that_a_signal_left_out_are_named(monkeypatch, capsys):
 
     def saved(command, write):
         write(f'{signals.SAVED} run_1\n')
-        raise jobs._StoppedError
+        raise processes._StoppedError
 
     def stopped(command, write):
-        raise jobs._StoppedError
+        raise processes._StoppedError
 
     def on_devices(tasks):
         for task, run in zip(tasks, (lambda command, write: 0, saved, stopped), strict=False):
-            with contextlib.suppress(jobs._StoppedError):
+            with contextlib.suppress(processes._StoppedError):
                 task(run)
         sys.exit(143)
 
-    monkeypatch.setattr(jobs, 'on_devices', on_devices)
+    monkeypatch.setattr(processes, 'on_devices', on_devices)
     with pytest.raises(SystemExit):
-        jobs.train_seeds({}, [0, 1, 2, 3])
+        processes.train_seeds({}, [0, 1, 2, 3])
     assert capsys.readouterr().err.endswith('train with the same flags and --seeds 2 3\n')
 
 
@@ -99,19 +97,19 @@ def test_run_to_go_on_with(tmp_path):
     """One with a whole checkpoint, not with one that a kill left half written."""
     checkpoints = tmp_path / 'mnist_mlp' / 'sgd' / 'run_0' / 'checkpoints'
     (checkpoints / '5.partial').mkdir(parents=True)
-    assert jobs.begun_run(tmp_path) is None
+    assert processes.begun_run(tmp_path) is None
     (checkpoints / '4').mkdir()
-    assert jobs.begun_run(tmp_path) == checkpoints.parent
+    assert processes.begun_run(tmp_path) == checkpoints.parent
 
 
 def test_what_test_py_measured(tmp_path):
     for mark in ('', '-validation', '-laplace'):
         (tmp_path / f'metrics{mark}.json').write_text(json.dumps({'of': mark}))
     given = {'': ['--testmc=8'], '-validation': ['--split', 'validation'], '-laplace': ['--testmc=8', '--laplace']}
-    assert all(jobs.metrics(tmp_path, arguments) == {'of': mark} for mark, arguments in given.items())
+    assert all(processes.metrics(tmp_path, arguments) == {'of': mark} for mark, arguments in given.items())
     (tmp_path / 'metrics.json').write_text('[]')
     with pytest.raises(ValueError, match='it holds no object'):
-        jobs.metrics(tmp_path, [])
+        processes.metrics(tmp_path, [])
 
 
 def test_several_processes_on_a_gpu(monkeypatch):
@@ -125,7 +123,7 @@ def test_several_processes_on_a_gpu(monkeypatch):
         run([sys.executable, '-c', code], lines.append)
         return lines
 
-    assert jobs.on_devices([part], 2) == [['None\n']] and jobs.on_devices([part], 4) == [['0.45\n']]
+    assert processes.on_devices([part], 2) == [['None\n']] and processes.on_devices([part], 4) == [['0.45\n']]
 
 
 def test_gpus_that_are_listed(monkeypatch):
@@ -135,7 +133,7 @@ def test_gpus_that_are_listed(monkeypatch):
     monkeypatch.setattr('shutil.which', lambda name: name)
     for text, found in ((said, ['0', '1']), ("NVIDIA-SMI has failed because it couldn't communicate\n", [])):
         monkeypatch.setattr('subprocess.run', lambda *args, text_=text, **kwargs: SimpleNamespace(stdout=text_))
-        assert jobs._gpus() == found
+        assert processes._gpus() == found
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
@@ -143,8 +141,8 @@ def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
     run = tmp_path / 'sweep' / 'mnist_mlp' / 'sgd' / 'run_0'
     run.mkdir(parents=True)
     for folder in (run, tmp_path / 'sweep'):
-        with runs.locked(folder), pytest.raises(runs.RunError, match='is being trained by'):
-            jobs.trained_and_tested(pytest.fail, tmp_path / 'sweep', {'optim': 'sgd'}, [])
+        with folders.locked(folder), pytest.raises(folders.RunError, match='is being trained by'):
+            processes.trained_and_tested(pytest.fail, tmp_path / 'sweep', {'optim': 'sgd'}, [])
     assert run.exists()
 
 
@@ -154,8 +152,8 @@ def test_folders_that_others_made_are_kept(tmp_path):
     run.mkdir(parents=True)
     (run / 'lock').touch()
     (run / 'precious.txt').touch()
-    with pytest.raises(runs.RunError, match=r'run_7 holds no checkpoint, but precious\.txt: move it away'):
-        jobs._trained(None, tmp_path, {})
+    with pytest.raises(folders.RunError, match=r'run_7 holds no checkpoint, but precious\.txt: move it away'):
+        processes._trained(None, tmp_path, {})
     assert (run / 'precious.txt').exists()
 
 
@@ -167,4 +165,4 @@ def test_a_run_of_nothing_but_a_start_is_begun_anew(tmp_path):
     ):  # fmt: skip
         path = tmp_path / name
         path.mkdir() if name == 'checkpoints' else path.touch()
-        assert bool(jobs._is_of_a_start(tmp_path / name.partition('/')[0])) == is_ours, name
+        assert bool(processes._is_of_a_start(tmp_path / name.partition('/')[0])) == is_ours, name

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-import laplace
 import models
+from evaluation import laplace
 
 FEATURES = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 

@@ -12,7 +12,7 @@ from jax import tree
 
 import optimizers
 import reference
-import settings as run_settings
+from runs import training_flags
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'optimizers.npz')
 SETTINGS = {
@@ -535,7 +535,7 @@ def test_which_optimizers_have_a_posterior():
     """The list that the flags are checked by, before there is an optimizer."""
     made = {name: make(quadratic_loss, **SETTINGS[name]) for name, make in optimizers.OPTIMIZERS.items()}
     with_posterior = {name for name, optimizer in made.items() if optimizer.sample is not optimizers._mean}
-    assert with_posterior == set(run_settings.WITH_POSTERIOR)
+    assert with_posterior == set(training_flags.WITH_POSTERIOR)
 
 
 @pytest.mark.parametrize(('atonce', 'rounds'), [(1, 4), (2, 2), (3, 2), (4, 1), (10**9, 1)])

@@ -6,7 +6,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 import metrics
-import posteriors
+from evaluation import posteriors
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 1), np.uint8)
 

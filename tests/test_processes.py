@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import archives
-import checkpoints
 import conftest
 import data
 import models
 import test as evaluate
 import train
 from children import ROOT, Child
+from runs import checkpoints
 
 # train.py or test.py with small networks, so that they compile soon.
 SCRIPT = f"""if True:

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-import settings
 import train
+from runs import training_flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ('README.md', 'benchmarks/README.md', 'docs/hosts.md', 'results/README.md')]
@@ -44,7 +44,7 @@ def test_published_commands_are_understood():
     whole = re.findall(r'python train\.py (--dataset [^`\n]*)', README.replace('\\\n', ' '))
     assert len(tables) == 7 and len(whole) == 4
     for flags in [*tables, *whole]:
-        assert settings.parse_args(shlex.split(flags)).optim in settings.OPTIMIZERS
+        assert training_flags.parse_args(shlex.split(flags)).optim in training_flags.OPTIMIZERS
 
 
 def test_figures_in_the_text_are_those_of_the_records():

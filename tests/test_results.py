@@ -1,25 +1,17 @@
 """results/README.md is what `make results` writes, and its verdicts follow the rule that stands on it."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from studies import report
+
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
-    import report
-
-    yield report
-    del sys.modules['report']
-
-
-def test_records_are_what_the_studies_ask_for(report):
+def test_records_are_what_the_studies_ask_for():
     """A study that was changed since would stand on the page with flags that it does not have."""
     study = report.study
     for name, of_name in study.STUDIES.items():
@@ -29,12 +21,12 @@ def test_records_are_what_the_studies_ask_for(report):
                 study.require_record(path, flags, study.evaluations_of(of_name, flags))
 
 
-def test_page_is_made_of_the_records(report):
+def test_page_is_made_of_the_records():
     page = report.page(**report.all_records())
     assert page == (ROOT / 'results' / 'README.md').read_text(), 'run make results'
 
 
-def test_tables_of_other_pages_are_made_of_the_records(report):
+def test_tables_of_other_pages_are_made_of_the_records():
     shown = []
     for path in report.PAGES_WITH_TABLES:
         page = path.read_text()
@@ -55,18 +47,18 @@ def record(nll):
         ([1.0, 1.1, 1.9], 'not supported here, 2 of 3 seeds'),
     ],
 )
-def test_verdicts(report, nlls, verdict):
+def test_verdicts(nlls, verdict):
     """Differences to 1.5, 1.59, 1.71: 0.5 ± 0.01, −0.5 ± 0.01, and 0.5, 0.49, −0.19, whose interval holds 0."""
     found = {'sam': dict(enumerate(map(record, nlls))), 'sgd': dict(enumerate(map(record, (1.5, 1.59, 1.71))))}
     claim = report.Claim('', 'nll', report.SAM, report.SGD)
     assert report.tested(claim, found)[2] == verdict
 
 
-def test_interval(report):
+def test_interval():
     """t(0.975, 2) = 4.3027 times the standard error 1/√3 of 1, 2, 3."""
     np.testing.assert_allclose(report.interval(np.array([1.0, 2.0, 3.0])), [2, 2 - 2.48414, 2 + 2.48414], rtol=1e-5)
 
 
-def test_differences_are_of_the_same_seed(report):
+def test_differences_are_of_the_same_seed():
     lower, higher = {0: record(1.0), 2: record(3.0)}, {1: record(9.0), 2: record(3.5)}
     assert report.differences(lower, higher, 'nll', 'mean', 'mean').tolist() == [0.5]

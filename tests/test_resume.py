@@ -22,16 +22,11 @@ import jax
 import numpy as np
 import pytest
 
-import checkpoints
-import devices
-import flags
-import runs
-import settings
-import signals
 import test as evaluate
 import train
 from children import ROOT, Child
 from conftest import arrays, read_log, restore
+from runs import checkpoints, devices, folders, launch, signals, training_flags
 
 
 def assert_same_run(run, other):
@@ -78,7 +73,7 @@ INSIDE_THE_FIRST_EPOCH, AFTER_AN_EPOCH, INSIDE_THE_SECOND = 1, 2, 3
 @pytest.mark.parametrize(
     ('optim', 'dataset', 'model', 'steps'),
     [
-        *((optim, 'mnist', 'mlp', INSIDE_THE_SECOND) for optim in settings.OPTIMIZERS),
+        *((optim, 'mnist', 'mlp', INSIDE_THE_SECOND) for optim in training_flags.OPTIMIZERS),
         ('sgd', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
         ('swag', 'mnist', 'mlp', AFTER_AN_EPOCH),
         ('bsam', 'mnist', 'mlp', AFTER_AN_EPOCH),
@@ -95,7 +90,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     stopped(flags_of(**flags))
     run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
     assert f'go on with: python train.py --resume {run}' in capsys.readouterr().err
-    assert [record['epoch'] for record in runs.read_log(run)] == list(range((steps - 1) // 2))
+    assert [record['epoch'] for record in folders.read_log(run)] == list(range((steps - 1) // 2))
     assert train.main([f'--resume={run}']) == run
     assert_same_run(run, whole)
 
@@ -133,7 +128,7 @@ def test_later_checkpoints_are_removed_by_a_new_one(flags_of, signal_after, tmp_
 
 
 def test_failed_saves_are_reported_once(flags_of, monkeypatch, capsys):
-    monkeypatch.setattr('checkpoints.Writer._complete', mock.Mock(side_effect=OSError(5, 'Input/output error')))
+    monkeypatch.setattr('runs.checkpoints.Writer._complete', mock.Mock(side_effect=OSError(5, 'Input/output error')))
     with pytest.raises(SystemExit) as stop:
         train.main(flags_of(epochs=3))
     error = capsys.readouterr().err
@@ -155,7 +150,7 @@ def test_resuming_a_complete_run_repeats_its_result_and_more_epochs_go_on(flags_
     assert without_times(read_log(run)) == without_times(log)
     train.main([f'--resume={run}', '--epochs=3'])
     assert [record['epoch'] for record in read_log(run)] == [0, 1, 2, 3]
-    assert without_times(read_log(run))[:2] == without_times(log) and runs.read_config(run)['flags']['epochs'] == 3
+    assert without_times(read_log(run))[:2] == without_times(log) and folders.read_config(run)['flags']['epochs'] == 3
 
 
 def test_best_checkpoint_is_kept_where_asked(flags_of):
@@ -189,7 +184,7 @@ def test_fewer_epochs(flags_of, signal_after, tmp_path, capsys):
             train.main([f'--resume={run}', *given])
         assert stop.value.code == 2 and f'{given[-1].replace("=", " ")} is too few' in capsys.readouterr().err
     train.main([f'--resume={run}', '--epochs=2'])
-    assert len(read_log(run)) == 3 and runs.read_config(run)['flags']['epochs'] == 2
+    assert len(read_log(run)) == 3 and folders.read_config(run)['flags']['epochs'] == 2
 
 
 def test_compilecache_is_never_the_one_that_a_run_names(flags_of, tmp_path, compilecache):
@@ -201,7 +196,7 @@ def test_compilecache_is_never_the_one_that_a_run_names(flags_of, tmp_path, comp
         train.main([f'--resume={run}', f'--compilecache={tmp_path / "other"}'])
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'other')
     finally:
-        flags.use_compilecache(str(compilecache))
+        launch.use_compilecache(str(compilecache))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +248,7 @@ def test_checkpoint_without_resume(capsys):
 def test_no_two_processes_train_a_run(flags_of, capsys):
     """The lock's file names who has it; without its process, it keeps nobody away."""
     run = train.main(flags_of())
-    with runs.locked(run), pytest.raises(SystemExit) as stop:
+    with folders.locked(run), pytest.raises(SystemExit) as stop:
         train.main([f'--resume={run}'])
     holder = f'process {os.getpid()} on {socket.gethostname()}'
     assert stop.value.code == 2 and f'is being trained by {holder}: wait' in capsys.readouterr().err
@@ -532,9 +527,9 @@ def kill_12_times(datasets, folder, seed):
             time.sleep(moments.uniform(0, 0.2))
             process.kill()
         assert process.returncode == -signal.SIGKILL
-        log = [record['epoch'] for record in runs.read_log(run)] if run.exists() else []
+        log = [record['epoch'] for record in folders.read_log(run)] if run.exists() else []
         assert log == list(range(len(log)))
-        with contextlib.suppress(runs.RunError):
+        with contextlib.suppress(folders.RunError):
             step, _, progress = restore(run)
             assert [record['epoch'] for record in progress.log] == list(range(progress.epoch))
             assert len(log) in (progress.epoch, progress.epoch + 1)

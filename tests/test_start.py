@@ -13,15 +13,12 @@ import numpy as np
 import pytest
 
 import children
-import devices
 import errors
-import flags
-import runs
-import settings
 import sweep
 import train
 from children import ROOT
 from conftest import read_log, restore
+from runs import devices, folders, launch, provenance, training_flags
 
 SCRIPTS = ('train.py', 'test.py', 'sweep.py', 'demo2d.py', 'setup_tinyimagenet.py')
 
@@ -68,14 +65,14 @@ def test_a_jaxlib_that_computes_wrong_numbers_ends_a_script(monkeypatch, flags_o
 
 def test_a_resume_in_another_precision_is_refused(flags_of, monkeypatch, capsys):
     run = train.main(flags_of())
-    before = runs.environment()
-    monkeypatch.setattr(runs, 'environment', lambda: before | {'matmul_precision': 'bfloat16'})
+    before = provenance.environment()
+    monkeypatch.setattr(provenance, 'environment', lambda: before | {'matmul_precision': 'bfloat16'})
     with pytest.raises(SystemExit) as stop:
         train.main([f'--resume={run}', '--epochs=2'])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert f'JAX_DEFAULT_MATMUL_PRECISION is bfloat16, and {run} was begun with float32: set it so' in error
-    monkeypatch.setattr(runs, 'environment', lambda: before | {'xla_flags': '--another=1'})
+    monkeypatch.setattr(provenance, 'environment', lambda: before | {'xla_flags': '--another=1'})
     train.main([f'--resume={run}', '--epochs=2'])
     assert "XLA_FLAGS is '--another=1'" in capsys.readouterr().err
 
@@ -93,21 +90,21 @@ def test_variables_that_jax_does_not_understand(script, tmp_path):
 
 def test_home_folders_in_path_flags(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
-    args = settings.parse_args(['--datasetfolder=~/data', '--resultsfolder=~', '--compilecache=~/cc'])
+    args = training_flags.parse_args(['--datasetfolder=~/data', '--resultsfolder=~', '--compilecache=~/cc'])
     assert args.datasetfolder == f'{tmp_path}/data' and args.resultsfolder == str(tmp_path)
     assert args.compilecache == f'{tmp_path}/cc'
-    assert settings.parse_args(['--resume=~/run']).resume == tmp_path / 'run'
+    assert training_flags.parse_args(['--resume=~/run']).resume == tmp_path / 'run'
     assert sweep.parse_args(['~/s.toml', '--output=~/out']).output == tmp_path / 'out'
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '~/jax')
-    assert settings.parse_args([]).compilecache == f'{tmp_path}/jax'
+    assert training_flags.parse_args([]).compilecache == f'{tmp_path}/jax'
 
 
 def test_a_home_folder_that_is_no_path(monkeypatch, capsys):
     monkeypatch.setenv('HOME', 'relative')
     monkeypatch.delenv('XDG_CACHE_HOME')
-    assert settings.parse_args([]).compilecache == 'off'
+    assert training_flags.parse_args([]).compilecache == 'off'
     with pytest.raises(SystemExit):
-        settings.parse_args(['--datasetfolder=~/data'])
+        training_flags.parse_args(['--datasetfolder=~/data'])
     assert 'this home folder is unknown' in capsys.readouterr().err
 
 
@@ -122,7 +119,7 @@ def test_names_that_are_too_long_for_the_system(tmp_path, capsys):
 def test_paths_that_cannot_be(text, message, capsys):
     for flag in ('--datasetfolder', '--resultsfolder', '--resume', '--compilecache'):
         with pytest.raises(SystemExit) as stop:
-            settings.parse_args([flag, text])
+            training_flags.parse_args([flag, text])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and message in error and '\0' not in error
 
@@ -131,7 +128,7 @@ def test_compiled_functions_without_a_home_folder(monkeypatch):
     for name in ('HOME', 'XDG_CACHE_HOME'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # as for a user that the system does not know
-    assert settings.parse_args([]).compilecache == 'off'
+    assert training_flags.parse_args([]).compilecache == 'off'
 
 
 @pytest.mark.parametrize(
@@ -145,8 +142,8 @@ def test_compiled_functions_without_a_home_folder(monkeypatch):
 def test_variables_of_jax_choose_the_compile_cache(variables, expected, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert settings.parse_args([]).compilecache.endswith(expected)
-    assert settings.parse_args(['--compilecache=/own']).compilecache == '/own'
+    assert training_flags.parse_args([]).compilecache.endswith(expected)
+    assert training_flags.parse_args(['--compilecache=/own']).compilecache == '/own'
 
 
 def test_empty_entries_of_a_compile_cache_are_removed(tmp_path, compilecache):
@@ -157,9 +154,9 @@ def test_empty_entries_of_a_compile_cache_are_removed(tmp_path, compilecache):
     (tmp_path / 'full-cache').write_bytes(b'x')
     os.utime(tmp_path / 'full-cache', (0, 0))
     try:
-        flags.use_compilecache(str(tmp_path))
+        launch.use_compilecache(str(tmp_path))
     finally:
-        flags.use_compilecache(str(compilecache))
+        launch.use_compilecache(str(compilecache))
     assert {path.name for path in tmp_path.iterdir()} == {'new-cache', 'old-atime', 'full-cache'}
 
 
@@ -188,7 +185,7 @@ def test_ctrl_c_while_a_script_imports(script):
     code = f"""if True:
         import builtins, os, runpy, signal, sys
         def interrupted(name, *rest, imported=builtins.__import__):
-            if name == 'flags':
+            if name == 'runs':
                 os.kill(os.getpid(), signal.SIGINT)
             return imported(name, *rest)
         builtins.__import__ = interrupted
@@ -208,7 +205,7 @@ def test_a_closed_terminal_ends_what_nohup_does_not_protect(ignored):
         raise AssertionError
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-    import signals
+    from runs import signals
 
     try:
         handlers = signals.handle(handler)
@@ -221,7 +218,7 @@ def test_a_closed_terminal_ends_what_nohup_does_not_protect(ignored):
 
 def test_a_signal_in_the_middle_of_a_print(monkeypatch, capfd):
     """Streams cannot be entered twice: the line takes another way, and nothing is raised in the handler."""
-    import signals
+    from runs import signals
 
     class Entered:
         def write(self, text):
@@ -246,15 +243,16 @@ def test_the_commit_is_never_that_of_another_repository(tmp_path, monkeypatch):
     inner.mkdir(parents=True)
     git(outer, 'init')
     git(outer, 'commit', '--allow-empty', '-m', 'x')
-    (inner / 'runs.py').touch()
-    monkeypatch.setattr(runs, '__file__', str(inner / 'runs.py'))
-    assert runs._git_commit() is None
+    (inner / 'runs').mkdir()
+    (inner / 'runs' / 'provenance.py').touch()
+    monkeypatch.setattr(provenance, '__file__', str(inner / 'runs' / 'provenance.py'))
+    assert provenance._git_commit() is None
     monkeypatch.setenv('GIT_DIR', str(outer / '.git'))
-    assert runs._git_commit() is None
+    assert provenance._git_commit() is None
     git(inner, 'init') if monkeypatch.delenv('GIT_DIR') is None else None
     git(inner, 'commit', '--allow-empty', '-m', 'y')
     monkeypatch.setenv('GIT_DIR', str(outer / '.git'))
-    commit = runs._git_commit()
+    commit = provenance._git_commit()
     assert commit and len(commit.removesuffix('-dirty')) == 40
 
 
@@ -296,7 +294,7 @@ def test_a_pipe_in_place_of_a_file_of_a_run(name, flags_of, capsys):
     (run / name).unlink()
     os.mkfifo(run / name)
     with pytest.raises(errors.UserError, match=f'{name} is damaged or cannot be read: it is no regular file'):
-        runs.read_config(run) if name == 'config.json' else runs.read_log(run)
+        folders.read_config(run) if name == 'config.json' else folders.read_log(run)
 
 
 @pytest.mark.parametrize(
@@ -313,10 +311,10 @@ def test_a_pipe_in_place_of_a_file_of_a_run(name, flags_of, capsys):
 )
 def test_a_log_of_what_is_no_number(line, tmp_path):
     (tmp_path / 'log.jsonl').write_text('{"epoch": 0, "loss": null, "learning_rate": 1, "test_accuracy": 1}\n')
-    assert len(runs.read_log(tmp_path)) == 1
+    assert len(folders.read_log(tmp_path)) == 1
     (tmp_path / 'log.jsonl').write_text(line + '\n')
-    with pytest.raises(runs.RunError, match=r'log\.jsonl is damaged'):
-        runs.read_log(tmp_path)
+    with pytest.raises(folders.RunError, match=r'log\.jsonl is damaged'):
+        folders.read_log(tmp_path)
 
 
 def test_printed_commands_can_be_copied(tmp_path, flags_of, capsys):

@@ -9,10 +9,9 @@ import time
 
 import pytest
 
-import jobs
-import runs
 import sweep
 import test as evaluate
+from runs import folders, processes
 
 pytestmark = pytest.mark.usefixtures('forked_jobs')
 
@@ -67,7 +66,7 @@ def test_runs_of_a_sweep(toml):
     alphas = [run['alpha'] for run in runs]
     assert alphas[:2] == alphas[2:] and len(set(alphas)) == 2 and all(0.001 <= a <= 0.1 for a in alphas)
     assert sweep.read(toml)[1] == runs
-    assert '--noaugment' in jobs.arguments(fixed) and '--validation=0.25' in jobs.arguments(fixed)
+    assert '--noaugment' in processes.arguments(fixed) and '--validation=0.25' in processes.arguments(fixed)
 
 
 def test_whole_numbers_are_drawn_whole(toml):
@@ -121,7 +120,7 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on(toml, tmp_path):
     """SIGTERM to sweep.py alone: the run is saved, the next one not begun."""
     toml.write_text(toml.read_text().replace('epochs = 0', 'epochs = 100_000'))
     output = tmp_path / 'sweep'
-    command = [sys.executable, jobs.SCRIPTS / 'sweep.py', toml, f'--output={output}']
+    command = [sys.executable, processes.SCRIPTS / 'sweep.py', toml, f'--output={output}']
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         said = output / '0000' / 'output.txt'
         until = time.monotonic() + 60
@@ -132,7 +131,7 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on(toml, tmp_path):
     assert process.returncode == 143 and 'Traceback' not in error
     assert 'saved; go on with' in said.read_text() and not list(output.glob('0001/*/'))
     (run,) = output.glob('0000/*/*/run_*')
-    assert jobs.begun_run(output / '0000') == run and len(runs.read_log(run)) >= 2
+    assert processes.begun_run(output / '0000') == run and len(folders.read_log(run)) >= 2
 
 
 def test_a_run_that_fails(toml, tmp_path, capsys):

@@ -11,13 +11,13 @@ import conftest
 import experiments
 import models
 import optimizers
-import settings
 import training
+from runs import training_flags
 
 
 def create(optim, num_images=40, more=()):
     """A step of an MLP whose 1.7 million parameters are most of what it holds, and its arguments."""
-    flags = vars(settings.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8', *more]))
+    flags = vars(training_flags.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8', *more]))
     flags['batchsplit'] = flags['batchsplit'] and 4
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
     experiment = experiments.create({'flags': flags, 'dataset': dataset})
@@ -72,7 +72,7 @@ def test_step_for_gpus(optim, flags, gradients, monkeypatch):
 )
 def test_default_of_sub_batches_at_once(backend, flags, number, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    assert experiments.at_once(vars(settings.parse_args(flags))) == number
+    assert experiments.at_once(vars(training_flags.parse_args(flags))) == number
 
 
 def test_runs_of_one_kind_share_what_is_compiled():
@@ -97,7 +97,7 @@ def test_sub_batches_at_once(optim, model, monkeypatch):
 
     def run(number):
         experiment = experiments.create(
-            {'flags': vars(settings.parse_args([*arguments, f'--atonce={number}'])), 'dataset': dataset}
+            {'flags': vars(training_flags.parse_args([*arguments, f'--atonce={number}'])), 'dataset': dataset}
         )
         state, losses = jax.jit(experiment.init)(jax.random.key(0)), []
         step = jax.jit(experiment.optimizer.step)

@@ -1,6 +1,6 @@
 """All optimizers on one data set, each tuned with the same budget, then trained with several seeds.
 
-python benchmarks/methods.py --dataset digits --model lenet --folder /tmp/digits --output results/digits_lenet
+python studies/methods.py --dataset digits --model lenet --folder /tmp/digits --output results/digits_lenet
 
 Each optimizer draws the same number of settings from its ranges below (log-uniform, seeded), trains each with a part of
 the training images kept out, and takes the one of least NLL there, averaged over 8 posterior samples. With it, all
@@ -21,11 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import flags
-import jobs
-import runs
-import settings
 import test
+from runs import json_files, launch, parsing, processes, provenance, training_flags
 
 _SGD = {'alpha': (0.003, 0.3), 'priorprec': (0.3, 30)}
 _ADAM = {'alpha': (1e-4, 1e-2), 'priorprec': (0.3, 30)}
@@ -42,13 +39,13 @@ RANGES = {
 }
 
 
-@flags.script('methods.py')
+@launch.script('methods.py')
 def main(argv=None):
     args = parse_args(argv)
     drawn = [(optim, values) for optim in args.optimizers for values in draws(RANGES[optim], args.draws)]
     for draw in drawn:
         for values in (tuning_flags(args, *draw), final_flags(args, *draw, seed=0)):
-            settings.parse_args(jobs.arguments(values))  # ends the script if train.py would not take them
+            training_flags.parse_args(processes.arguments(values))  # ends the script if train.py would not take them
     nlls = complete(args, [partial(tune, args, number, *draw) for number, draw in enumerate(drawn)])
     tried = {optim: [] for optim in args.optimizers}
     for (optim, values), nll in zip(drawn, nlls, strict=True):
@@ -56,37 +53,39 @@ def main(argv=None):
     chosen = {optim: min(of_optim, key=lambda t: t['nll'])['settings'] for optim, of_optim in tried.items()}
     final = [partial(train, args, optim, chosen[optim], seed) for optim in chosen for seed in range(args.seeds)]
     trained = complete(args, final)
-    record = runs.provenance('benchmarks/methods.py', argv)
+    record = provenance.of_command('studies/methods.py', argv)
     record['optimizers'] = {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         test.main(['--reuse', '--ensemble', f'--output={args.folder}', '--resultsfolder', *map(str, trained)])
     tables = out.getvalue()
-    runs.write_json(args.output.with_suffix('.json'), record)
+    json_files.write_json(args.output.with_suffix('.json'), record)
     args.output.with_suffix('.md').write_text(tables[: tables.index('written:')].strip() + '\n')
     shutil.copy(args.folder / 'comparison.csv', args.output.with_suffix('.csv'))
     print(tables)
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     parser.add_argument('--dataset', default='digits', help='as of train.py')
     parser.add_argument('--model', default='lenet', help='as of train.py')
-    parser.add_argument('--datasetfolder', type=flags.folder, default='datasets', help='folder of the data sets')
-    parser.add_argument('--batchsize', type=flags.integer(1), default=50, help='images per training step')
-    parser.add_argument('--batchsplit', type=flags.integer(1), default=5, help='of optimizers with several sub-batches')
-    parser.add_argument('--draws', type=flags.integer(1), default=8, help='settings tried for each optimizer')
-    parser.add_argument('--tuneepochs', type=flags.integer(1), default=10, help='epochs of each setting')
-    parser.add_argument('--epochs', type=flags.integer(1), default=30, help='epochs with the setting chosen')
-    fraction = flags.number(above=0, below=1)
+    parser.add_argument('--datasetfolder', type=parsing.folder, default='datasets', help='folder of the data sets')
+    parser.add_argument('--batchsize', type=parsing.integer(1), default=50, help='images per training step')
+    parser.add_argument(
+        '--batchsplit', type=parsing.integer(1), default=5, help='of optimizers with several sub-batches'
+    )
+    parser.add_argument('--draws', type=parsing.integer(1), default=8, help='settings tried for each optimizer')
+    parser.add_argument('--tuneepochs', type=parsing.integer(1), default=10, help='epochs of each setting')
+    parser.add_argument('--epochs', type=parsing.integer(1), default=30, help='epochs with the setting chosen')
+    fraction = parsing.number(above=0, below=1)
     parser.add_argument('--validation', type=fraction, default=0.2, help='fraction kept out for tuning')
-    parser.add_argument('--seeds', type=flags.integer(1), default=5, help='runs with the setting chosen')
+    parser.add_argument('--seeds', type=parsing.integer(1), default=5, help='runs with the setting chosen')
     help = 'what is compared'
     parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES), help=help)
     parser.add_argument(
-        '--folder', type=flags.path, required=True, help='of the runs; those that it has are gone on with'
+        '--folder', type=parsing.path, required=True, help='of the runs; those that it has are gone on with'
     )
-    parser.add_argument('--output', type=flags.new_file, required=True, help='results/NAME, without a suffix')
-    flags.add_jobs(parser)
+    parser.add_argument('--output', type=parsing.new_file, required=True, help='results/NAME, without a suffix')
+    parsing.add_jobs(parser)
     args = parser.parse_args(argv)
     if args.seeds * len(set(args.optimizers)) == 1:
         parser.error('one run is no comparison: take more --seeds or --optimizers')
@@ -103,7 +102,7 @@ def draws(ranges, number):
 
 def complete(args, tasks):
     """What the tasks return; ends the script if one failed."""
-    results = jobs.on_devices(tasks, args.jobs)
+    results = processes.on_devices(tasks, args.jobs)
     if None in results:
         sys.exit(1)
     return results
@@ -113,7 +112,7 @@ def tune(args, number, optim, drawn, run):
     """Trains with the settings drawn; returns the NLL over samples on the images that were kept out."""
     values = tuning_flags(args, optim, drawn)
     tests = [['--split=validation', '--testmc=8']]
-    _, (measured,) = jobs.trained_and_tested(run, args.folder / 'tuning' / f'{number:03}', values, tests)
+    _, (measured,) = processes.trained_and_tested(run, args.folder / 'tuning' / f'{number:03}', values, tests)
     nll = measured['average']['nll']
     print(optim, drawn, nll, flush=True)
     return math.inf if nll is None else nll
@@ -122,8 +121,8 @@ def tune(args, number, optim, drawn, run):
 def train(args, optim, chosen, seed, run):
     """Trains with the settings chosen and evaluates; returns the run folder."""
     values = final_flags(args, optim, chosen, seed)
-    tests = [['--testmc=32']] + [['--testmc=32', '--laplace']] * (optim not in settings.WITH_POSTERIOR)
-    trained, _ = jobs.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, tests)
+    tests = [['--testmc=32']] + [['--testmc=32', '--laplace']] * (optim not in training_flags.WITH_POSTERIOR)
+    trained, _ = processes.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, tests)
     print(trained, flush=True)
     return trained
 
@@ -138,7 +137,7 @@ def final_flags(args, optim, chosen, seed):
 
 def flags_of(args, optim, chosen):
     values = {name: getattr(args, name) for name in ('dataset', 'model', 'datasetfolder', 'batchsize')}
-    if 'rho' in settings.OPTIMIZERS[optim]:
+    if 'rho' in training_flags.OPTIMIZERS[optim]:
         values['batchsplit'] = args.batchsplit
     return values | {'optim': optim, 'warmup': 1, 'keepgoing': True} | chosen
 

@@ -7,8 +7,7 @@ import argparse
 import math
 import os
 
-import flags
-import runs
+from runs import folders, parsing
 
 DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
 MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
@@ -54,7 +53,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.resume is None:
         parser.error('--checkpoint goes with --resume')
-    flags.require_whole_address(parser, args)
+    parsing.require_whole_address(parser, args)
     _require_own_seeds(parser, args, argv)
     if args.resume is None:
         _choose_own_flags(parser, args)
@@ -115,19 +114,19 @@ _OWN_FLAGS = {name for own in OPTIMIZERS.values() for name in own}
 def flags_of(config, run):
     """The flags of a run from its configuration, held to the same bounds as on the command line. Raises RunError."""
     if not isinstance(config.get('flags'), dict):
-        raise runs.RunError(f'{run}/config.json holds no flags')
+        raise folders.RunError(f'{run}/config.json holds no flags')
     try:
         args = create_parser().from_values(config['flags'], without=OF_START)
         _set_defaults(args)
         _require_consistency(args)
     except (ValueError, KeyError, TypeError) as error:
-        raise runs.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
+        raise folders.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
     return args
 
 
 def read_config(run):
     """A run's configuration, whose flags are those of flags_of. Raises RunError."""
-    config = runs.read_config(run)
+    config = folders.read_config(run)
     return config | {'flags': vars(flags_of(config, run))}
 
 
@@ -144,82 +143,84 @@ def continued(args, given, run):
     for name, value in given.items():
         held = getattr(args, name)
         if name in _OWN_FLAGS - OPTIMIZERS[args.optim].keys():
-            raise runs.RunError(f'--{name} is no flag of {args.optim}, with which {run} was begun: leave it out')
+            raise folders.RunError(f'--{name} is no flag of {args.optim}, with which {run} was begun: leave it out')
         if value != held and name not in MAY_CHANGE:
-            raise runs.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
+            raise folders.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
         if name == 'epochs' and value != held and args.optim == 'swag':
-            raise runs.RunError(f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run')
+            raise folders.RunError(
+                f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run'
+            )
     return argparse.Namespace(**vars(args) | {'datasetfolder': folder_there(args.datasetfolder)} | given)
 
 
 def create_parser():
-    parser = flags.Parser('Train an image classifier and leave a run folder for test.py.')
+    parser = parsing.Parser('Train an image classifier and leave a run folder for test.py.')
     add = parser.add_argument
     help = 'go on with the run in this folder; its flags hold, but for --epochs and some others'
-    add('--resume', type=flags.path, metavar='RUN', help=help)
+    add('--resume', type=parsing.path, metavar='RUN', help=help)
     help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
-    add('--checkpoint', type=flags.integer(0), metavar='STEP', help=help)
-    add('--randomseed', type=flags.integer(0, below=2**32), default=0, help='seed of everything that is random')
+    add('--checkpoint', type=parsing.integer(0), metavar='STEP', help=help)
+    add('--randomseed', type=parsing.integer(0, below=2**32), default=0, help='seed of everything that is random')
     help = 'train with each of these seeds, a run each: on a GPU each, or one after another'
-    add('--seeds', type=flags.integer(0, below=2**32), nargs='+', default=[], metavar='SEED', help=help)
+    add('--seeds', type=parsing.integer(0, below=2**32), nargs='+', default=[], metavar='SEED', help=help)
     parser.add_choice('--optim', OPTIMIZERS, default='sgd', help=_OPTIMIZER_HELP)
-    beta = flags.number(minimum=0, below=1)
-    _add_own(parser, 'alpha', flags.number(above=0), 'learning rate α, before the schedule')
+    beta = parsing.number(minimum=0, below=1)
+    _add_own(parser, 'alpha', parsing.number(above=0), 'learning rate α, before the schedule')
     help = 'ρ: evaluate at w + ρ g/‖g‖ (sam, samadam), w + ρ g/s (bsam), w + ρ T²g/‖Tg‖ (asam)'
-    _add_own(parser, 'rho', flags.number(minimum=0), help)
+    _add_own(parser, 'rho', parsing.number(minimum=0), help)
     help = 'β₁: m ← β₁m + g + δw (sgd, sam, asam, swag), m ← β₁m + (1−β₁)(g + δw) (others, adamw and ivon without δw)'
     _add_own(parser, 'beta1', beta, help)
     help = 'β₂: s ← β₂s + (1−β₂)(√s|g| + γ + δ) (bsam); decay of g² (Adam and its kin) or of h (ivon)'
     _add_own(parser, 'beta2', beta, help)
     help = 'prior precision: the weight decay is δ = priorprec / N'
-    _add_own(parser, 'priorprec', flags.number(minimum=0), help)
+    _add_own(parser, 'priorprec', parsing.number(minimum=0), help)
     help = 'data augmentation factor: N = training images × dafactor'
-    add('--dafactor', type=flags.number(above=0), default=1.0, help=help)
-    add('--batchsize', type=flags.integer(1), default=200, help='images per training step')
-    add('--testbatchsize', type=flags.integer(1), default=200, help='images per batch of the test set')
-    add('--epochs', type=flags.integer(0), default=180, help='epochs; as in the reference one more is run')
+    add('--dafactor', type=parsing.number(above=0), default=1.0, help=help)
+    add('--batchsize', type=parsing.integer(1), default=200, help='images per training step')
+    add('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch of the test set')
+    add('--epochs', type=parsing.integer(0), default=180, help='epochs; as in the reference one more is run')
     help = 'epochs e with learning rate α (e+1)/warmup; then α ½(1 + cos(π (e−warmup)/(epochs+1−warmup)))'
-    add('--warmup', type=flags.integer(0), default=5, help=help)
+    add('--warmup', type=parsing.integer(0), default=5, help=help)
     help = 'data set; tfds/NAME is one that TensorFlow Datasets prepared in the folder of the data sets'
     parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
     help = 'sub-batches M of a batch, each with a perturbation or noise of its own'
-    _add_own(parser, 'batchsplit', flags.integer(1), help)
+    _add_own(parser, 'batchsplit', parsing.integer(1), help)
     help = 'sub-batches that are computed together, at most: they fill a GPU, and each takes memory (all; on CPUs 1)'
-    _add_own(parser, 'atonce', flags.integer(1), help)
+    _add_own(parser, 'atonce', parsing.integer(1), help)
     help = 'which of the two gradients moves batch statistics'
     parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))
     help = 'train on so many of the training images, a random part that is the same for all seeds; all by default'
-    add('--trainimages', type=flags.integer(1), metavar='N', help=help)
+    add('--trainimages', type=parsing.integer(1), metavar='N', help=help)
     help = 'keep this fraction of the training images out, and evaluate epochs on it instead of the test set'
-    add('--validation', type=flags.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
+    add('--validation', type=parsing.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
     add('--noaugment', action='store_true', help='no random crops and flips')
     parser.add_choice('--model', MODELS, default='resnet18', help='network')
-    add('--datasetfolder', type=flags.folder, default='datasets', help='folder of the data sets')
+    add('--datasetfolder', type=parsing.folder, default='datasets', help='folder of the data sets')
     help = 'the run is kept in RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K'
-    add('--resultsfolder', type=flags.folder, default='results', help=help)
+    add('--resultsfolder', type=parsing.folder, default='results', help=help)
     help = 'devices that share batches, or the sub-batches of optimizers that have them; all that there are by default'
-    add('--devices', type=flags.integer(1), help=help)
+    add('--devices', type=parsing.integer(1), help=help)
     help = 'send each batch when it is due, instead of all images at first; done anyway with images too large for that'
     add('--stream', action=argparse.BooleanOptionalAction, default=False, help=help)
-    flags.add_coordinator(parser)
+    parsing.add_coordinator(parser)
     help = 'what networks compute in; weights, optimizer state, statistics and loss are float32'
     parser.add_choice('--precision', PRECISIONS, default='float32', help=help)
-    flags.add_compilecache(parser)
+    parsing.add_compilecache(parser)
     help = 'save within epochs too, every so many steps (500) or minutes (30min); after each epoch it is done anyway'
-    add('--checkpointevery', type=flags.steps_or_minutes, metavar='STEPS', help=help)
+    add('--checkpointevery', type=parsing.steps_or_minutes, metavar='STEPS', help=help)
     help = 'keep the checkpoint of best accuracy in the log besides the last two; not for choosing what you report'
     add('--keepbest', action='store_true', help=help)
     add('--keepgoing', action='store_true', help='train on where the loss or the state is not finite')
-    _add_own(parser, 'custominit', flags.number(above=0), 'initial precision s')
-    _add_own(parser, 'damping', flags.number(minimum=0), 'damping γ of the precision')
-    _add_own(parser, 'eta', flags.number(minimum=0), 'η: T = |w| + η')
+    _add_own(parser, 'custominit', parsing.number(above=0), 'initial precision s')
+    _add_own(parser, 'damping', parsing.number(minimum=0), 'damping γ of the precision')
+    _add_own(parser, 'eta', parsing.number(minimum=0), 'η: T = |w| + η')
     help = 'fraction of the epochs after which weights are recorded, once an epoch'
-    _add_own(parser, 'swagstart', flags.number(minimum=0, below=1), help)
-    _add_own(parser, 'swagrate', flags.number(above=0), 'learning rate from there on, relative to alpha')
-    _add_own(parser, 'swagrank', flags.integer(2, below=1001), 'deviations that are kept for the covariance')
-    _add_own(parser, 'hessinit', flags.number(above=0), 'initial Hessian h₀')
-    _add_own(parser, 'clip', flags.number(above=0), 'bound of an update before the learning rate, none by default')
-    _add_own(parser, 'trainmc', flags.integer(1), 'samples of the weights a sub-batch')
+    _add_own(parser, 'swagstart', parsing.number(minimum=0, below=1), help)
+    _add_own(parser, 'swagrate', parsing.number(above=0), 'learning rate from there on, relative to alpha')
+    _add_own(parser, 'swagrank', parsing.integer(2, below=1001), 'deviations that are kept for the covariance')
+    _add_own(parser, 'hessinit', parsing.number(above=0), 'initial Hessian h₀')
+    _add_own(parser, 'clip', parsing.number(above=0), 'bound of an update before the learning rate, none by default')
+    _add_own(parser, 'trainmc', parsing.integer(1), 'samples of the weights a sub-batch')
     return parser
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import devices
+from ops import sharding
 
 
 def nhwc_convolution(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None, groups=1):
@@ -158,11 +158,11 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
             of_block, most_values = by_rows, _VALUES_OF_A_SMALL_BLOCK
         return _sum_over_blocks(of_block, kernel.shape, x, grads, most_values).astype(x.dtype)
 
-    elsewhere, on_cpus = by_convolution, partial(devices.sum_over_shares, over_blocks)
+    elsewhere, on_cpus = by_convolution, partial(sharding.sum_over_shares, over_blocks)
     if _outweighs(x, kernel):
         elsewhere = on_cpus = by_product
     if _suits_tiles(x, kernel, strides, padding) and channels >= _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES:
-        on_cpus = partial(devices.sum_over_shares, partial(_kernel_gradient_in_tiles, kernel))
+        on_cpus = partial(sharding.sum_over_shares, partial(_kernel_gradient_in_tiles, kernel))
     return lax.platform_dependent(x, grads, cpu=on_cpus, default=elsewhere)
 
 
@@ -181,7 +181,7 @@ def _in_tiles(x, kernel, flipped=False):
     flipped in height and width, its channels and features exchanged.
     """
     tiles = partial(_tiles, weights=_weights_of_tiles(kernel), flipped=flipped)
-    return devices.over_shares(partial(_map_over_blocks, tiles), x)
+    return sharding.over_shares(partial(_map_over_blocks, tiles), x)
 
 
 def _kernel_gradient_in_tiles(kernel, x, grads):

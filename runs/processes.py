@@ -12,17 +12,15 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
-import runs
-import settings
-import signals
 import test
+from runs import folders, json_files, signals, training_flags
 
-SCRIPTS = Path(__file__).parent
+SCRIPTS = Path(__file__).parent.parent
 
 
 def arguments(values):
     """Flags as on the command line, of {name: value}; a switch is given where it is true."""
-    parser = settings.create_parser()
+    parser = training_flags.create_parser()
     given = {name: value for name, value in values.items() if value is not False or not parser.is_switch(name)}
     return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
 
@@ -51,7 +49,7 @@ def on_devices(tasks, number=None):
             return task(partial(processes.run, environment))
         except _StoppedError:
             return None
-        except runs.RunError as error:
+        except folders.RunError as error:
             print(error, file=sys.stderr, flush=True)
             return None
         finally:
@@ -180,25 +178,25 @@ def trained_and_tested(run, folder, values, tests):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / 'output.txt').exists() and not (folder / 'output.txt').is_file():
-            raise runs.RunError(f'{folder / "output.txt"} is no regular file: remove it')
-        with runs.locked(folder), open(folder / 'output.txt', 'a', buffering=1) as output:
+            raise folders.RunError(f'{folder / "output.txt"} is no regular file: remove it')
+        with folders.locked(folder), open(folder / 'output.txt', 'a', buffering=1) as output:
             call = partial(_call, run, folder, output)
             trained = _trained(call, folder, values)
             return trained, [_tested(call, trained, values, given) for given in tests]
     except (OSError, ValueError) as error:
-        raise runs.RunError(f'{folder}: {error}') from error
+        raise folders.RunError(f'{folder}: {error}') from error
 
 
 def _call(run, folder, output, script, given):
     status = run([sys.executable, SCRIPTS / script, *given], output.write)
     if status:
-        raise runs.RunError(f'{folder}: {script} ended with status {status}, see output.txt')
+        raise folders.RunError(f'{folder}: {script} ended with status {status}, see output.txt')
 
 
 def _is_of_a_start(path):
     """Returns whether train.py writes a file or folder of a run before its first checkpoint is whole."""
     if path.name == 'checkpoints' and path.is_dir():
-        return all(runs.LEFTOVER_CHECKPOINT.fullmatch(inner.name) for inner in path.iterdir())
+        return all(folders.LEFTOVER_CHECKPOINT.fullmatch(inner.name) for inner in path.iterdir())
     return re.fullmatch(r'lock|(config\.json|log\.jsonl)(\..+\.partial)?', path.name)
 
 
@@ -206,14 +204,14 @@ def _trained(call, folder, values):
     require_same_flags(folder, values)
     begun = begun_run(folder)
     if begun:
-        may_change = {name: value for name, value in values.items() if name in settings.MAY_CHANGE}
+        may_change = {name: value for name, value in values.items() if name in training_flags.MAY_CHANGE}
         call('train.py', [f'--resume={begun}', *arguments(may_change)])
         return begun
     for left in folder.glob('*/*/run_*'):
         others = sorted(path.name for path in left.iterdir() if not _is_of_a_start(path))
         if others:
-            raise runs.RunError(f'{left} holds no checkpoint, but {others[0]}: move it away, and begin anew')
-        with runs.locked(left):
+            raise folders.RunError(f'{left} holds no checkpoint, but {others[0]}: move it away, and begin anew')
+        with folders.locked(left):
             pass
         shutil.rmtree(left)  # not while its lock is open, which NFS would keep in the folder
     call('train.py', [*arguments(values), f'--resultsfolder={folder}'])
@@ -228,18 +226,18 @@ def _tested(call, trained, values, given):
 
 def metrics(trained, given):
     """What test.py measured of a run folder when it was last called with such arguments. Raises OSError, ValueError."""
-    return runs.read_json(runs.metrics_file(trained, test.parse_args([f'--resultsfolder={trained}', *given])))
+    return json_files.read_json(folders.metrics_file(trained, test.parse_args([f'--resultsfolder={trained}', *given])))
 
 
 def require_same_flags(folder, values):
     """Raises a RunError if the run below `folder` was begun with other flags, but for those that may change."""
-    exempt = {*settings.OF_START, *settings.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
+    exempt = {*training_flags.OF_START, *training_flags.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
     for path in folder.glob('*/*/run_*/config.json'):
-        given = vars(settings.parse_args(arguments(values)))
-        held = settings.read_config(path.parent)['flags']
+        given = vars(training_flags.parse_args(arguments(values)))
+        held = training_flags.read_config(path.parent)['flags']
         for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
             if held[name] != given[name]:
-                raise runs.RunError(
+                raise folders.RunError(
                     f'{path.parent} was begun with --{name} {held[name]}, not {given[name]}: '
                     'take another folder, or remove this one'
                 )

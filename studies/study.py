@@ -1,6 +1,6 @@
 """Trains and evaluates the runs that results/README.md reports, and keeps what it needs of each.
 
-    python benchmarks/study.py cifar10_tuning cifar10 --folder /tmp/runs --datasetfolder datasets --jobs 2
+    python studies/study.py cifar10_tuning cifar10 --folder /tmp/runs --datasetfolder datasets --jobs 2
 
 A study is a row of STUDIES: variants of flags, each trained with several seeds, and what test.py is asked of them.
 Runs are ordinary run folders under --folder; of each, one file of results/studies/ keeps the commands, its log and its
@@ -16,10 +16,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import flags
-import jobs
-import runs
-import settings
+from runs import folders, json_files, launch, parsing, processes, training_flags
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / 'results' / 'studies'
@@ -165,7 +162,7 @@ STUDIES = {
     ),
     'bnupdate': Study(
         _FASHION | {'model': 'resnet18', 'trainimages': 625, 'validation': 0.2, 'batchsize': 25, 'epochs': 7},
-        {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 1} for which in settings.BNUPDATES},
+        {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 1} for which in training_flags.BNUPDATES},
         3,
         {
             'refreshed': (3, ['--testmc=4', '--testimages=1000', '--bnrefresh=20']),
@@ -176,7 +173,7 @@ STUDIES = {
 }  # fmt: skip
 
 
-@flags.script('study.py')
+@launch.script('study.py')
 def main(argv=None):
     args = parse_args(argv)
     complete = True
@@ -185,19 +182,19 @@ def main(argv=None):
         there = sum(path.exists() for _, _, path in records(name))
         print(f'{name}: {there} of {len(records(name))} records are there; remove one to run it again: {KEPT / name}')
         tasks = [partial(keep, args, name, variant, seed, path) for variant, seed, path in records(name)]
-        kept = all(jobs.on_devices(tasks, args.jobs))
+        kept = all(processes.on_devices(tasks, args.jobs))
         if kept and study.compared:
-            (kept,) = jobs.on_devices([partial(compare, args, name)])
+            (kept,) = processes.on_devices([partial(compare, args, name)])
         complete = complete and bool(kept)
     sys.exit(0 if complete else 1)
 
 
 def parse_args(argv):
-    parser = flags.Parser(__doc__)
+    parser = parsing.Parser(__doc__)
     parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'of {", ".join(STUDIES)}')
-    parser.add_argument('--folder', type=flags.path, required=True, help='of the runs')
-    parser.add_argument('--datasetfolder', type=flags.folder, default='datasets', help='folder of the data sets')
-    flags.add_jobs(parser)
+    parser.add_argument('--folder', type=parsing.path, required=True, help='of the runs')
+    parser.add_argument('--datasetfolder', type=parsing.folder, default='datasets', help='folder of the data sets')
+    parsing.add_jobs(parser)
     return parser.parse_args(argv)
 
 
@@ -224,10 +221,12 @@ def keep(args, name, variant, seed, path, run):
         require_record(path, flags, evaluations)
         return True
     values = flags | {'datasetfolder': args.datasetfolder}
-    trained, measured = jobs.trained_and_tested(run, folder_of(args, name, variant, seed), values, evaluations.values())
+    trained, measured = processes.trained_and_tested(
+        run, folder_of(args, name, variant, seed), values, evaluations.values()
+    )
     record = record_of(trained, flags, evaluations, measured)
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path, record)
+    json_files.write_json(path, record)
     (path.parent / 'comparison.csv').unlink(missing_ok=True)  # of the runs before
     print(f'{name}/{variant}_{seed}: {sum(epoch["seconds"] for epoch in record["log"]):.0f} s of training', flush=True)
     return True
@@ -235,14 +234,14 @@ def keep(args, name, variant, seed, path, run):
 
 def require_record(path, flags, evaluations):
     """Raises a RunError if a record is not of these flags and evaluations, as when its study was changed since."""
-    record = runs.read_record(path)
+    record = json_files.read_record(path)
     same = set(record.get('command', '').split()) == set(command_of(flags).split())
     if not same or record.get('evaluations', {}).keys() != evaluations.keys():
-        raise runs.RunError(f'{path} is not what STUDIES asks for now: remove it')
+        raise folders.RunError(f'{path} is not what STUDIES asks for now: remove it')
 
 
 def command_of(flags):
-    return ' '.join(['python train.py', *jobs.arguments(flags)])
+    return ' '.join(['python train.py', *processes.arguments(flags)])
 
 
 def compare(args, name, run):
@@ -256,9 +255,9 @@ def compare(args, name, run):
     given = ['--reuse', '--ensemble', f'--output={args.folder / name}', '--resultsfolder', *trained]
     (args.folder / name).mkdir(parents=True, exist_ok=True)
     with open(args.folder / name / 'comparison.txt', 'w') as output:
-        status = run([sys.executable, jobs.SCRIPTS / 'test.py', *given], output.write)
+        status = run([sys.executable, processes.SCRIPTS / 'test.py', *given], output.write)
     if status:
-        raise runs.RunError(f'{output.name}: test.py ended with status {status}')
+        raise folders.RunError(f'{output.name}: test.py ended with status {status}')
     shutil.copy(args.folder / name / path.name, path)
     return True
 
@@ -272,7 +271,8 @@ def evaluations_of(study, flags):
     return {
         name: arguments
         for name, (seeds, arguments) in study.evaluations.items()
-        if flags['randomseed'] < seeds and not ('--laplace' in arguments and flags['optim'] in settings.WITH_POSTERIOR)
+        if flags['randomseed'] < seeds
+        and not ('--laplace' in arguments and flags['optim'] in training_flags.WITH_POSTERIOR)
     }
 
 
@@ -290,22 +290,22 @@ def tuned(study, flags):
 def validation_nll(study, variant):
     path = KEPT / study / f'{variant}_0.json'
     if not path.exists():
-        raise runs.RunError(f'{path} is missing: run the study {study} first')
+        raise folders.RunError(f'{path} is missing: run the study {study} first')
     try:
-        nll = runs.read_record(path)['evaluations']['validation']['average']['nll']
+        nll = json_files.read_record(path)['evaluations']['validation']['average']['nll']
     except (KeyError, TypeError) as error:
-        raise runs.RunError(f'{path} is no record of this study: remove it') from error
+        raise folders.RunError(f'{path} is no record of this study: remove it') from error
     return float('inf') if nll is None else nll
 
 
 def record_of(trained, flags, evaluations, measured):
     """What is kept of a run folder and of what its evaluations measured."""
-    config = runs.read_config(trained)
+    config = folders.read_config(trained)
     return {
         'command': command_of(flags),
         'num_data': config['num_data'],
         'environment': {name: config[name] for name in ('python', 'versions', 'git_commit', 'device')},
-        'log': runs.read_log(trained),
+        'log': folders.read_log(trained),
         'evaluations': {
             name: metrics | {'command': ' '.join(['python test.py --resultsfolder RUN', *arguments])}
             for (name, arguments), metrics in zip(evaluations.items(), measured, strict=True)

@@ -11,21 +11,16 @@ import numpy as np
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-import bootstrap
-import checkpoints
-import corruptions
 import data
-import devices
 import errors
 import experiments
-import laplace
 import metrics
 import models
-import posteriors
-import runs
-import settings
 import training
+from evaluation import corruptions, laplace, posteriors
+from ops import sharding
 from readers import npy
+from runs import checkpoints, folders, hosts, json_files, training_flags
 
 
 class Trained(NamedTuple):
@@ -62,11 +57,11 @@ def restore(run, step=None):
 
     The state's arrays are on the devices of the mesh that is set, or on the first.
     """
-    config = devices.from_first(lambda: settings.read_config(run))
+    config = hosts.from_first(lambda: training_flags.read_config(run))
     data.check_description(config.get('dataset'), Path(run) / 'config.json')
     experiment = experiments.create(config)
     _, state, progress = checkpoints.restore(run, experiment.state_shapes(), step)
-    return Trained(config, experiment, devices.send(state), progress)
+    return Trained(config, experiment, sharding.send(state), progress)
 
 
 def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_size, bn_refresh, with_laplace):
@@ -81,14 +76,14 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
     """
     config, experiment, state, progress = restore(run, step)
     flags = config['flags']
-    folder = dataset_folder or settings.folder_there(flags['datasetfolder'])
+    folder = dataset_folder or training_flags.folder_there(flags['datasetfolder'])
     dataset = data.dataset(flags['dataset'], folder)
     needs_training_images = with_held_out or split == 'validation' or bn_refresh or with_laplace
     train, held_out = data.read_train(dataset, flags) if needs_training_images else (None, None)
     found = data.describe(dataset, *train) if train else {'num_classes': dataset.num_classes}
     data.require_same(found, config['dataset'], folder, run)
     if train:
-        devices.require_same_arrays('training images', *train)
+        hosts.require_same_arrays('training images', *train)
     whole_split = held_out if split == 'validation' else dataset.read('test')
     images, labels = data.subset('--testimages', num_images, *whole_split)
     if list(images.shape[1:]) != config['dataset']['image_shape']:
@@ -105,7 +100,7 @@ def load(run, *, split, with_held_out, num_images, step, dataset_folder, batch_s
 def _laplace_sample(experiment, flags, state, batch_size, images):
     """sample(key) of a Laplace approximation around the trained weights. Raises RunError."""
     if not jax.device_get(training.all_finite(state)):
-        raise runs.RunError('--laplace: weights of the run are not finite, so that there is nothing to approximate')
+        raise folders.RunError('--laplace: weights of the run are not finite, so that there is nothing to approximate')
     layer = models.LAST_LAYERS[flags['model']]
     outputs = Partial(models.with_features(experiment.apply, layer), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, experiment.num_data, flags['priorprec'])
@@ -126,7 +121,7 @@ def _training_batches(key, images, num_batches, flags, augment):
     """uint8 [num_batches, B, H, W, C], shuffled and augmented as in training."""
     order_key, augment_key = jax.random.split(key)
     batches = jax.device_get(data.shuffled_batches(order_key, len(images), flags['batchsize']))[:num_batches]
-    batches = devices.send(images[batches])
+    batches = sharding.send(images[batches])
     if augment and not flags['noaugment']:
         batches = jax.vmap(data.augment)(jax.random.split(augment_key, num_batches), batches)
     return batches
@@ -157,7 +152,7 @@ def _intervals(probs, labels, num_bins):
     tested = metrics.with_intervals(num_bins)
     if not np.isfinite(probs).all():
         return dict.fromkeys(tested, (math.nan, math.nan))
-    return {name: bootstrap.interval(values) for name, values in bootstrap.resampled(tested, probs, labels).items()}
+    return {name: metrics.interval(values) for name, values in metrics.resampled(tested, probs, labels).items()}
 
 
 def curve(predictions, numbers, labels, num_bins):
@@ -252,7 +247,7 @@ def all_corrupted(subject, sets, num_samples, num_bins):
     """Accuracy, NLL and ECE of corrupted images, {name: [{'mean': {...}, 'average': {...}} of severity 1, ..., 5]}."""
     results = {}
     total = len(sets) * len(corruptions.SEVERITIES)
-    hidden = None if devices.is_first() else True
+    hidden = None if hosts.is_first() else True
     with tqdm(None, 'corruptions', total, leave=False, disable=hidden) as progress:
         for name, at_severity in sets.items():
             results[name] = []
@@ -302,7 +297,7 @@ def write_predictions(path, prediction, subject, num_samples):
     }
     with io.BytesIO() as file:
         np.savez_compressed(file, **arrays)
-        runs.write_bytes(path, file.getvalue())
+        json_files.write_bytes(path, file.getvalue())
 
 
 def _log(probs):
@@ -316,7 +311,7 @@ def read_predictions(path):
         arrays = npy.load_npz(path)
         held = {name: arrays[name] for name in _TYPES}
     except (errors.UserError, KeyError) as error:
-        raise runs.RunError(f'{path} is missing or damaged ({error}): evaluate the run without --reuse') from error
+        raise folders.RunError(f'{path} is missing or damaged ({error}): evaluate the run without --reuse') from error
     n, k = held['logits'].shape if held['logits'].ndim == 2 else (0, 0)
     shapes = {'labels': (n,), 'logits': (n, k), 'log_probs': (n, k), 'expected_entropy': (n,), 'votes': (n, k)}
     shapes['trained'] = (2,)
@@ -326,7 +321,7 @@ def read_predictions(path):
     fits = fits and n and 0 <= held['labels'].min() <= held['labels'].max() < k
     fits = fits and held['trained'].min() >= 0 and held['votes'].min() >= 0 and held['num_samples'] > 0
     if not fits or (held['votes'].sum(axis=1) != held['num_samples']).any():
-        raise runs.RunError(f'{path} is not what test.py writes: evaluate the run without --reuse')
+        raise folders.RunError(f'{path} is not what test.py writes: evaluate the run without --reuse')
     probs = metrics.softmax(held['log_probs'])
     prediction = posteriors.Prediction(held['logits'], probs, held['expected_entropy'], held['votes'])
     return held['labels'], prediction, int(held['num_samples']), checkpoints.Progress(*held['trained'].tolist())

@@ -13,26 +13,27 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
-import devices
 import feeds
 import metrics
+from ops import sharding
+from runs import hosts
 
 
 @partial(jax.jit, static_argnames=('apply', 'batch_size', 'where'))
-def logits(apply, params, batch_stats, images, batch_size, where=devices.on_all):
+def logits(apply, params, batch_stats, images, batch_size, where=sharding.on_all):
     """float32 [N, K] for images uint8 [N, H, W, C], in batches; the last may be smaller, and every image counts once.
 
     Batches that devices are to share but cannot equally are made a little larger.
     apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
-    where: devices.on_each for weights [D, ...] with an entry for each of D devices, and logits [D, N, K].
+    where: sharding.on_each for weights [D, ...] with an entry for each of D devices, and logits [D, N, K].
     """
-    return devices.gather(where(Partial(partial(_logits_at, apply, batch_size), images), (params, batch_stats)))
+    return sharding.gather(where(Partial(partial(_logits_at, apply, batch_size), images), (params, batch_stats)))
 
 
 def _logits_at(apply, batch_size, images, weights):
-    batch_size = min(devices.shareable(batch_size), len(images))
+    batch_size = min(sharding.shareable(batch_size), len(images))
     full = len(images) // batch_size * batch_size
-    batches = devices.shard(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
+    batches = sharding.shard(images[:full].reshape(-1, batch_size, *images.shape[1:]), axis=1)
     whole = jax.lax.map(partial(apply, *weights), batches)
     parts = [whole.reshape(full, -1)]
     if full < len(images):
@@ -94,8 +95,8 @@ class Posterior:
     def __init__(self, apply, sample, params, batch_stats, key, batch_size, refresh=None):
         self._apply, self._draw, self._batch_size = apply, sample, batch_size
         self._refresh = refresh or Partial(_same_for_all, batch_stats)
-        self._key = devices.send(key)
-        self._mean = params, _refreshed(params, self._refresh, devices.on_all)
+        self._key = sharding.send(key)
+        self._mean = params, _refreshed(params, self._refresh, sharding.on_all)
         self._batch_stats = {}
 
     @property
@@ -104,9 +105,9 @@ class Posterior:
 
     def predict(self, images, numbers):
         """Yields the Prediction for images uint8 [N, H, W, C] after each of `numbers` samples, which rise."""
-        devices.require_same_arrays('images', images)
+        hosts.require_same_arrays('images', images)
         parts = feeds.parts(images, self._batch_size)
-        logits_at_mean = self._logits(self._mean, parts, devices.on_all)
+        logits_at_mean = self._logits(self._mean, parts, sharding.on_all)
         samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(parts, numbers[-1])
         total, entropy, votes = 0, 0, np.zeros(logits_at_mean.shape, np.int32)
         for i, sampled in enumerate(itertools.islice(samples, numbers[-1]), start=1):
@@ -119,18 +120,18 @@ class Posterior:
     @cached_property
     def _is_point(self):
         """Whether samples are the mean, so that they need not be run."""
-        params = _samples_at(np.int32(0), self._draw, self._key, devices.on_all)
+        params = _samples_at(np.int32(0), self._draw, self._key, sharding.on_all)
         return bool(jax.device_get(_equal(params, self._mean[0])))
 
     def _samples(self, parts, num_samples):
         """Yields the logits of samples: of those that make whole groups on a device each, of the others on all."""
-        size = devices.num_devices()
+        size = sharding.num_devices()
         left = num_samples if size == 1 else num_samples % size
         for first in range(0, num_samples - left, size):
-            weights = self._weights(np.arange(first, first + size, dtype=np.int32), devices.on_each)
-            yield from self._logits(weights, parts, devices.on_each)
+            weights = self._weights(np.arange(first, first + size, dtype=np.int32), sharding.on_each)
+            yield from self._logits(weights, parts, sharding.on_each)
         for i in range(num_samples - left, num_samples):
-            yield self._logits(self._weights(np.int32(i), devices.on_all), parts, devices.on_all)
+            yield self._logits(self._weights(np.int32(i), sharding.on_all), parts, sharding.on_all)
 
     def _logits(self, weights, parts, where):
         """float32 [N, K] of all parts' images, or [D, N, K] of weights on each device."""

@@ -8,15 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-import bootstrap
 import errors
 import metrics
-import runs
-import settings
-import tables
+from evaluation import tables
+from runs import json_files, training_flags
 
 # Flags that do not make a method another one.
-_NOT_OF_THE_METHOD = {'randomseed', 'resultsfolder', *settings.MAY_CHANGE} - {'epochs'}
+_NOT_OF_THE_METHOD = {'randomseed', 'resultsfolder', *training_flags.MAY_CHANGE} - {'epochs'}
 
 SHOWN = (*metrics.SHORT, 'auroc')
 _HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')
@@ -190,7 +188,7 @@ def test_table(rows, labels, num_bins):
         for name in metrics.SHORT:
             with np.errstate(invalid='ignore'):  # of an infinite NLL
                 difference = observed[name] - measured[0][0][name]
-                test = bootstrap.difference(difference, resampled[name] - measured[0][1][name])
+                test = metrics.difference(difference, resampled[name] - measured[0][1][name])
             line += _test_cells(name, difference, *test)
         cells.append(line)
     return _test_header(rows[0].name), cells
@@ -212,7 +210,7 @@ def seeds_table(rows, values):
             with warnings.catch_warnings(action='ignore', category=RuntimeWarning):
                 difference = np.mean(numbers) - np.mean(firsts)
                 test = scipy.stats.ttest_ind(numbers, firsts, equal_var=False)
-                low, high = test.confidence_interval(bootstrap.LEVEL)
+                low, high = test.confidence_interval(metrics.LEVEL)
             told = (low, high, test.pvalue) if low < high else (np.nan,) * 3
             line += _test_cells(metric, difference, *told)
         cells.append(line)
@@ -231,7 +229,7 @@ def _test_cells(name, difference, low, high, p):
 
 def _averages(tested, probs, labels):
     """The average over runs of each metric, {name: float}, and that on every resample of the images, {name: [R]}."""
-    resampled = [bootstrap.resampled(tested, p, labels) for p in probs]
+    resampled = [metrics.resampled(tested, p, labels) for p in probs]
     return (
         {name: np.mean([metric(p, labels) for p in probs]) for name, metric in tested.items()},
         {name: np.mean([run[name] for run in resampled], axis=0) for name in tested},
@@ -244,5 +242,5 @@ def write(folder, rows, values):
     texts = {'md': tables.markdown(*main), 'csv': tables.comma_separated(*full), 'tex': tables.latex(*main)}
     paths = [Path(folder) / f'comparison.{suffix}' for suffix in texts]
     for path, text in zip(paths, texts.values(), strict=True):
-        runs.write_bytes(path, text.encode())
+        json_files.write_bytes(path, text.encode())
     return paths

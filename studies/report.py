@@ -1,6 +1,6 @@
 """Makes results/README.md and its pictures, and the tables of the other pages, from what is kept in results/.
 
-    python benchmarks/report.py
+    python studies/report.py
 
 The prose is report.md; here are its tables, verdicts and pictures.
 """
@@ -16,20 +16,11 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import loading
-import run
-import study
-import throughput
-
-import comparison
-import evaluation
-import flags
-import jobs
 import metrics
-import plots
-import runs
-import settings
-import tables
+from benchmarks import loading, run, throughput
+from evaluation import comparison, measures, plots, tables
+from runs import json_files, launch, parsing, processes, training_flags
+from studies import study
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'results'
@@ -85,9 +76,9 @@ CLAIMS = [
 ]
 
 
-@flags.script('report.py')
+@launch.script('report.py')
 def main(argv=None):
-    flags.Parser(__doc__).parse_args(argv)
+    parsing.Parser(__doc__).parse_args(argv)
     found = all_records()
     pages = {RESULTS / 'README.md': page(**found)}
     pages |= {path: with_tables(path.read_text()) for path in PAGES_WITH_TABLES}
@@ -141,7 +132,7 @@ def records(name):
     found = {}
     for variant, seed, path in study.records(name):
         if path.exists():
-            found.setdefault(variant, {})[seed] = runs.read_record(path)
+            found.setdefault(variant, {})[seed] = json_files.read_record(path)
     return found
 
 
@@ -226,7 +217,7 @@ def subjects(found):
     subjects = []
     for variant in (name for name in NAMES if name in found):
         subjects.append(Subject(variant, 'mean'))
-        if variant in settings.WITH_POSTERIOR:
+        if variant in training_flags.WITH_POSTERIOR:
             subjects.append(Subject(variant, 'average'))
         elif 'laplace' in first_of(found[variant])['evaluations']:
             subjects.append(Subject(variant, 'laplace'))
@@ -317,12 +308,12 @@ def published_table(found):
     rows = []
     for name, numbers in PUBLISHED.items():
         flags = study.STUDIES['published'].variants[name]
-        at = 'average' if flags['optim'] in settings.WITH_POSTERIOR else 'mean'
+        at = 'average' if flags['optim'] in training_flags.WITH_POSTERIOR else 'mean'
         ours = [
             ', '.join(cells(found[run], at, metrics.SHORT)) if run in found else ''
             for run in (name, f'{name}_bfloat16')
         ]
-        command = ' '.join(jobs.arguments(flags)).replace('=', ' ')
+        command = ' '.join(processes.arguments(flags)).replace('=', ' ')
         rows.append([f'`{command}`', ', '.join(numbers), *ours])
     return tables.markdown(['ResNet-18: `python train.py` …', 'published', 'here', 'here, bfloat16'], rows)
 
@@ -388,13 +379,15 @@ THROUGHPUT = ('sgd', 'sam', 'bsam')
 
 def few_table(found):
     """Each method as it is meant to be used: averaged over samples where it has a posterior, else at the mean."""
-    used = [Subject(name, 'average' if name in settings.WITH_POSTERIOR else 'mean') for name in NAMES if name in found]
+    used = [
+        Subject(name, 'average' if name in training_flags.WITH_POSTERIOR else 'mean') for name in NAMES if name in found
+    ]
     rows = [[NAMES[name], str(len(found[name])), *cells(found[name], at, comparison.SHOWN)] for name, at in used]
     return tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
 
 
 def kept(name):
-    return runs.read_record(RESULTS / f'{name}.json')
+    return json_files.read_record(RESULTS / f'{name}.json')
 
 
 def measured_scaling_table():
@@ -441,7 +434,7 @@ def with_tables(page):
         return begin + TABLES[name]() + end
 
     return re.sub(
-        r'(<!-- (\w+): made by benchmarks/report\.py -->\n\n).*?(\n<!-- until here -->)',
+        r'(<!-- (\w+): made by studies/report\.py -->\n\n).*?(\n<!-- until here -->)',
         made_again,
         page,
         flags=re.DOTALL,
@@ -455,7 +448,7 @@ TABLES = {
     'processes': measured_scaling_table,
     'devices': predicted_scaling_table,
     'gpu': lambda: throughput.table(
-        [kept('throughput_bfloat16'), kept('throughput_float32')], settings.PRECISIONS, THROUGHPUT
+        [kept('throughput_bfloat16'), kept('throughput_float32')], training_flags.PRECISIONS, THROUGHPUT
     ),
     'speed': lambda: run.table(kept('benchmark')),
     'convolutions': convolutions_table,
@@ -487,7 +480,7 @@ def commands(name, found):
     tests = [measured['command'] for measured in evaluations.values()]
     where = f'{environment["device"]}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
     lines = '\n'.join(f'    {line}' for line in [*trainings, *tests])
-    return f'`python benchmarks/study.py {name} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'
+    return f'`python studies/study.py {name} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'
 
 
 # Pictures.
@@ -535,7 +528,7 @@ def over_severities(found):
     curves = {}
     for subject in (SGD, SAM, BSAM, IVON):
         corrupted = first_of(found[subject.variant])['evaluations']['corrupted']
-        over_corruptions = evaluation.over_corruptions(corrupted['corruptions'], subject.at)
+        over_corruptions = measures.over_corruptions(corrupted['corruptions'], subject.at)
         curves[str(subject)] = [corrupted[subject.at], *over_corruptions]
     return plots.severities(curves)
 

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-import devices
 import errors
-import runs
+from ops import sharding
+from runs import folders, hosts, json_files
 
 logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it also raises, with tracebacks
 
@@ -73,7 +73,7 @@ class Writer:
         self._together = jax.process_count() > 1 and _all_can_write(run)
         with _literal(self.folder):  # raises a RunError now, and not when the first is written
             self._steps = []
-        if devices.is_first():
+        if hosts.is_first():
             _discard_leftovers(self.folder)
             self._steps = [step for step in all_steps(self.folder) if step <= self._step(progress)]
         self._saving = None
@@ -94,11 +94,11 @@ class Writer:
         self.wait()
         partial = self.folder / f'{self._step(progress)}.partial'
         arrays = _copy(state)
-        problem = devices.from_first(lambda: self._problem_of_making(partial, arrays)) if self._together else None
+        problem = hosts.from_first(lambda: self._problem_of_making(partial, arrays)) if self._together else None
         if problem is None:
             self._saving = self._thread.submit(self._write, partial, arrays, progress)
             return
-        if devices.is_first():
+        if hosts.is_first():
             self._report(problem)
         self.failed = True
 
@@ -106,7 +106,7 @@ class Writer:
         """Waits until the last save has ended in all processes."""
         if self._saving is None:
             return
-        self.failed = devices.in_any_process(self._end_save())
+        self.failed = hosts.in_any_process(self._end_save())
         self._together = self._together and not self.failed
 
     def _end_save(self):
@@ -145,16 +145,16 @@ class Writer:
                 self._make(partial, arrays)
             with _checkpointer(processes) as checkpointer, _literal(partial) as folder:
                 checkpointer.save(folder / 'state', args=ocp.args.StandardSave(arrays))
-            if devices.is_first():
+            if hosts.is_first():
                 _require_same_arrays(_held_arrays(partial), arrays)
                 self._complete(partial, progress)
         except BaseException:
-            if devices.is_first():
+            if hosts.is_first():
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _complete(self, partial, progress):
-        (partial / 'progress.json').write_text(json.dumps(runs.finite(progress._asdict())))
+        (partial / 'progress.json').write_text(json.dumps(json_files.finite(progress._asdict())))
         (partial / 'checksums.json').write_text(json.dumps(_checksums(partial), indent=0))
         _flush(partial)
         checkpoint = partial.with_suffix('')
@@ -196,11 +196,11 @@ def _is_literal(path):
 
 
 def _literal_place(folder):
-    """Returns a folder for temporary links that Orbax takes literally. Raises runs.RunError."""
+    """Returns a folder for temporary links that Orbax takes literally. Raises folders.RunError."""
     for place in (os.environ.get('TMPDIR', '/tmp'), '/tmp', '/var/tmp'):
         if _is_literal(place) and os.access(place, os.W_OK | os.X_OK):
             return place
-    raise runs.RunError(
+    raise folders.RunError(
         f'checkpoints cannot be kept in {folder}: Orbax does not take its path, and no link to it can be made in /tmp: '
         'take another --resultsfolder'
     )
@@ -256,7 +256,7 @@ def _require_room(folder, state):
 
 @jax.jit
 def _copy(state):
-    return jax.tree.map(lambda x: jnp.copy(devices.key_data(x)), state)
+    return jax.tree.map(lambda x: jnp.copy(sharding.key_data(x)), state)
 
 
 def _all_can_write(run):
@@ -273,8 +273,8 @@ def _all_can_write(run):
             return None
         return [status.st_ino, status.st_mtime_ns]
 
-    of_first = devices.from_first(stamp)
-    return not devices.in_any_process(of_first is None or stamp() != of_first)
+    of_first = hosts.from_first(stamp)
+    return not hosts.in_any_process(of_first is None or stamp() != of_first)
 
 
 def all_steps(folder):
@@ -288,7 +288,7 @@ def restore(run, like, step=None):
     """A checkpoint, the newest or that of `step`, as (step, state, Progress).
 
     Of several processes the first alone reads it. The state's arrays are on this machine's first device, of several
-    processes on the host. like: their jax.ShapeDtypeStructs. Raises runs.RunError; for a damaged checkpoint it names
+    processes on the host. like: their jax.ShapeDtypeStructs. Raises folders.RunError; for a damaged checkpoint it names
     the newest whole one before it.
     """
     state = like
@@ -298,8 +298,8 @@ def restore(run, like, step=None):
         found, state, progress = _read(run, like, step)
         return found, progress._asdict()
 
-    found, progress = devices.from_first(read)
-    return found, devices.arrays_from_first(state), Progress(**progress)
+    found, progress = hosts.from_first(read)
+    return found, hosts.arrays_from_first(state), Progress(**progress)
 
 
 def _read(run, like, step):
@@ -312,7 +312,7 @@ def _read(run, like, step):
 def require_whole(run, step=None):
     """Returns the folder of a run's newest checkpoint, or of the checkpoint of `step`.
 
-    Raises runs.RunError if there is none, or its files are not as they were written.
+    Raises folders.RunError if there is none, or its files are not as they were written.
     """
     return _of_whole(run, step, lambda checkpoint: checkpoint)
 
@@ -325,7 +325,7 @@ def _of_whole(run, step, function):
             try:
                 _require_whole(checkpoint)
                 return function(checkpoint)
-            except runs.RunError:
+            except folders.RunError:
                 if checkpoint.exists():
                     raise  # else training removed it before it was locked: take the newest of now
 
@@ -335,11 +335,11 @@ def _folder_of(run, step):
     try:
         steps = all_steps(folder)
     except OSError as error:
-        raise runs.RunError(f'{folder} cannot be read: {error.strerror}') from error
+        raise folders.RunError(f'{folder} cannot be read: {error.strerror}') from error
     if not steps:
-        raise runs.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
+        raise folders.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
     if step is not None and step not in steps:
-        raise runs.RunError(f'{folder} holds no checkpoint {step}; there are {", ".join(map(str, steps))}')
+        raise folders.RunError(f'{folder} holds no checkpoint {step}; there are {", ".join(map(str, steps))}')
     return folder / str(steps[-1] if step is None else step)
 
 
@@ -351,13 +351,13 @@ def _require_whole(checkpoint):
         offer = 'there is no whole one before'
         if whole:
             offer = f'{whole[-1]} is whole: take it with --checkpoint {whole[-1]}, of this run alone'
-        raise runs.RunError(f'{checkpoint} is damaged: {damage}; {offer}')
+        raise folders.RunError(f'{checkpoint} is damaged: {damage}; {offer}')
 
 
 def find_damage(checkpoint):
     """What is wrong with the files of a checkpoint, or None if they are as they were written."""
     try:
-        expected = runs.read_json(checkpoint / 'checksums.json')
+        expected = json_files.read_json(checkpoint / 'checksums.json')
         found = _checksums(checkpoint)
     except FileNotFoundError:
         return 'checksums.json is missing'
@@ -387,16 +387,16 @@ def _checksums(checkpoint):
 
 def _read_state(checkpoint, like):
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    types = jax.eval_shape(lambda state: jax.tree.map(devices.key_data, state), like)
+    types = jax.eval_shape(lambda state: jax.tree.map(sharding.key_data, state), like)
     types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), types)
     try:
         _require_same_arrays(_held_arrays(checkpoint), types)
         with _checkpointer({0}) as checkpointer, _literal(checkpoint) as folder:
             held = checkpointer.restore(folder / 'state', args=ocp.args.StandardRestore(types))
-            return jax.tree.map(devices.like_key, held, like)
+            return jax.tree.map(sharding.like_key, held, like)
     except Exception as error:  # what Orbax raises for files that it does not understand is not documented
         reason = errors.first_line(error)
-        raise runs.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {reason}') from error
+        raise folders.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {reason}') from error
 
 
 def _held_arrays(checkpoint):
@@ -423,18 +423,18 @@ def _array_types(arrays):
 def _read_progress(checkpoint):
     path = checkpoint / 'progress.json'
     try:
-        held = Progress(**runs.read_json(path))
+        held = Progress(**json_files.read_json(path))
         if not all(type(n) is int and 0 <= n < 2**31 for n in held[:2]) or not isinstance(held.log, list):
             raise ValueError('its epoch or step is no whole number, or its log no list')
-        runs.require_numbers(held._asdict(), ('loss', 'seconds', 'lr_factor'))
+        json_files.require_numbers(held._asdict(), ('loss', 'seconds', 'lr_factor'))
         for record in held.log:
-            runs.require_record_of_epoch(record)
+            folders.require_record_of_epoch(record)
         loss = math.nan if held.loss is None else float(held.loss)
         return held._replace(
             loss=loss, seconds=float(held.seconds), lr_factor=float(held.lr_factor), log=tuple(held.log)
         )
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise runs.RunError(f'{path} is not what train.py writes: {error}') from error
+        raise folders.RunError(f'{path} is not what train.py writes: {error}') from error
 
 
 def _discard(checkpoint):
@@ -447,7 +447,7 @@ def _discard(checkpoint):
 
 def _discard_leftovers(folder):
     for path in folder.iterdir() if folder.is_dir() else ():
-        if runs.LEFTOVER_CHECKPOINT.fullmatch(path.name):
+        if folders.LEFTOVER_CHECKPOINT.fullmatch(path.name):
             errors.remove(path)
 
 

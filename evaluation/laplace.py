@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import devices
+from ops import sharding
 
 
 class Factors(NamedTuple):
@@ -28,21 +28,21 @@ def fit(outputs, images, batch_size, num_data, prior_precision):
 
     outputs(images) -> (logits [B, K], features [B, F]) of the trained network, a jax.tree_util.Partial of its weights.
     """
-    batch_size = devices.shareable(batch_size)
+    batch_size = sharding.shareable(batch_size)
     totals = [_products(outputs, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     a, b = (np.sum(jax.device_get(part), axis=0, dtype=np.float64) / len(images) for part in zip(*totals, strict=True))
     (of_a, features), (of_b, classes) = np.linalg.eigh(a), np.linalg.eigh(b)
     curvature = num_data * np.outer(np.maximum(of_a, 0), np.maximum(of_b, 0))
     deviations = 1 / np.sqrt(curvature + prior_precision)
-    return Factors(*devices.send([x.astype(np.float32) for x in (features, classes, deviations)]))
+    return Factors(*sharding.send([x.astype(np.float32) for x in (features, classes, deviations)]))
 
 
 @jax.jit
 def _products(outputs, images):
-    logits, features = outputs(devices.shard(images))
+    logits, features = outputs(sharding.shard(images))
     probs = jax.nn.softmax(logits)
     features = jnp.concatenate([features, jnp.ones((len(features), 1))], axis=1)
-    return devices.gather((features.T @ features, jnp.diag(probs.sum(axis=0)) - probs.T @ probs))
+    return sharding.gather((features.T @ features, jnp.diag(probs.sum(axis=0)) - probs.T @ probs))
 
 
 @partial(jax.jit, static_argnames='layer')

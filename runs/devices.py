@@ -1,0 +1,85 @@
+"""The devices of this run: a mesh of all of them or some, and what is wrong with them."""
+
+import collections
+import contextlib
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+import errors
+from ops.sharding import AXIS
+
+
+class DeviceError(errors.UserError):
+    """Devices that are missing, or that cannot share a batch equally."""
+
+
+def create_mesh(number=None):
+    """A mesh of all devices, or of the first `number` of them. Raises DeviceError."""
+    devices = jax.devices()
+    if number is not None and jax.process_count() > 1:
+        raise DeviceError(f'--devices {number} is for a run of one process: start fewer processes')
+    if number is not None and number > len(devices):
+        raise DeviceError(f'--devices {number}: there are {len(devices)} ({devices[0].platform})')
+    devices = devices[:number]
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def require():
+    """Raises a DeviceError if JAX finds no device, or not as many in each process."""
+    try:
+        found = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = ' '.join(str(error).split())[:300] or f'JAX_PLATFORMS is {os.environ.get("JAX_PLATFORMS")}'
+        raise DeviceError(f'JAX finds no device: {reason}') from error
+    require_right_numbers()
+    numbers = sorted(set(collections.Counter(device.process_index for device in found).values()))
+    if len(numbers) > 1:
+        raise DeviceError(f'some processes have {numbers[0]} devices and some {numbers[-1]}: give each as many')
+
+
+def require_right_numbers():
+    """Raises a DeviceError if this jaxlib miscompiles a sum over products on CPUs, as 0.10.2 and 0.11.0 do.
+
+    The program is the one of JAX's issue 39103; its last value is 2³⁰.
+    """
+    if jax.default_backend() != 'cpu':
+        return
+    rows = np.zeros((32769, 3), np.float32)
+    rows[:, 0] = np.arange(len(rows))
+    found = float(jax.device_get(_squared_norms(jax.device_put(rows)))[-1])
+    if found != 2.0**30:
+        raise DeviceError(
+            f'jaxlib {jax.lib.__version__} computes wrong numbers on this CPU ({found:.0f} for {2**30}, '
+            "JAX's issue 39103): run pip install -r requirements.txt, which leaves such versions out"
+        )
+
+
+@jax.jit
+def _squared_norms(rows):
+    return jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2))(rows)
+
+
+def unequal_shares(what, number, offers, mesh):
+    """The DeviceError of a number of examples or sub-batches that cannot be shared out equally over a mesh.
+
+    what: the flag that says how many; offers: flags that may be given instead, to which fewer devices are added.
+    """
+    fewer = max(n for n in range(1, mesh.size) if number % n == 0)
+    with_fewer = f'--devices {fewer}' if jax.process_count() == 1 else f'processes that have {fewer} devices together'
+    offered = ', or '.join([*offers, with_fewer])
+    return DeviceError(f'{what} {number} cannot be shared out over {mesh.size} devices: take {offered}')
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Raises a DeviceError where the memory of a device is exhausted. advice: what takes less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise DeviceError(f'a device has not enough memory: {advice}') from error

@@ -1,0 +1,159 @@
+"""What every script does first: configures JAX, turns errors into one line, survives output that breaks off."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from importlib import metadata
+
+import errors
+
+# The part of JAX's configuration that changes a run's numbers, or that the scripts cannot work with otherwise.
+_CONFIGURATION = {
+    'jax_default_prng_impl': 'threefry2x32',
+    'jax_threefry_partitionable': True,
+    'jax_threefry_gpu_kernel_lowering': False,
+    'jax_high_dynamic_range_gumbel': False,
+    'jax_accurate_erf_inv': False,
+    'jax_random_seed_offset': 0,
+    'jax_enable_x64': False,
+    'jax_numpy_dtype_promotion': 'standard',
+    'jax_softmax_custom_jvp': False,
+    'jax_disable_jit': False,
+    'jax_debug_key_reuse': False,
+    'jax_transfer_guard': 'allow',
+    'jax_transfer_guard_host_to_device': 'allow',
+    'jax_transfer_guard_device_to_device': 'allow',
+    'jax_transfer_guard_device_to_host': 'allow',
+}
+
+
+def use_jax(compilecache='off'):
+    """Imports JAX and configures it as the scripts need it, whatever the environment says."""
+    if _version('jaxlib') < (0, 10, 2):  # logs an error for each cached function: it misreads the CPU's features
+        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    try:
+        import jax
+    except ValueError as error:  # of a variable that JAX does not understand
+        raise errors.UserError(f'JAX cannot start: {errors.first_line(error)}') from error
+    for name, value in _CONFIGURATION.items():
+        if name in jax.config.values:
+            jax.config.update(name, value)
+    use_compilecache(compilecache)
+
+
+def _version(package):
+    return tuple(int(part) for part in metadata.version(package).split('.')[:3] if part.isdecimal())
+
+
+def use_compilecache(folder):
+    """Turns JAX's persistent compilation cache on, unless folder is 'off'. Warns if it cannot be written, once."""
+    import jax
+
+    if folder != 'off':
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            print(f'warning: --compilecache {folder} cannot be written: what is compiled is not kept', file=sys.stderr)
+            warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')
+        folder = folder if os.path.isdir(folder) else 'off'
+    jax.config.update('jax_enable_compilation_cache', folder != 'off')
+    if folder != 'off':
+        _remove_empty_entries(folder)
+        jax.config.update('jax_compilation_cache_dir', folder)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def _remove_empty_entries(folder):
+    """Removes entries that a full disk left empty. JAX would warn of each at every start, and never replace it."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.endswith('-cache') and entry.is_file(follow_symlinks=False):
+                status = entry.stat()
+                if status.st_size == 0 and time.time() - status.st_mtime > 60:  # younger ones are being written
+                    os.unlink(entry)
+
+
+@contextlib.contextmanager
+def script(name):
+    """Wraps a script's main: no UserError, Ctrl-C or output that cannot be written ends in a traceback.
+
+    Once a stream cannot be written, as a pipe that nobody reads or a file on a full disk, the rest goes nowhere, and
+    the script goes on.
+    """
+
+    def warn(error):
+        what = f'what is printed goes nowhere from here on ({error.strerror})'
+        print(f'{name}: warning: {what}', file=sys.stderr, flush=True)
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='replace')  # formulas and tables are not ASCII
+    with (
+        open(os.devnull, 'w') as null,
+        contextlib.redirect_stdout(_BreakableStream(sys.stdout or null, warn)) as stdout,
+        contextlib.redirect_stderr(_BreakableStream(sys.stderr or null, lambda error: None)) as stderr,
+    ):
+        try:
+            with one_line_errors(name):
+                _require_working_folder()
+                yield
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        finally:
+            stdout.flush()
+            stderr.flush()
+
+
+def _require_working_folder():
+    """Raises a UserError if the working folder was removed, because no relative path means anything then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise errors.UserError('the working folder no longer exists: cd to one that does') from error
+
+
+class _BreakableStream:
+    """A text stream that goes to the null device, after one call of on_break(error), once it cannot be written."""
+
+    def __init__(self, stream, on_break):
+        self._stream, self._on_break = stream, on_break
+        self._broken = threading.Lock()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._try(self._stream.write, text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            return function(*args)
+        except OSError as error:
+            if self._broken.acquire(blocking=False):  # by the first of several threads
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())  # what is buffered is written again at the end of the process
+                os.close(null)
+                self._on_break(error)
+
+
+@contextlib.contextmanager
+def one_line_errors(script):
+    """Ends the script with the message and the exit status of a UserError, or with the file of an OSError."""
+    try:
+        yield
+    except errors.UserError as error:
+        print(f'{script}: error: {error}', file=sys.stderr)
+        sys.exit(error.status)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f'{script}: error: {errors.printable(error.filename)}: {error.strerror}', file=sys.stderr)
+        sys.exit(2)
