@@ -1,4 +1,4 @@
-"""Image sets: how to read each, in parts, shuffled, augmented and normalised.
+"""Image sets: the table of all, splits, and the batches of training, shuffled, augmented and normalised.
 
 Images are uint8 [N, H, W, C] and labels int32 [N]. A set that is missing, damaged or of no use is a DataError whose
 message says which file and what to do.
@@ -8,6 +8,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +18,79 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from ops import sharding
 from readers import cifar, digits, idx, svhn, tfds, tinyimagenet
 from readers.files import DataError
 
 # On the device: the batches of an epoch, augmentation, normalisation.
 
 
+class Feed:
+    """The batches that a network is trained on.
+
+    Images lie on every device, or they stay on the host and each batch is sent when it is due. Both give the same
+    batches, which depend on the key and on the number of the epoch only.
+    """
+
+    def __init__(self, images, labels, batch_size, key, mesh, *, augmented, streamed):
+        """Sends the images, unless they are streamed.
+
+        Args:
+            images: uint8 [N, H, W, C], in memory or mapped from a file.
+            labels: int32 [N].
+            batch_size: B, examples in a batch.
+            key: a key on every device of the mesh.
+            mesh: the devices. Each gets its share of a batch if they can share it equally.
+            augmented: whether images are cropped and flipped at random.
+            streamed: whether images stay on the host.
+        """
+        self._key, self._mesh = key, mesh
+        self._num_images, self._batch_size = len(images), batch_size
+        self._augmented, self._streamed = augmented, streamed
+        self._arrays = (images, labels) if streamed else sharding.replicate((images, labels), mesh)
+
+    def batches(self, epoch, done=0):
+        """Yields the batches of epoch 0, 1, ... after the first `done`: images uint8 [B, H, W, C] and labels int32 [B].
+
+        Drops the last examples of the random order if they do not fill a batch.
+        """
+        epoch, step = sharding.replicate((np.int32(epoch), np.int32(done)), self._mesh)
+        order, key = _begin_epoch(self._key, epoch, self._num_images, self._batch_size)
+        for arrays in self._sent(np.array(order)[done:]) if self._streamed else [self._arrays] * (len(order) - done):
+            batch, step = _take(arrays, None if self._streamed else order, key, step, self._augmented)
+            yield batch
+
+    def _sent(self, batches):
+        """Yields the examples at the indices int [S, B] of each batch. Sends two batches ahead."""
+        with ThreadPoolExecutor(1) as reader:
+            place = partial(sharding.place_rows, self._arrays, mesh=self._mesh)
+            ahead = [reader.submit(place, indices) for indices in batches[:2]]
+            for i in range(len(batches)):
+                ahead += [reader.submit(place, indices) for indices in batches[i + 2 : i + 3]]
+                yield ahead.pop(0).result()
+
+
+@partial(jax.jit, static_argnames=('num_images', 'batch_size'))
+def _begin_epoch(key, epoch, num_images, batch_size):
+    """Returns the order of an epoch's images, int32 [S, B], and the key of its augmentation."""
+    order_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
+    return shuffled_batches(order_key, num_images, batch_size), augment_key
+
+
+@partial(jax.jit, static_argnames='augmented')
+def _take(arrays, order, key, step, augmented):
+    """Returns the batch of a step, and the next step. Arrays hold the batch, or all examples if there is an order."""
+    if order is not None:
+        chosen = sharding.shard(order[step])
+        arrays = jax.tree.map(lambda x: sharding.shard(x[chosen]), arrays)
+    images, labels = arrays
+    if augmented:
+        images = augment(jax.random.fold_in(key, step), images)
+    return (images, labels), step + 1
+
+
 def shuffled_batches(key, num_images, batch_size):
-    """The images of every batch of an epoch in a random order, int32 [num_images // batch_size, batch_size]."""
+    """Returns the indices of every batch of an epoch, in random order, int32 [num_images // batch_size, batch_size]."""
     steps = num_images // batch_size
     return jax.random.permutation(key, num_images)[: steps * batch_size].reshape(steps, batch_size)
 
@@ -107,7 +173,7 @@ def describe(dataset, train_images, train_labels):
 _CONSTANT = 1e-9  # stds below are rounding errors: one pixel in 10^13 that is one level brighter has a larger one
 
 
-def require_same(found, description, folder, run):
+def require_images_of_run(found, description, folder, run):
     """Raises a DataError if parts of a description that were found in a folder differ from a run's."""
     if any(description.get(name, value) != value for name, value in found.items()):
         raise DataError(f'{folder} holds other images than those that {run} was begun with')

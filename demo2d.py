@@ -11,12 +11,23 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
+from runs import launch
+
+# isort: split
+
 import io
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from PIL import Image, ImageColor
+from tqdm import trange
 
-from runs import launch, parsing
+import data
+import models
+import optimizers
+from runs import devices, json_files, parsing
 
 COLOURS = GREY, BROWN, BLUE, BLACK = '#B0B0B0', '#8F5F3F', '#435571', '#000000'
 X_RANGE, Y_RANGE = (-1.5, 2.7), (-1.0, 1.4)
@@ -38,11 +49,6 @@ def parse_args(argv=None):
 @launch.script('demo2d.py')
 def main(argv=None):
     args = parse_args(argv)
-    launch.use_jax()
-    import jax
-
-    from runs import devices
-
     devices.require()
     with jax.enable_x64(True):
         points, labels = two_moons()
@@ -61,15 +67,6 @@ def two_moons():
 
 def train(points, labels, args):
     """Trains an MLP with bSAM; yields, every second epoch, the logits of 20 samples and of the mean on the grid."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from tqdm import trange
-
-    import data
-    import models
-    import optimizers
-
     model = models.MLP(num_classes=1, features=(32, 32, 32, 32))
 
     def logits(params, points):
@@ -117,7 +114,7 @@ def grid_points():
 
 def draw(points, labels, sample_logits, mean_logits):
     """Returns a frame as a Pillow image: the samples' boundaries in thin grey, the mean's boundary in thick black."""
-    from evaluation import plots  # Matplotlib takes most of a second to import, and --help should not
+    from evaluation import plots  # Matplotlib takes most of a second
 
     with plots.settings({}), io.BytesIO() as file:
         figure = plots.Figure(figsize=(5.6, 3.2), dpi=100)
@@ -142,8 +139,6 @@ def boundary(logits):
 
 def save_gif(frames, path):
     """Writes frames of 50 ms that loop forever, in the colours drawn and their halves, whole. Raises RunError."""
-    from runs import json_files
-
     shades = [(1, 1, 1)] + [
         1 - opacity * (1 - np.array(ImageColor.getrgb(c)) / 255) for c in COLOURS for opacity in (0.5, 1)
     ]

@@ -411,6 +411,14 @@ def resampled(metrics, probs, labels):
     return {name: np.concatenate([block[name] for block in blocks]) for name in metrics}
 
 
+def intervals(probs, labels, num_bins):
+    """Returns the 95 % interval of each metric that has one, {name: (low, high)}."""
+    tested = with_intervals(num_bins)
+    if not np.isfinite(probs).all():
+        return dict.fromkeys(tested, (math.nan, math.nan))
+    return {name: interval(values) for name, values in resampled(tested, probs, labels).items()}
+
+
 def interval(values):
     """The percentile interval (low, high) of a metric's values [R]; nan if one is, as an AUROC without errors."""
     return tuple(float(x) for x in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method='inverted_cdf'))

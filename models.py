@@ -11,15 +11,13 @@ reference code of Möllenhoff & Khan (ICLR 2023), but for LeNet-5's head, which 
 """
 
 import math
-from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 import errors
-from ops import convolution
+from ops import convolution, normalisation, pooling
 
 
 class ModelError(errors.UserError):
@@ -165,7 +163,7 @@ class LeNet(nn.Module):
         x = images
         for i, features in enumerate((6, 16, 120), start=1):
             x = nn.relu(_conv(features, 5, 1, truncated_fan_in, name=f'conv{i}')(x))
-            x = max_pool(x, size=3, stride=2)
+            x = pooling.max_pool(x, size=3, stride=2)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(64, kernel_init=truncated_fan_in, name='dense1')(x))
         return nn.Dense(self.num_classes, kernel_init=truncated_fan_in, name='dense2')(x)
@@ -190,10 +188,6 @@ class MLP(nn.Module):
 MODELS = {'resnet18': ResNet18, 'resnet20': ResNet20, 'mlp': MLP, 'lenet': LeNet}
 
 
-# The dense layer whose outputs are the logits.
-LAST_LAYERS = {'resnet18': 'head', 'resnet20': 'head', 'mlp': 'dense3', 'lenet': 'dense2'}
-
-
 def create(name, num_classes):
     """The network called `name` in MODELS, with `num_classes` logits; a ModelError if there is none."""
     if name not in MODELS:
@@ -212,21 +206,35 @@ def apply(model, params, batch_stats, images, train, dtype=None):
     return convolution.at_least_float32(logits), updates.get('batch_stats', batch_stats)
 
 
-def with_features(apply, last_layer):
-    """A function that returns what apply(...) does, and the input of the layer called `last_layer` in it."""
+def with_features(apply):
+    """Returns a function that returns what `apply` does and, of the last nn.Dense that it calls, the inputs [B, F]."""
 
     def applied(*args):
-        features = []
-
-        def intercept(function, inputs, options, context):
-            if context.module.name == last_layer:
-                features.append(convolution.at_least_float32(inputs[0]))
-            return function(*inputs, **options)
-
-        with nn.intercept_methods(intercept):
-            return apply(*args), features[0]
+        calls = []
+        with _dense_calls(calls):
+            outputs = apply(*args)
+        return outputs, convolution.at_least_float32(calls[-1][1])
 
     return applied
+
+
+def last_layer(apply, *args):
+    """Returns the path in `params` of the last nn.Dense that apply(*args) calls, such as ('head',). Traces it only."""
+    calls = []
+    with _dense_calls(calls):
+        jax.eval_shape(apply, *args)
+    return calls[-1][0]
+
+
+def _dense_calls(calls):
+    """A context in which the path and the inputs of every nn.Dense that is called are added to a list."""
+
+    def intercept(function, inputs, options, context):
+        if isinstance(context.module, nn.Dense) and context.method_name == '__call__':
+            calls.append((context.module.path, inputs[0]))
+        return function(*inputs, **options)
+
+    return nn.intercept_methods(intercept)
 
 
 def _require_size(name, images, pixels, reason):
@@ -236,7 +244,6 @@ def _require_size(name, images, pixels, reason):
 
 
 _DECAY = 0.9  # of batch normalisation's running averages
-_BATCH_EPSILON, _RESPONSE_EPSILON = 1e-5, 1e-6  # ε of batch and of filter response normalisation
 
 
 class BatchNorm(nn.Module):
@@ -260,65 +267,14 @@ class BatchNorm(nn.Module):
         count = self.variable('batch_stats', 'count', jnp.zeros, ())
 
         if not train:
-            return _outputs(x, running_mean.value, running_var.value, scale, bias, self.relu)
-        y, mean, var = batch_norm(x, scale, bias, self.relu)
+            return normalisation.batch_norm_outputs(x, running_mean.value, running_var.value, scale, bias, self.relu)
+        y, mean, var = normalisation.batch_norm(x, scale, bias, self.relu)
         if not self.is_initializing():
             count.value += 1
             weight = (1 - _DECAY) / (1 - _DECAY**count.value)
             running_mean.value += weight * (mean - running_mean.value)
             running_var.value += weight * (var - running_var.value)
         return y
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def batch_norm(x, scale, bias, relu):
-    """γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), of each channel over all images and pixels; then ReLU if `relu`.
-
-    x: [B, H, W, C]; scale γ and bias β: [C]. Returns the outputs [B, H, W, C] in the precision of x, and the mean μ and
-    the variance σ² [C], float32 at least; these two are not to be differentiated. If d is the loss's gradient with
-    respect to γ x̂ + β, that with respect to x is γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own takes more passes over the
-    images, where GPUs spend much of their time.
-    """
-    return _batch_forward(x, scale, bias, relu)[0]
-
-
-def _batch_forward(x, scale, bias, relu):
-    wide = convolution.at_least_float32(x)
-    mean, mean_square = _means_of_channels(wide, jnp.square(wide))
-    var = jnp.maximum(mean_square - jnp.square(mean), 0)
-    return (_outputs(x, mean, var, scale, bias, relu), mean, var), (x, mean, var, scale, bias)
-
-
-def _batch_backward(relu, residuals, grads):
-    x, mean, var, scale, bias = residuals
-    y_grads, r = convolution.at_least_float32(grads[0]), lax.rsqrt(var + _BATCH_EPSILON)
-    if relu:
-        y_grads = jnp.where(_outputs(x, mean, var, scale, bias, relu) > 0, y_grads, 0)
-    normalised = (x - _channels(mean)) * _channels(r)
-    of_bias, of_scale = _means_of_channels(y_grads, y_grads * normalised)
-    of_var = jnp.where(var > 0, of_scale, 0)  # rounding can make the variance negative, and then it is a constant
-    x_grads = _channels(scale * r) * (y_grads - _channels(of_bias) - normalised * _channels(of_var))
-    size = x.size // x.shape[-1]
-    return x_grads.astype(x.dtype), (size * of_scale).astype(scale.dtype), (size * of_bias).astype(bias.dtype)
-
-
-batch_norm.defvjp(_batch_forward, _batch_backward)
-
-
-def _outputs(x, mean, var, scale, bias, relu):
-    factor = scale * lax.rsqrt(var + _BATCH_EPSILON)
-    y = ((x - _channels(mean)) * _channels(factor) + _channels(bias)).astype(x.dtype)
-    return nn.relu(y) if relu else y
-
-
-def _means_of_channels(*arrays):
-    """Of arrays [B, H, W, C] over images and pixels: a list of [C].
-
-    An image's pixels are summed first: a GPU would be idle for the most part with a few hundred sums at once. Without
-    the barrier XLA makes one sum of the two.
-    """
-    of_images = lax.optimization_barrier([x.sum(axis=(1, 2)) for x in arrays])
-    return [totals.sum(axis=0) / (x.size // x.shape[-1]) for x, totals in zip(arrays, of_images, strict=True)]
 
 
 class FilterResponseNorm(nn.Module):
@@ -330,62 +286,7 @@ class FilterResponseNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, shape)
         bias = self.param('bias', nn.initializers.zeros, shape)
         threshold = self.param('threshold', nn.initializers.zeros, shape)
-        return filter_response_norm(x, scale, bias, threshold)
-
-
-@jax.custom_vjp
-def filter_response_norm(x, scale, bias, threshold):
-    """max(γ x̂ + β, τ) with x̂ = x r, r = 1/√(ν² + ε) and ν² the mean of x² over an image's pixels, for each channel.
-
-    x: [B, H, W, C]; scale γ, bias β and threshold τ: [C]. Returns [B, H, W, C] in the precision of x.
-    Its gradient is written out, as sums for each image from which all others follow: of one image and channel it is
-    γ r (d − x̂ mean(d x̂)) by x, if d is that by γ x̂ + β. JAX's own takes more passes over the images, and a gradient of
-    ResNet-20 up to a tenth longer on CPUs.
-    """
-    return _response_forward(x, scale, bias, threshold)[0]
-
-
-def _response_forward(x, scale, bias, threshold):
-    r = lax.rsqrt(jnp.square(convolution.at_least_float32(x)).mean(axis=(1, 2), keepdims=True) + _RESPONSE_EPSILON)
-    y = _channels(scale) * (x * r) + _channels(bias)
-    return jnp.maximum(y, _channels(threshold)).astype(x.dtype), (x, r, scale, bias, threshold)
-
-
-def _response_backward(residuals, grads):
-    x, r, scale, bias, threshold = residuals
-    normalised = x * r
-    y, lowest = _channels(scale) * normalised + _channels(bias), _channels(threshold)
-    above = jnp.where(y > lowest, 1, jnp.where(y == lowest, 0.5, 0)).astype(y.dtype)  # equal ones share, as in JAX
-    y_grads = above * grads
-
-    def over_pixels(values):
-        return convolution.at_least_float32(values).sum(axis=(1, 2), keepdims=True)
-
-    of_outputs, of_bias, of_scale = over_pixels(grads), over_pixels(y_grads), over_pixels(y_grads * normalised)
-    pixels = x.shape[1] * x.shape[2]
-    x_grads = _channels(scale) * r * (y_grads - normalised * (of_scale / pixels))
-    of_parameters = [of.sum(axis=(0, 1, 2)).astype(scale.dtype) for of in (of_scale, of_bias, of_outputs - of_bias)]
-    return x_grads.astype(x.dtype), *of_parameters
-
-
-filter_response_norm.defvjp(_response_forward, _response_backward)
-
-
-def max_pool(x, size, stride):
-    """The largest value of each channel in windows of size × size pixels that lie inside the image.
-
-    A maximum of shifted images instead of XLA's window reduction, with which a gradient of LeNet-5 takes 1.2 to 1.7
-    times as long on CPUs. Equal values share their gradient. x: [B, H, W, C]; returns [B, H', W', C].
-    """
-    for axis in (1, 2):
-        reach = x.shape[axis] - size + 1
-        shifted = [lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(size)]
-        x = reduce(jnp.maximum, shifted)
-    return x
-
-
-def _channels(x):
-    return x.reshape(1, 1, 1, -1)
+        return normalisation.filter_response_norm(x, scale, bias, threshold)
 
 
 def _conv(features, kernel_size, stride, kernel_init, use_bias=True, name='conv'):

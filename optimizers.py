@@ -48,6 +48,11 @@ class Optimizer(NamedTuple):
     step: Callable
     sample: Callable
 
+    @property
+    def is_point(self) -> bool:
+        """Whether the posterior is a point, so that every sample is the mean."""
+        return self.sample is _mean
+
 
 class MomentumState(NamedTuple):
     """State of SGD, SAM and ASAM; `momentum` has the structure of `params`."""

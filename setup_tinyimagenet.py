@@ -13,11 +13,20 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
+from runs import launch
+
+# isort: split
+
 import re
 from pathlib import Path, PurePosixPath
 
+from tqdm import tqdm
+
+import data
 import errors
-from runs import launch, parsing
+from readers import files, tinyimagenet
+from readers.files import DataError
+from runs import parsing
 
 
 def parse_args(argv=None):
@@ -30,11 +39,6 @@ def parse_args(argv=None):
 @launch.script('setup_tinyimagenet.py')
 def main(argv=None):
     args = parse_args(argv)
-    launch.use_jax()  # imported late because JAX takes a second to import and --help should not
-    import data
-    from readers import files, tinyimagenet
-    from readers.files import DataError
-
     root = args.datasetfolder / 'tiny-imagenet-200'
     archive = args.datasetfolder / 'tiny-imagenet-200.zip'
     if not os.path.lexists(root):
@@ -59,11 +63,6 @@ _LARGEST_MEMBER = 1 << 20  # bytes; the annotations, the largest of the official
 
 def unpack(archive, root):
     """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
-    from tqdm import tqdm
-
-    from readers import files, tinyimagenet
-    from readers.files import DataError
-
     try:
         with errors.replacing(root) as partial, files.opened_zip(archive, tinyimagenet.OFFICIAL) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
@@ -90,8 +89,6 @@ def _unpack_member(members, name, folder):
 
 
 def _is_wanted(path):
-    from readers import files
-
     inside = path.parts[:1] == ('tiny-imagenet-200',) and path.parts[1:2] in (('train',), ('val',), ('wnids.txt',))
     return inside and not files.is_litter(path.name)
 
@@ -101,9 +98,6 @@ _FILE_NAME = re.compile(r'\w[\w.]{0,99}', re.ASCII)
 
 def sort_validation_images(val):
     """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says; images that are there already stay."""
-    from readers import files
-    from readers.files import DataError
-
     annotations, unsorted = val / 'val_annotations.txt', val / 'images'
     if not unsorted.exists():
         return

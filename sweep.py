@@ -31,6 +31,10 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
+from runs import launch
+
+# isort: split
+
 import itertools
 import math
 import random
@@ -38,9 +42,9 @@ import tomllib
 from functools import partial
 
 import errors
-import test
 from evaluation import tables
-from runs import folders, json_files, launch, parsing, processes, training_flags
+from evaluation.request import Request
+from runs import folders, json_files, parsing, processes, training_flags
 
 _MOST_RUNS = 10_000  # whose folders have numbers of four digits
 SHOWN = ('nll', 'accuracy', 'ece')
@@ -154,30 +158,30 @@ def _complete(args, number, values, run):
     """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns True; raises RunError."""
     folder = _folder(args, number)
     if not _measured(args, number, values):
-        _, (measured,) = processes.trained_and_tested(run, folder, values, [_evaluation(args)])
+        _, (measured,) = processes.trained_and_tested(run, folder, values, [_request(args)])
         print(f'{folder}: validation nll {measured["average"]["nll"]}', flush=True)
     return True
 
 
-def _evaluation(args):
-    return ['--split=validation', f'--testmc={args.testmc}']
+def _request(args):
+    return Request(split='validation', testmc=(args.testmc,))
 
 
 def _measured(args, number, values):
-    """The metrics of the average over samples, None for a run that is not trained and evaluated as it is to be."""
+    """Returns the metrics of the average over samples, None for a run that is not trained and evaluated as asked."""
+    request = _request(args)
     for trained in _folder(args, number).glob('*/*/run_*'):
         try:
-            found = processes.metrics(trained, _evaluation(args))
+            found = json_files.read_json(request.metrics_file(trained))
             average = found.get('average')
             json_files.require_numbers(average if isinstance(average, dict) else {}, SHOWN)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise folders.RunError(f'{trained}: its metrics cannot be read: {error}') from error
-        asked = folders.asked(test.parse_args([f'--resultsfolder={trained}', *_evaluation(args)]))
         epochs = training_flags.parse_args(processes.arguments(values)).epochs
         end = folders.end_of_training(folders.read_config(trained), epochs)
-        if all(found.get(name) == value for name, value in (asked | {'trained': end}).items()):
+        if all(found.get(name) == value for name, value in (request.recorded() | {'trained': end}).items()):
             return average
     return None
 

@@ -12,12 +12,18 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
+from runs import launch
+
+# isort: split
 import contextlib
 import glob
 from pathlib import Path
 
-from runs import launch, parsing
-from runs.training_flags import DATASETS
+import jax
+
+from evaluation import comparison, measures, predictions, request, tables, trained
+from evaluation.request import Request
+from runs import checkpoints, devices, folders, hosts, json_files, parsing, provenance, training_flags
 
 # Flags that may differ between the processes of one evaluation.
 OF_PROCESS = (
@@ -26,111 +32,10 @@ OF_PROCESS = (
 )  # fmt: skip
 
 
-def parse_args(argv=None):
-    parser = create_parser()
-    args = parser.parse_args(argv)
-    parsing.require_whole_address(parser, args)
-    args.testmc = sorted(set(args.testmc))
-    try:
-        args.resultsfolder = _expanded(args.resultsfolder)
-        _require_consistency(args, parser.given(argv))
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def create_parser():
-    parser = parsing.Parser(__doc__)
-    add = parser.add_argument
-    help = 'run folders run_K that train.py printed; several are also compared with each other'
-    add('--resultsfolder', type=parsing.folder, nargs='+', required=True, metavar='RUN', help=help)
-    help = 'samples from the posterior over which probabilities are averaged; several numbers give a curve'
-    add('--testmc', type=parsing.integer(1), nargs='+', default=[1], metavar='N', help=help)
-    add('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch, on each device')
-    add('--datasetfolder', type=parsing.folder, help='folder of the data sets, where it is not the one of the training')
-    help = 'the checkpoint after so many steps, instead of the newest'
-    add('--checkpoint', type=parsing.integer(0), metavar='STEP', help=help)
-    help = 'evaluate on the test set, or on what train.py --validation kept out of training'
-    parser.add_choice('--split', ('test', 'validation'), default='test', help=help)
-    help = 'evaluate so many images of each set, a random part that is the same for all runs; all by default'
-    add('--testimages', type=parsing.integer(1), metavar='N', help=help)
-    add(
-        '--bins', type=parsing.integer(1, below=10_001), default=20, help='bins of ECE, MCE and the reliability diagram'
-    )
-    help = 'estimate batch statistics of the mean and of every sample again, over K training batches'
-    add('--bnrefresh', type=parsing.integer(1), metavar='K', help=help)
-    help = 'also the metrics at the temperature that is best for what train.py --validation kept out of training'
-    add('--temperature', action='store_true', help=help)
-    help = 'test sets of other data, to be told from the known'
-    parser.add_choice('--ood', DATASETS, also='tfds/', nargs='+', default=[], help=help)
-    help = 'evaluate corrupted test images: built-in corruptions, or those of a folder CIFAR-10-C or CIFAR-100-C'
-    builtin_or_folder = lambda text: text and parsing.folder(text)  # noqa: E731
-    add('--corruptions', type=builtin_or_folder, nargs='?', const='', metavar='FOLDER', help=help)
-    help = 'sample from a Laplace approximation of the last layer, of runs whose optimizer has no posterior'
-    add('--laplace', action='store_true', help=help)
-    add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
-    add('--ensemble', action='store_true', help='also the averages over the runs of each method and over all')
-    add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
-    help = 'folder of the tables of several runs; without it the one that all of them are in'
-    add('--output', type=parsing.path, help=help)
-    help = 'devices that share the samples, or the images of a batch; all that there are by default'
-    add('--devices', type=parsing.integer(1), help=help)
-    parsing.add_coordinator(parser)
-    parsing.add_compilecache(parser)
-    return parser
-
-
-def _require_consistency(args, given):
-    """Raises a ValueError for flags that do not go together; given: those of the command line."""
-    several = len(args.resultsfolder) > 1
-    if args.split == 'validation' and args.temperature:
-        raise ValueError('--temperature is fitted on the images of --split validation: evaluate it on others')
-    if args.split == 'validation' and args.corruptions:
-        raise ValueError(
-            '--split validation goes without a folder of corrupted images, which are those of the test set'
-        )
-    if args.testimages and args.corruptions:
-        raise ValueError('--testimages goes without a folder of corrupted images, which are those of all test images')
-    if args.laplace and args.bnrefresh:
-        raise ValueError('--laplace goes without --bnrefresh: it is fitted with the batch statistics of the training')
-    for flag in ('ensemble', 'reuse', 'output'):
-        if getattr(args, flag) and not several:
-            raise ValueError(f'--{flag} goes with several run folders')
-    if args.checkpoint is not None and several:
-        raise ValueError('--checkpoint goes with one run folder')
-    effective = {'resultsfolder', 'reuse', 'ensemble', 'output', 'split', 'bins', 'compilecache', 'devices'}
-    if args.reuse and given.keys() - effective:
-        raise ValueError(f'--reuse evaluates nothing, so --{min(given.keys() - effective)} goes without it')
-
-
-def _expanded(patterns):
-    """Folders of names and patterns, those that a shell left alone; each once. Raises a ValueError if there is none.
-
-    A pattern also matches the tables that an evaluation before has left beside its runs: files are passed over.
-    """
-    found = []
-    for pattern in patterns:
-        matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
-        if not matches and set(pattern) & set('*?['):
-            raise ValueError(f'--resultsfolder {pattern} matches nothing')
-        found += matches or [pattern]
-    folders = [path for path in found if not os.path.isfile(path)]
-    if not folders:
-        raise ValueError(f'--resultsfolder {found[0]} is a file: name the folder run_K that train.py printed')
-    return list({os.path.realpath(folder): Path(folder) for folder in folders}.values())
-
-
 @launch.script('test.py')
 def main(argv=None):
     args = parse_args(argv)
-
-    # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
-    launch.use_jax(args.compilecache)
-    import jax
-
-    import assessment
-    from runs import devices, hosts
-
+    launch.use_compilecache(args.compilecache)
     with contextlib.ExitStack() as held:
         held.enter_context(hosts.ended_together('test.py', 'start them again'))
         held.enter_context(launch.one_line_errors('test.py'))
@@ -145,8 +50,195 @@ def main(argv=None):
         same['corruptions'] = args.corruptions is not None
         hosts.require_same({'flags': same, 'number of runs': len(args.resultsfolder)})
         with jax.set_mesh(devices.create_mesh(args.devices)):
-            assessment.assess(args)
+            evaluate_all(args, Request.of(args))
         hosts.wait_for_all()  # the first process has written its files, and all may end
+
+
+def evaluate_all(args, asked: Request):
+    """Evaluates each run, or reads what was predicted before, and compares several. Raises UserErrors."""
+    several = len(args.resultsfolder) > 1
+    configs = hosts.from_first(lambda: [training_flags.checked_config(run) for run in args.resultsfolder])
+    runs = dict(zip(args.resultsfolder, configs, strict=True))
+    require_possible(runs, args, asked)
+    results = []
+    for run, config in runs.items():
+        if args.reuse:
+            for progress, result in predictions.results_of(run, config, asked.split):
+                warn_if_incomplete(run, config, progress)
+                results.append(result)
+            continue
+        results.append(evaluate(run, config, args, asked))
+    if several:
+        compare(results, args, asked)
+
+
+def evaluate(run, config, args, asked: Request) -> comparison.Result:
+    """Restores a run, predicts, measures part by part and prints all. Each part is written before the next begins."""
+    restored = trained.restore(run, asked.checkpoint, config)
+    warn(restored, asked)
+    images = trained.read_images(restored, asked, args.datasetfolder)
+    posterior = trained.posterior(restored, images, asked, args.testbatchsize)
+    predicted = list(posterior.predict(images.images, asked.testmc))
+    prediction, results = predicted[-1], {'trained': restored.progress.trained(), 'num_images': len(images.labels)}
+    results |= asked.recorded()
+    try:
+        for part in parts(posterior, images, predicted, asked):
+            results |= part
+            if hosts.is_first():
+                json_files.write_json(asked.metrics_file(run), results | provenance.environment())
+                if part.keys() >= {'mean'}:
+                    predictions.write(
+                        asked.predictions_file(run), prediction, images.labels, asked.num_samples, restored.progress
+                    )
+    finally:  # on a full disk too
+        title = f'\n{run}\n' if len(args.resultsfolder) > 1 else ''
+        print(title + tables.evaluation(results), end='', flush=True)
+    if args.plots and hosts.is_first():
+        print(f'\npictures: {draw(restored, images, prediction, results, asked)}')
+    probs = prediction.probs_at_mean, prediction.probs
+    return comparison.Result(restored.flags, images.labels, *probs, asked.num_samples, asked.laplace)
+
+
+def parts(posterior, images, predicted, asked: Request):
+    """Measures what is asked for. Yields new entries of metrics.json."""
+    prediction, samples, bins = predicted[-1], asked.num_samples, asked.bins
+    yield prediction.metrics(images.labels, bins)
+    if len(predicted) > 1:
+        yield {'samples': measures.curve(predicted, asked.testmc, images.labels, bins)}
+    if asked.temperature:
+        tempered = measures.tempered(posterior, prediction, images.labels, images.held_out, samples, bins)
+        yield {'temperature': tempered}
+    if images.ood:
+        yield {'ood': measures.all_ood(posterior, prediction, images.ood, samples)}
+    if images.corrupted:
+        yield {'corruptions': measures.all_corrupted(posterior, images.corrupted, images.labels, samples, bins)}
+
+
+def require_possible(runs, args, asked: Request):
+    """Raises a UserError for runs that cannot be evaluated or compared as asked, before any of them is evaluated."""
+    for run, config in runs.items():
+        if args.reuse:
+            continue
+        if hosts.is_first():
+            if not os.access(run, os.W_OK):
+                raise folders.RunError(f'{run} cannot be written, so metrics.json has no place')
+            if args.plots:
+                folders.read_log(run)
+        request.require_possible(asked, run, config)
+    if len(runs) == 1:
+        return
+    if hosts.is_first():
+        if args.output and not os.path.isdir(args.output):
+            raise folders.RunError(f'--output {args.output} is no folder: make it first')
+        if not os.access(folder_of_tables(args), os.W_OK):
+            raise folders.RunError(f'{folder_of_tables(args)} cannot be written: name another --output')
+    comparison.check_flags([config['flags'] for config in runs.values()], asked.split)
+    if not args.reuse:
+        hosts.from_first(lambda: [checkpoints.require_whole(run).name for run in runs])
+
+
+def folder_of_tables(args):
+    return args.output or Path(os.path.commonpath(map(os.path.realpath, args.resultsfolder)))
+
+
+def warn(restored: trained.Trained, asked: Request):
+    """Warns, in the first process, of a run that is not complete, and of batch statistics of other weights."""
+    if not hosts.is_first():
+        return
+    warn_if_incomplete(restored.run, restored.config, restored.progress)
+    batch_stats = jax.tree.leaves(restored.state.batch_stats)
+    if restored.flags['optim'] == 'swag' and batch_stats and not asked.bnrefresh:
+        what = f"{restored.run} is evaluated with the batch statistics of SGD's last weights"
+        print(f'test.py: warning: {what}: estimate them again with --bnrefresh 10 or more', file=sys.stderr)
+
+
+def warn_if_incomplete(run, config, progress):
+    epochs = config['flags']['epochs']
+    if progress.trained() != folders.end_of_training(config, epochs):
+        where = f'epoch {progress.epoch + 1} of {epochs + 1}'
+        print(f'test.py: warning: {run} is evaluated in {where}', file=sys.stderr)
+
+
+def compare(results, args, asked: Request):
+    """Prints the tables of several runs, and writes them."""
+    comparison.check_labels(results)
+    text, rows, values = comparison.report(results, asked.bins, with_ensembles=args.ensemble)
+    print(text, end='')
+    if hosts.is_first():
+        written = comparison.write(folder_of_tables(args), rows, values)
+        print('written: ' + ', '.join(str(path) for path in written))
+
+
+def draw(restored, images, prediction, results, asked: Request) -> Path:
+    """Writes the pictures of a run and returns their folder. Raises RunError."""
+    from evaluation import plots  # Matplotlib takes most of a second
+
+    folder, log = asked.plots_folder(restored.run), folders.read_log(restored.run)
+    plots.write(folder, plots.of_evaluation(images, prediction, results, log))
+    return folder
+
+
+def parse_args(argv=None):
+    parser = create_parser()
+    args, given = parser.parse(argv)
+    parsing.require_whole_address(parser, args)
+    try:
+        args.resultsfolder = _expanded(args.resultsfolder)
+        _require_consistency(args, given)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def create_parser():
+    parser = parsing.Parser(__doc__)
+    add = parser.add_argument
+    help = 'run folders run_K that train.py printed; several are also compared with each other'
+    add('--resultsfolder', type=parsing.folder, nargs='+', required=True, metavar='RUN', help=help)
+    request.add_flags(parser)
+    add('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch, on each device')
+    add('--datasetfolder', type=parsing.folder, help='folder of the data sets, where it is not the one of the training')
+    add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
+    add('--ensemble', action='store_true', help='also the averages over the runs of each method and over all')
+    add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
+    help = 'folder of the tables of several runs; without it the one that all of them are in'
+    add('--output', type=parsing.path, help=help)
+    help = 'devices that share the samples, or the images of a batch; all that there are by default'
+    add('--devices', type=parsing.integer(1), help=help)
+    parsing.add_coordinator(parser)
+    parsing.add_compilecache(parser)
+    return parser
+
+
+def _require_consistency(args, given):
+    """Raises a ValueError for flags that cannot be combined; given: those of the command line."""
+    several = len(args.resultsfolder) > 1
+    request.require_consistency(Request.of(args))
+    for flag in ('ensemble', 'reuse', 'output'):
+        if getattr(args, flag) and not several:
+            raise ValueError(f'--{flag} goes with several run folders')
+    if args.checkpoint is not None and several:
+        raise ValueError('--checkpoint goes with one run folder')
+    effective = {'resultsfolder', 'reuse', 'ensemble', 'output', 'split', 'bins', 'compilecache', 'devices'}
+    if args.reuse and given.keys() - effective:
+        raise ValueError(f'--reuse evaluates nothing, so --{min(given.keys() - effective)} goes without it')
+
+
+def _expanded(patterns):
+    """Returns the folders of names, and of patterns that a shell left alone, each once. Raises ValueError for none.
+
+    A pattern also matches the tables that an earlier evaluation has left beside its runs: files are passed over.
+    """
+    found = []
+    for pattern in patterns:
+        matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
+        if not matches and set(pattern) & set('*?['):
+            raise ValueError(f'--resultsfolder {pattern} matches nothing')
+        found += matches or [pattern]
+    names = [path for path in found if not os.path.isfile(path)]
+    if not names:
+        raise ValueError(f'--resultsfolder {found[0]} is a file: name the folder run_K that train.py printed')
+    return list({os.path.realpath(folder): Path(folder) for folder in names}.values())
 
 
 if __name__ == '__main__':

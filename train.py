@@ -12,149 +12,299 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
+from runs import launch
+
+# isort: split
+import argparse
+import collections
 import contextlib
+import math
 import shlex
 import time
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from runs import launch, processes, signals
-from runs.training_flags import OF_START, WITH_POSTERIOR, continued, create_parser, flags_of, parse_args
+import jax
+import numpy as np
+
+import data
+import errors
+import experiment
+import metrics
+from evaluation import posteriors
+from ops import sharding
+from runs import checkpoints, devices, folders, hosts, processes, provenance, signals, training_flags
+from runs.report import Report
 
 LESS_MEMORY = '--stream takes less, and so do --atonce 1, a smaller --batchsize or --precision bfloat16'
 
 
+class DivergenceError(errors.UserError):
+    """A run whose loss or weights are no longer finite."""
+
+    status = 1
+
+
 @launch.script('train.py')
 def main(argv=None):
-    args = parse_args(argv)
+    args, given = training_flags.parse(argv)
     if args.seeds:
-        values = {name: value for name, value in create_parser().given(argv).items() if name != 'seeds'}
-        sys.exit(processes.train_seeds(values, args.seeds))
+        sys.exit(processes.train_seeds({name: given[name] for name in given if name != 'seeds'}, args.seeds))
+    launch.use_compilecache(args.compilecache)
     with signals.Stop() as stop, contextlib.ExitStack() as held:
-        # Not before the flags are read: JAX takes most of a second, and --help and usage errors should not.
-        launch.use_jax(args.compilecache)
-        import sessions
-        from runs import devices, hosts
-
         held.enter_context(hosts.ended_together('train.py', 'go on with --resume when all are back'))
         held.enter_context(launch.one_line_errors('train.py'))
         held.enter_context(devices.enough_memory(LESS_MEMORY))
-        of_start = {name: vars(args).pop(name) for name in OF_START}
-        if of_start['coordinator']:
-            address = (of_start[name] for name in ('coordinator', 'processes', 'processid', 'jointimeout'))
+        of_start = argparse.Namespace(**{name: vars(args).pop(name) for name in training_flags.OF_START})
+        if of_start.coordinator:
+            address = of_start.coordinator, of_start.processes, of_start.processid, of_start.jointimeout
             hosts.join('train.py', *address, stops_by_step=True)
         devices.require()
         hosts.wait_for_all()  # before they read data: it may take one of them longer than the others would wait
         if not hosts.is_first():
             held.enter_context(contextlib.redirect_stdout(None))
         args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
-        if of_start['resume']:
-            given = create_parser().given(argv)
+        if of_start.resume:
             given['compilecache'] = args.compilecache  # the run's own may be anybody's: machine code is run from there
-            session = resumed(of_start['resume'], of_start['checkpoint'], given, held)
+            training = resume(of_start.resume, of_start.checkpoint, given, held)
         else:
-            session = sessions.begin(args, held)
-        print_sizes(session, with_devices=bool(of_start['coordinator']))
-        if hosts.is_first():
-            warn_of_long_warmup(session.args)
-        with Report(session) as report:
-            trainer = sessions.Trainer(session, stop, report)
+            training = begin(args, held)
+        announce(training, with_devices=bool(of_start.coordinator))
+        with Report(training) as report:
             stop.begin()
-            all_saved = trainer.run()
-        exit_unless_complete(session, stop, all_saved)
-        samples = ' --testmc 32' if session.args.optim in WITH_POSTERIOR else ''
-        print(f'evaluate it with: python test.py --resultsfolder {shlex.quote(str(session.run))}{samples}')
-    return session.run
+            all_saved = train(training, stop, report)
+        exit_unless_complete(training.run, stop, all_saved)
+        samples = '' if training.experiment.optimizer.is_point else ' --testmc 32'
+        print(f'evaluate it with: python test.py --resultsfolder {shlex.quote(str(training.run))}{samples}')
+    return training.run
 
 
-def resumed(run, checkpoint, given, held):
-    """The sessions.Session that goes on from a run's newest checkpoint, or the one named, with the flags given now."""
-    import sessions
-    from runs import folders, hosts
+class Images(NamedTuple):
+    """What is trained on, and what epochs are evaluated on: uint8 [N, H, W, C] and int32 [N]."""
 
-    config = hosts.from_first(lambda: folders.read_config(run))
+    train: np.ndarray
+    train_labels: np.ndarray
+    held_out: np.ndarray
+    held_out_labels: np.ndarray
+
+
+class Training(NamedTuple):
+    """A run folder, the run's flags, and all that is needed to train from `progress` on."""
+
+    run: Path
+    args: argparse.Namespace
+    mesh: jax.sharding.Mesh
+    experiment: experiment.Experiment
+    images: Images
+    augmented: bool
+    state: Any
+    progress: checkpoints.Progress
+
+    @property
+    def split(self) -> str:
+        """What epochs are evaluated on, 'test' or 'validation'."""
+        return 'validation' if self.args.validation else 'test'
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return len(self.images.train) // self.args.batchsize
+
+
+def train(training: Training, stop: signals.Stop, report: Report) -> bool:
+    """Takes the epochs that are left, or those up to a signal. Returns whether the last state and the log are saved.
+
+    Raises DivergenceError, unless --keepgoing.
+    """
+    args, images, step = training.args, training.images, training.experiment.step
+    state, progress = sharding.replicate(training.state, training.mesh), training.progress
+    log = folders.Log(training.run, report.warn)
+    writer = checkpoints.Writer(training.run, training.steps, progress, args.keepbest, report.warn)
+    with jax.set_mesh(training.mesh), writer:
+        feed = data.Feed(
+            images.train, images.train_labels, args.batchsize,
+            sharding.replicate(experiment.keys(args.randomseed).batches, training.mesh), training.mesh,
+            augmented=training.augmented, streamed=args.stream or hosts.must_stream(images.train),
+        )  # fmt: skip
+        held_out = posteriors.parts(images.held_out, args.testbatchsize, args.stream)
+        stopped = False
+        while progress.epoch <= args.epochs and not stopped:
+            epoch = Epoch(training, progress, writer)
+            for batch in feed.batches(progress.epoch, progress.step):
+                state, loss = step(state, batch, epoch.lr_factor)
+                epoch.add(loss)
+                report.step(epoch.done, epoch.mean_loss)
+                stopped = hosts.reached_stop(stop)
+                if epoch.done == training.steps or stopped or epoch.due(epoch.done):
+                    progress = epoch.check(state)
+                    writer.save(state, progress)
+                if stopped:
+                    break
+            else:
+                record = evaluate(training, state, progress, held_out)
+                progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
+                log.write(progress.log)
+                report.epoch(record)
+    log.retry()  # as long as a checkpoint was being written, the disk may have been fuller than it is now
+    return hosts.from_first(lambda: not (writer.failed or log.failed))
+
+
+class Epoch:
+    """An epoch under way: its learning rate, its time, and the losses of its steps, which devices still compute."""
+
+    def __init__(self, training, progress, writer):
+        if progress.lr_factor is None:
+            progress = progress._replace(lr_factor=experiment.relative_rate(vars(training.args), progress.epoch))
+        self._training, self._progress, self._writer = training, progress, writer
+        self._began = time.perf_counter() - progress.seconds
+        self._in_flight = collections.deque()
+        self.lr_factor = sharding.replicate(np.float32(progress.lr_factor), training.mesh)
+        self.due = checkpoints.Due(training.args.checkpointevery)
+        self.done, self.loss = progress.step, progress.loss
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss of the steps that are known to be done."""
+        return self.loss / max(1, self.done - len(self._in_flight))
+
+    def add(self, loss):
+        """Notes a step. Waits for the loss of an earlier one, so that two are under way at most when a signal comes."""
+        self.done += 1
+        self._in_flight.append((self.done, loss))
+        if len(self._in_flight) > 2:
+            self._take_loss()
+
+    def check(self, state) -> checkpoints.Progress:
+        """Waits for all steps so far. Returns the progress after them. Raises DivergenceError, unless --keepgoing."""
+        while self._in_flight:
+            self._take_loss()
+        if not jax.device_get(experiment.all_finite(state)):  # a finite loss can leave behind weights that are not
+            self._diverged(self.done, 'weights or optimizer state are not finite')
+        seconds = time.perf_counter() - self._began
+        return self._progress._replace(step=self.done, loss=self.loss, seconds=seconds)
+
+    def _take_loss(self):
+        step, loss = self._in_flight.popleft()
+        loss = float(jax.device_get(loss))
+        self.loss += loss
+        if not math.isfinite(loss):
+            self._diverged(step, f'the loss is {loss}')
+
+    def _diverged(self, step, what):
+        args, progress = self._training.args, self._progress
+        if args.keepgoing:
+            return
+        self._writer.wait()  # in all processes, as all of them diverge
+        saved = 'checkpoints before it stay' if progress.epoch or progress.step else 'there is no checkpoint'
+        smaller = '--alpha' if args.rho is None else '--alpha or --rho'
+        raise DivergenceError(
+            f'{what} after step {progress.epoch * self._training.steps + step} (epoch {progress.epoch + 1}), learning '
+            f'rate {args.alpha * progress.lr_factor:g}: try a run with a smaller {smaller}, or more --warmup; '
+            f'{saved} in {self._training.run}; --keepgoing trains on all the same'
+        )
+
+
+def evaluate(training: Training, state, progress: checkpoints.Progress, held_out: list) -> dict:
+    """Returns the log's record of an epoch."""
+    args = training.args
+    probs = posteriors.probs_at(
+        training.experiment.apply, state.params, state.batch_stats, held_out, args.testbatchsize
+    )
+    return {
+        'epoch': progress.epoch,
+        'loss': progress.loss / training.steps,
+        f'{training.split}_accuracy': metrics.accuracy(probs, training.images.held_out_labels),
+        'learning_rate': args.alpha * progress.lr_factor,
+        'seconds': round(progress.seconds, 3),
+        'images_per_second': round(training.steps * args.batchsize / progress.seconds, 1),
+    }
+
+
+def begin(args, held: contextlib.ExitStack) -> Training:
+    """Returns a Training in a new run folder, which is locked until `held` is closed.
+
+    Raises DataError, DeviceError, ModelError and RunError.
+    """
+    mesh = devices.mesh_of_training(args)
+    if hosts.is_first():
+        folders.require_place(args.resultsfolder, args.dataset, args.model, args.optim)
+    config, augmented, images = read(args)
+    functions = experiment.create(config)
+    state = jax.jit(functions.init)(experiment.keys(args.randomseed).init)
+
+    def create():
+        run = folders.create(args.resultsfolder, args.dataset, args.model, args.optim)
+        held.enter_context(folders.locked(run))
+        folders.write_config(run, config | {'num_data': functions.num_data} | provenance.environment())
+        return str(run)
+
+    run = Path(hosts.from_first(create))
+    return Training(run, args, mesh, functions, images, augmented, state, checkpoints.Progress())
+
+
+def resume(run: Path, step: int | None, given: dict, held: contextlib.ExitStack) -> Training:
+    """Returns a Training from a run's newest checkpoint, or from the checkpoint of `step`; locked as by `begin`.
+
+    given: flags of now, {name: value}, such as other paths and other epochs.
+    Raises DataError, DeviceError, ModelError and RunError.
+    """
+    before = hosts.from_first(lambda: training_flags.checked_config(run))
     if 'coordinator' in given:
         given.setdefault('devices', None)
-    args = continued(flags_of(config, run), given, run)
-    return sessions.resume(run, args, config, held, checkpoint)
+    args = training_flags.continued(argparse.Namespace(**before['flags']), given, run)
+    if hosts.is_first():
+        held.enter_context(folders.locked(run))
+    mesh = devices.mesh_of_training(args, flags_hold=True)
+    provenance.require_same_precision(run, before)
+    config, augmented, images = read(args)
+    data.require_images_of_run(config['dataset'], before['dataset'], args.datasetfolder, run)
+    functions = experiment.create(config)
+    _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
+    least = progress.epoch if step is None else before['flags']['epochs']  # later checkpoints may be there
+    if args.epochs < least:
+        raise folders.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')
+    if hosts.is_first():
+        folders.write_config(run, before | config)
+        folders.write_log(run, progress.log)
+    return Training(run, args, mesh, functions, images, augmented, state, progress)
 
 
-def print_sizes(session, with_devices):
-    images = session.images
-    sizes = f'{len(images.train)} training and {len(images.held_out)} {session.split} images'
+def read(args) -> tuple[dict, bool, Images]:
+    """Returns the configuration of a run, whether it augments images, and the images. Raises DataError, DeviceError."""
+    dataset = data.dataset(args.dataset, args.datasetfolder)
+    rest, held_out = data.read_train(dataset, vars(args))
+    images = Images(*rest, *(held_out or dataset.read('test')))
+    if args.batchsize > len(images.train):
+        raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
+    config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train, images.train_labels)}
+    trained = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
+    hosts.require_same({'flags': trained, 'data set': config['dataset']})
+    some = images.train[:: len(images.train) // 16 + 1]
+    hosts.require_same_arrays('images', some, images.train_labels, images.held_out_labels)
+    return config, dataset.augment and not args.noaugment, images
+
+
+def announce(training: Training, with_devices: bool) -> None:
+    """Prints the sizes of a run. Warns if the whole run is warm-up."""
+    args, images = training.args, training.images
+    sizes = f'{len(images.train)} training and {len(images.held_out)} {training.split} images'
     if with_devices:
-        sizes += f', {session.mesh.size} devices'
-    print(f'{session.run}: {sizes}', flush=True)
-
-
-def warn_of_long_warmup(args):
-    """The default is for long runs; of a short one it takes all."""
-    if args.warmup > max(args.epochs, 1):
+        sizes += f', {training.mesh.size} devices'
+    print(f'{training.run}: {sizes}', flush=True)
+    if hosts.is_first() and args.warmup > max(args.epochs, 1):
         what = f'with --warmup {args.warmup} and --epochs {args.epochs} the learning rate only rises'
         print(f'train.py: warning: {what}: try --warmup 1', file=sys.stderr)
 
 
-def exit_unless_complete(session, stop, all_saved):
+def exit_unless_complete(run: Path, stop: signals.Stop, all_saved: bool) -> None:
     """Ends the process of a run that a signal stopped, or whose end could not be saved, and says how to go on."""
-    from runs import hosts
-
     if not all_saved:
-        print(f'train.py: error: the last state or log of {session.run} could not be saved', file=sys.stderr)
+        print(f'train.py: error: the last state or log of {run} could not be saved', file=sys.stderr)
         sys.exit(128 + stop.signal if stop.signal else 1)
     if stop.signal:
         if hosts.is_first():
-            print(f'{signals.SAVED} {shlex.quote(str(session.run))}', file=sys.stderr)
+            print(f'saved; go on with: python train.py --resume {shlex.quote(str(run))}', file=sys.stderr)
         sys.exit(128 + stop.signal)
-
-
-class Report:
-    """Progress of a run: a bar on a terminal, a line an epoch elsewhere."""
-
-    def __init__(self, session):
-        from tqdm import tqdm
-
-        from runs import hosts
-
-        self.num_epochs, self.batch_size = session.args.epochs + 1, session.args.batchsize
-        self.split = session.split
-        self.steps = len(session.images.train) // self.batch_size
-        self.steps_before = session.progress.epoch * self.steps
-        total = self.num_epochs * self.steps * self.batch_size
-        begun = (self.steps_before + session.progress.step) * self.batch_size
-        hidden = not (sys.stderr.isatty() and hosts.is_first())
-        self.bar = tqdm(total=total, initial=begun, unit=' images', disable=hidden, dynamic_ncols=True)
-        self.accuracy, self.refreshed = '', time.monotonic()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def step(self, steps_done, loss_sum):
-        if self.bar.disable or time.monotonic() - self.refreshed < 1:
-            return
-        # Waits for the device, once a second, so that the bar tells the truth.
-        self._show(steps_done, float(loss_sum) / steps_done)
-
-    def epoch(self, record):
-        self.accuracy = f', {self.split} accuracy {record[f"{self.split}_accuracy"]:.2%}'
-        if self.bar.disable:
-            print(
-                f'epoch {record["epoch"] + 1}/{self.num_epochs}: loss {record["loss"]:.4f}{self.accuracy}, '
-                f'{record["seconds"]:.1f} s, {record["images_per_second"]:.0f} images/s',
-                flush=True,
-            )
-        else:
-            self._show(self.steps, record['loss'])
-        self.steps_before += self.steps
-
-    def warn(self, message):
-        self.bar.clear()
-        print(f'train.py: warning: {message}', file=sys.stderr, flush=True)
-
-    def _show(self, steps_done, loss):
-        self.bar.set_postfix_str(f'loss {loss:.4f}{self.accuracy}', refresh=False)
-        self.bar.update((self.steps_before + steps_done) * self.batch_size - self.bar.n)
-        self.refreshed = time.monotonic()
 
 
 if __name__ == '__main__':

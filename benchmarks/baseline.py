@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree
 
-import models
-from ops import convolution
+from ops import convolution, normalisation
 
 
 def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, damping):
@@ -56,16 +55,16 @@ def with_jax_gradients(loss):
         wide = convolution.at_least_float32(x)
         mean = wide.mean(axis=(0, 1, 2))
         var = jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
-        return models._outputs(x, mean, var, scale, bias, relu), mean, var
+        return normalisation.batch_norm_outputs(x, mean, var, scale, bias, relu), mean, var
 
     def filter_response_norm(*args):
-        return models._response_forward(*args)[0]
+        return normalisation._response_forward(*args)[0]
 
     def wrapped(*args):
         with (
             _xla_convolutions(),
-            mock.patch.object(models, 'batch_norm', batch_norm),
-            mock.patch.object(models, 'filter_response_norm', filter_response_norm),
+            mock.patch.object(normalisation, 'batch_norm', batch_norm),
+            mock.patch.object(normalisation, 'filter_response_norm', filter_response_norm),
         ):
             return loss(*args)
 

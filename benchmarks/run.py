@@ -20,16 +20,16 @@ from jax.tree_util import Partial
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+
 import data
-import experiments
+import experiment
 import metrics
 import models
 import optimizers
-import training
 from benchmarks import baseline
-from evaluation import measures, posteriors, tables
+from evaluation import posteriors, tables
 from ops import sharding
-from runs import json_files, launch, parsing, provenance, training_flags
+from runs import devices, json_files, launch, parsing, provenance, training_flags
 
 BATCH, SPLIT = 200, 8
 # Forward pass of an image at 32×32 in multiply-adds, convolutions and head; a gradient costs three forward passes.
@@ -175,25 +175,25 @@ def synthetic_images(n):
     return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n).astype(np.int32)
 
 
-def batch_at_hand(experiment, batch_size=BATCH):
+def batch_at_hand(functions, batch_size=BATCH):
     """A normalised batch on the device."""
     images, labels = synthetic_images(batch_size)
-    return experiment.normalise(jnp.asarray(images)), jnp.asarray(labels)
+    return functions.normalise(jnp.asarray(images)), jnp.asarray(labels)
 
 
-def step_of(model, optim, precision, batchsplit=SPLIT, **given):
-    """An Experiment and train.py's jitted step of it."""
-    experiment = experiments.create(configuration(model, optim, precision, batchsplit, **given))
-    return experiment, training.step_function(experiment.optimizer, experiment.normalise, augmented=True)
+def feed_of(batch_size, mesh):
+    """train.py's batches of synthetic images, five an epoch."""
+    key = sharding.replicate(jax.random.key(1), mesh)
+    return data.Feed(*synthetic_images(5 * batch_size), batch_size, key, mesh, augmented=True, streamed=False)
 
 
 def posterior_of(model, optim, precision, batch_size):
     """A first state's posteriors.Posterior, and a function of `images` that returns the logits at its mean."""
-    experiment = experiments.create(configuration(model, optim, precision))
-    state = sharding.send(jax.jit(experiment.init)(jax.random.key(0)))
-    sample = Partial(experiment.optimizer.sample, state)
-    apply, params, batch_stats = experiment.apply, state.params, state.batch_stats
-    posterior = posteriors.Posterior(apply, sample, params, batch_stats, jax.random.key(0), batch_size)
+    functions = experiment.create(configuration(model, optim, precision))
+    state = sharding.send(jax.jit(functions.init)(jax.random.key(0)))
+    sample = Partial(functions.optimizer.sample, state)
+    apply, params, batch_stats = functions.apply, state.params, state.batch_stats
+    posterior = posteriors.Posterior(apply, sample, params, batch_stats, jax.random.key(0), batch_size, is_point=False)
     return posterior, partial(posteriors.logits, apply, params, batch_stats, batch_size=batch_size)
 
 
@@ -201,18 +201,17 @@ class Trainer:
     """train.py's step of one optimizer on synthetic images; a call does the next step and returns its state."""
 
     def __init__(self, model, optim, precision, batch_size=BATCH, batchsplit=SPLIT, **given):
-        experiment, self.step = step_of(model, optim, precision, batchsplit, **given)
-        self.images, self.labels = jax.device_put(synthetic_images(5 * batch_size))
-        self.state = jax.jit(experiment.init)(jax.random.key(0))
-        self.epoch = training.start_epoch(jax.random.key(1), jnp.int32(0), 5 * batch_size, batch_size)
+        functions = experiment.create(configuration(model, optim, precision, batchsplit, **given))
+        self.step, self.state = functions.step, jax.jit(functions.init)(jax.random.key(0))
+        feed = feed_of(batch_size, devices.create_mesh(1))
+        self.batches = itertools.chain.from_iterable(feed.batches(epoch) for epoch in itertools.count())
         self.lr_factor = jnp.float32(1)
 
     def arguments(self):
-        return self.state, self.epoch, self.images, self.labels, self.lr_factor
+        return self.state, next(self.batches), self.lr_factor
 
     def __call__(self):
-        self.state, epoch, _ = self.step(*self.arguments())
-        self.epoch = epoch._replace(step=epoch.step % 5)
+        self.state, _ = self.step(*self.arguments())
         return self.state
 
 
@@ -220,9 +219,9 @@ class TrainerOfOneBatch:
     """Steps of an optimizer over one batch that lies ready on the device: the step without its data."""
 
     def __init__(self, model, optim, precision):
-        experiment = experiments.create(configuration(model, optim, precision))
-        self.step = jax.jit(experiment.optimizer.step, donate_argnums=0)
-        self.state, self.batch = jax.jit(experiment.init)(jax.random.key(0)), batch_at_hand(experiment)
+        functions = experiment.create(configuration(model, optim, precision))
+        self.step = jax.jit(functions.optimizer.step, donate_argnums=0)
+        self.state, self.batch = jax.jit(functions.init)(jax.random.key(0)), batch_at_hand(functions)
 
     def __call__(self):
         self.state, _ = self.step(self.state, self.batch, 1.0)
@@ -232,9 +231,9 @@ class TrainerOfOneBatch:
 def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPLIT):
     """A jitted function of (state, batch): one gradient over the sub-batches of a batch; with its arguments."""
     config = configuration(model, 'bsam', precision, batchsplit)
-    experiment = experiments.create(config)
-    loss = training.loss_function(models.create(model, 10), jnp.dtype(precision))
-    state = jax.jit(experiment.init)(jax.random.key(0))
+    functions = experiment.create(config)
+    loss = experiment.loss_function(models.create(model, 10), jnp.dtype(precision))
+    state = jax.jit(functions.init)(jax.random.key(0))
 
     @jax.jit
     def gradient(state, batch):
@@ -244,10 +243,10 @@ def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPL
             return grads, value, stats
 
         return optimizers.over_sub_batches(
-            of_sub_batch, state, batch, batchsplit, jax.random.key(0), atonce=experiments.at_once(config['flags'])
+            of_sub_batch, state, batch, batchsplit, jax.random.key(0), atonce=experiment.at_once(config['flags'])
         )
 
-    return gradient, (state, batch_at_hand(experiment, batch_size))
+    return gradient, (state, batch_at_hand(functions, batch_size))
 
 
 def step_times(model, precision, turns):
@@ -277,13 +276,13 @@ def step_times(model, precision, turns):
 def baseline_times(model, precision, turns):
     """bSAM and evaluation as the published scripts do them, in turns with ours."""
     config = configuration(model, 'bsam', precision)
-    experiment = experiments.create(config)
+    functions = experiment.create(config)
     network = models.create(model, 10)
-    state = jax.jit(experiment.init)(jax.random.key(0))
+    state = jax.jit(functions.init)(jax.random.key(0))
     images, labels = synthetic_images(5 * BATCH)
     mean, std = config['dataset']['mean'], config['dataset']['std']
     given = {name: config['flags'][name] for name in ('alpha', 'beta1', 'beta2', 'rho', 'batchsplit', 'damping')}
-    loss = baseline.with_jax_gradients(training.loss_function(network, jnp.dtype(precision)))
+    loss = baseline.with_jax_gradients(experiment.loss_function(network, jnp.dtype(precision)))
     num_data = config['dataset']['num_train']
     weight_decay = config['flags']['priorprec'] / num_data
     step = baseline.bsam_step(loss, **given, weight_decay=weight_decay, num_data=num_data)
@@ -300,8 +299,8 @@ def baseline_times(model, precision, turns):
     functions = {
         'bsam': Trainer(model, 'bsam', precision),
         'published_bsam': published_step,
-        'logits': partial(posteriors.logits, experiment.apply, state.params, state.batch_stats, few, BATCH),
-        'published_logits': partial(baseline.logits, network, variables, experiment.normalise(few), BATCH),
+        'logits': partial(posteriors.logits, functions.apply, state.params, state.batch_stats, few, BATCH),
+        'published_logits': partial(baseline.logits, network, variables, functions.normalise(few), BATCH),
     }
     times, first = in_turns(turns, functions)
     return {
@@ -325,7 +324,7 @@ def evaluation_times(model, precision, turns, num_images, num_samples):
     def samples_then_metrics():
         for prediction in posterior.predict(images, range(1, num_samples + 1)):
             yield prediction
-        yield measures.measure(prediction, labels, num_bins=20)
+        yield prediction.metrics(labels, num_bins=20)
 
     plain = partial(logits, images=images)
     next(samples_then_metrics()), plain()  # compiles
@@ -358,13 +357,12 @@ def metric_times():
 def step_memory(model, precision):
     """What compiled functions hold at their peak, arguments and results included, in copies of the parameters."""
     trainer = Trainer(model, 'bsam', precision)
-    loss = training.loss_function(models.create(model, 10), jnp.dtype(precision))
+    loss = experiment.loss_function(models.create(model, 10), jnp.dtype(precision))
     images, labels = synthetic_images(BATCH // SPLIT)
     sub_batch = jnp.asarray(images, jnp.float32), jnp.asarray(labels)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     one_copy = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state.params))
-    data_bytes = trainer.images.nbytes + trainer.labels.nbytes
-    step_bytes = peak_bytes(trainer.step, *trainer.arguments()) - data_bytes
+    step_bytes = peak_bytes(trainer.step, *trainer.arguments())
     gradient_bytes = peak_bytes(gradient, trainer.state.params, trainer.state.batch_stats, sub_batch)
     return {
         'parameter_bytes': one_copy,

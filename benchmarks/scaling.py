@@ -10,7 +10,6 @@ collective bytes off, and divides them by the rates that its flags assume.
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import training
+import experiment
 from benchmarks import run
 from evaluation import tables
 from ops import sharding
@@ -135,16 +134,14 @@ def time_evaluation(model, samples, batch_size, **processes):
 def time_training(model, batch_size, steps, **processes):
     """In a process of its own: images per second of bSAM's steps over the processes that there are."""
     mesh = joined(**processes)
-    experiment, step = run.step_of(model, 'bsam', 'float32', batch_size // SUB_BATCH)
+    functions = experiment.create(run.configuration(model, 'bsam', 'float32', batch_size // SUB_BATCH))
     with jax.set_mesh(mesh):
-        state = sharding.replicate(jax.jit(experiment.init)(jax.random.key(0)), mesh)
-        images = sharding.replicate(run.synthetic_images(2 * batch_size), mesh)
-        key, zero, one = sharding.replicate((jax.random.key(1), np.int32(0), np.float32(1)), mesh)
-        epoch = training.start_epoch(key, zero, 2 * batch_size, batch_size)
+        state, one = sharding.replicate((jax.jit(functions.init)(jax.random.key(0)), np.float32(1)), mesh)
+        batch = next(run.feed_of(batch_size, mesh).batches(0))
         for number_of_step in range(steps + 1):
             if number_of_step == 1:
                 began = time.perf_counter()
-            state, epoch, loss = step(state, epoch._replace(step=jnp.copy(zero)), *images, one)
+            state, loss = functions.step(state, batch, one)
             float(jax.device_get(loss))
     return {'rate': steps * batch_size / (time.perf_counter() - began)}
 
@@ -182,23 +179,20 @@ def count(model, number):
     """
     mesh = devices.create_mesh()
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    experiment, step = run.step_of(model, 'bsam', 'float32', number)
+    functions = experiment.create(run.configuration(model, 'bsam', 'float32', number))
     batch_size = number * SUB_BATCH
 
     def typed(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
     with jax.set_mesh(mesh):
-        start = functools.partial(training.start_epoch, num_images=50_000, batch_size=batch_size)
-        key = jax.random.key(0)
-        images = jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((50_000,), jnp.int32)
-        arguments = (
-            experiment.state_shapes(),
-            jax.eval_shape(start, key, jnp.int32(0)),
-            *images,
-            jax.ShapeDtypeStruct((), jnp.float32),
+        shares = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.AXIS))
+        batch = (
+            jax.ShapeDtypeStruct((batch_size, 32, 32, 3), jnp.uint8, sharding=shares),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=shares),
         )
-        compiled = step.lower(*jax.tree.map(typed, arguments)).compile()
+        state, one = jax.tree.map(typed, (functions.state_shapes(), jax.ShapeDtypeStruct((), jnp.float32)))
+        compiled = functions.step.lower(state, batch, one).compile()
     costs = compiled.cost_analysis()
     return {
         'flops': costs['flops'],

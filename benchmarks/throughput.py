@@ -36,8 +36,7 @@ class Trainer(run.Trainer):
         super().__init__(*args, **given)
         self.mesh = devices.create_mesh(1) if has_mesh else None
         if has_mesh:
-            names = 'state', 'epoch', 'images', 'labels', 'lr_factor'
-            vars(self).update(sharding.replicate({name: getattr(self, name) for name in names}, self.mesh))
+            self.state, self.lr_factor = sharding.replicate((self.state, self.lr_factor), self.mesh)
 
     def compile(self):
         with self._context():

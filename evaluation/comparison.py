@@ -143,7 +143,11 @@ def main_table(rows, values, bold):
     best = {name: _best(name, column) for name, column in means.items()}
     header = ['method', 'runs', *SHOWN]
     cells = [
-        [row.name, str(len(row.probs)), *(_cell(name, v[name], best[name] if bold else None) for name in SHOWN)]
+        [
+            row.name,
+            str(len(row.probs)),
+            *(_mean_and_deviation(name, v[name], best[name] if bold else None) for name in SHOWN),
+        ]
         for row, v in zip(rows, values, strict=True)
     ]
     return header, cells
@@ -154,7 +158,7 @@ def _best(name, column):
     return (max if name in _HIGHER_IS_BETTER else min)(numbers, default=None)
 
 
-def _cell(name, values, best):
+def _mean_and_deviation(name, values, best):
     scale, digits = metrics.scale_and_digits(name)
     text = f'{scale * np.mean(values):.{digits}f}'
     if len(values) > 1:
@@ -234,6 +238,24 @@ def _averages(tested, probs, labels):
         {name: np.mean([metric(p, labels) for p in probs]) for name, metric in tested.items()},
         {name: np.mean([run[name] for run in resampled], axis=0) for name in tested},
     )
+
+
+def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[str, list[Row], list[dict]]:
+    """Returns the tables of several runs as a text, and their rows and values, the lowest NLL first."""
+    found = rows([*results, *ensembles(results)] if with_ensembles else results)
+    measured = values(found, results[0].labels, num_bins)
+    first_to_last = order(measured)
+    found, measured = [found[i] for i in first_to_last], [measured[i] for i in first_to_last]
+    text = '\nmean ± standard deviation over runs; the lowest NLL first\n\n'
+    text += tables.markdown(*main_table(found, measured, bold=False)) + '\n'
+    if len(found) > 1:
+        text += 'difference to the first: 95 % interval and p-value over resampled test images (paired bootstrap)\n\n'
+        text += tables.markdown(*test_table(found, results[0].labels, num_bins)) + '\n'
+    header, over_seeds = seeds_table(found, measured)
+    if over_seeds:
+        text += "difference to the first of several runs: 95 % interval and p-value over seeds (Welch's t-test)\n\n"
+        text += tables.markdown(header, over_seeds) + '\n'
+    return text, found, measured
 
 
 def write(folder, rows, values):

@@ -47,12 +47,17 @@ def _products(outputs, images):
 
 @partial(jax.jit, static_argnames='layer')
 def sample(layer, factors, params, key):
-    """A draw: `params`, a dict, with noise added to the kernel [F, K] and the bias [K] of its dense layer `layer`.
+    """Returns `params` with noise added to the kernel [F, K] and the bias [K] of the dense layer at the path `layer`.
 
     The noise is multiplied by the symmetric root of the covariance, whichever eigenvectors equal eigenvalues have.
     """
     noise = jax.random.normal(key, factors.deviations.shape)
     along = factors.deviations * (factors.features.T @ noise @ factors.classes)
     noise = factors.features @ along @ factors.classes.T
-    head = params[layer]
-    return params | {layer: {'kernel': head['kernel'] + noise[:-1], 'bias': head['bias'] + noise[-1]}}
+    return _with_noise(params, layer, noise)
+
+
+def _with_noise(params, path, noise):
+    if path:
+        return params | {path[0]: _with_noise(params[path[0]], path[1:], noise)}
+    return {'kernel': params['kernel'] + noise[:-1], 'bias': params['bias'] + noise[-1]}

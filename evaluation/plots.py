@@ -12,6 +12,8 @@ import numpy as np
 
 import errors
 import metrics
+from evaluation import measures
+from runs.json_files import RunError
 
 os.environ.pop('MPLBACKEND', None)  # notebooks set it for their commands too, to a backend that may be missing
 
@@ -64,6 +66,53 @@ def remove(folder: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def write(folder: Path, figures: dict) -> None:
+    """Writes figures {name: Figure or None} to a folder, and removes those that are None. Raises RunError.
+
+    A picture of an earlier evaluation stays until the new one is whole.
+    """
+    if os.path.islink(folder):
+        raise RunError(f'{folder} is a link to another folder, which may not be yours: remove it')
+    try:
+        for name, figure in figures.items():
+            if figure:
+                save(figure, folder, name)
+            else:
+                remove(folder, name)
+    except OSError as error:
+        raise RunError(f'{folder} cannot be written: {error.strerror}') from error
+
+
+def of_evaluation(images, prediction, results: dict, log: list) -> dict:
+    """Returns the figures of an evaluation, {name: Figure}, None for what was not measured.
+
+    Args:
+        images: an evaluation.trained.Images.
+        prediction: the Prediction for its images.
+        results: the entries of metrics.json.
+        log: the records of log.jsonl.
+    """
+    average = f'average of {results["testmc"]} samples'
+    titles = {'mean': 'at the mean', 'average': average}
+    predictions = {titles['mean']: prediction.probs_at_mean, average: prediction.probs}
+    severities_of = None
+    if 'corruptions' in results:
+        severities_of = severities(
+            {
+                title: [results[at], *measures.over_corruptions(results['corruptions'], at)]
+                for at, title in titles.items()
+            }
+        )
+    return {
+        'reliability': reliability({title: results['reliability'][at] for at, title in titles.items()}),
+        'risk_coverage': risk_coverage(predictions, images.labels),
+        'training': training(log),
+        'images': image_sheet(images.images, images.labels, prediction.probs),
+        'samples': samples(results['samples'], results['mean']) if 'samples' in results else None,
+        'severities': severities_of,
+    }
+
+
 @styled
 def reliability(diagrams, fewest=1):
     """Reliability diagrams (Guo et al., 2017), a column for each {title: metrics.reliability(...)}: accuracy and its
@@ -110,8 +159,9 @@ def risk_coverage(predictions, labels):
 
 
 @styled
-def training(log, split):
-    """Loss, accuracy and learning rate over the epochs of log.jsonl."""
+def training(log):
+    """Returns a figure of loss, accuracy and learning rate over the epochs of log.jsonl."""
+    split = 'validation' if log and 'validation_accuracy' in log[0] else 'test'
     figure = Figure(figsize=(7.5, 2.5))
     epochs = [record['epoch'] + 1 for record in log]
     accuracy = f'{split}_accuracy'

@@ -1,19 +1,18 @@
-"""What a posterior over a network's weights predicts for images, at its mean and averaged over samples of it.
+"""What a posterior over a network's weights predicts for images, at its mean and averaged over samples.
 
-Several devices run a sample each, or share the images of one.
+Several devices run a sample each, or shard the images of one sample.
 """
 
 import itertools
-from functools import cached_property, partial
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
-import feeds
 import metrics
 from ops import sharding
 from runs import hosts
@@ -39,6 +38,36 @@ def _logits_at(apply, batch_size, images, weights):
     if full < len(images):
         parts.append(apply(*weights, images[full:]))
     return jnp.concatenate(parts)
+
+
+PART = 1 << 28  # bytes of images that are sent at once where not all are
+
+
+def parts(images, batch_size, stream=False):
+    """Returns images uint8 [N, H, W, C] that are evaluated, once or several times, as a list for `over_parts`.
+
+    Sends all to the devices of the mesh that is set. Leaves parts of whole batches on the host if `stream` asks for it
+    or if the images would fill a device.
+    """
+    if not (stream or hosts.must_stream(images)):
+        return [sharding.send(images)]
+    batch_size = sharding.shareable(batch_size)
+    rows = max(PART // images[:1].nbytes // batch_size, 1) * batch_size
+    return [images[i : i + rows] for i in range(0, len(images), rows)]
+
+
+def over_parts(function, parts):
+    """Returns the results [..., N, K] of a function of images on the devices, put together on the host.
+
+    Sends parts that are on the host when they are due.
+    """
+    sent = (part if isinstance(part, jax.Array) else sharding.send(part) for part in parts)
+    return np.concatenate([jax.device_get(function(part)) for part in sent], axis=-2)
+
+
+def probs_at(apply, params, batch_stats, parts, batch_size):
+    """Returns class probabilities, float64 [N, K] on the host, of images as from `parts`."""
+    return metrics.softmax(over_parts(lambda part: logits(apply, params, batch_stats, part, batch_size), parts))
 
 
 @partial(jax.jit, static_argnames='where')
@@ -84,16 +113,42 @@ class Prediction(NamedTuple):
     def disagreement(self):
         return metrics.disagreement(self.votes)
 
+    def metrics(self, labels, num_bins):
+        """Returns all metrics at the mean and of the average over samples.
+
+        Args:
+            labels: int [N].
+            num_bins: of ECE, MCE and the reliability diagram.
+
+        Returns:
+            {'mean': {name: value}, 'average': ..., 'intervals': {'mean': {name: (low, high)}, 'average': ...},
+            'reliability': {'mean': {name: list}, 'average': ...}}. Both have the mean entropy over the images, the
+            average also its mutual information and disagreement.
+        """
+        probs = {'mean': self.probs_at_mean, 'average': self.probs}
+        measured = {at: metrics.summary(p, labels, num_bins) for at, p in probs.items()}
+        measured['mean']['entropy'] = float(metrics.entropy(probs['mean']).mean())
+        diverged = not np.isfinite(self.probs).all()  # the votes of such a network do not tell
+        for name in ('entropy', 'mutual_information', 'disagreement'):
+            measured['average'][name] = math.nan if diverged else float(getattr(self, name).mean())
+        measured['intervals'] = {at: metrics.intervals(p, labels, num_bins) for at, p in probs.items()}
+        measured['reliability'] = {
+            at: {name: values.tolist() for name, values in metrics.reliability(p, labels, num_bins).items()}
+            for at, p in probs.items()
+        }
+        return measured
+
 
 class Posterior:
     """A posterior over a network's weights: the mean, and samples that are the same whenever they are asked for.
 
     apply: as for `logits`; sample(key) returns params. refresh(params) returns the batch statistics of weights; without
-    it all have those of the mean. Both are jax.tree_util.Partials of the arrays that they need.
+    it all have those of the mean. Both are jax.tree_util.Partials of the arrays that they need. If `is_point`, every
+    sample is the mean and is not run.
     """
 
-    def __init__(self, apply, sample, params, batch_stats, key, batch_size, refresh=None):
-        self._apply, self._draw, self._batch_size = apply, sample, batch_size
+    def __init__(self, apply, sample, params, batch_stats, key, batch_size, *, is_point, refresh=None):
+        self._apply, self._draw, self._batch_size, self._is_point = apply, sample, batch_size, is_point
         self._refresh = refresh or Partial(_same_for_all, batch_stats)
         self._key = sharding.send(key)
         self._mean = params, _refreshed(params, self._refresh, sharding.on_all)
@@ -106,9 +161,9 @@ class Posterior:
     def predict(self, images, numbers):
         """Yields the Prediction for images uint8 [N, H, W, C] after each of `numbers` samples, which rise."""
         hosts.require_same_arrays('images', images)
-        parts = feeds.parts(images, self._batch_size)
-        logits_at_mean = self._logits(self._mean, parts, sharding.on_all)
-        samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(parts, numbers[-1])
+        sent = parts(images, self._batch_size)
+        logits_at_mean = self._logits(self._mean, sent, sharding.on_all)
+        samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(sent, numbers[-1])
         total, entropy, votes = 0, 0, np.zeros(logits_at_mean.shape, np.int32)
         for i, sampled in enumerate(itertools.islice(samples, numbers[-1]), start=1):
             probs = metrics.softmax(sampled)
@@ -116,12 +171,6 @@ class Posterior:
             votes[np.arange(len(votes)), probs.argmax(axis=1)] += 1
             if i in numbers:
                 yield Prediction(logits_at_mean, total / i, entropy / i, votes.copy())
-
-    @cached_property
-    def _is_point(self):
-        """Whether samples are the mean, so that they need not be run."""
-        params = _samples_at(np.int32(0), self._draw, self._key, sharding.on_all)
-        return bool(jax.device_get(_equal(params, self._mean[0])))
 
     def _samples(self, parts, num_samples):
         """Yields the logits of samples: of those that make whole groups on a device each, of the others on all."""
@@ -135,7 +184,7 @@ class Posterior:
 
     def _logits(self, weights, parts, where):
         """float32 [N, K] of all parts' images, or [D, N, K] of weights on each device."""
-        return feeds.over_parts(lambda part: logits(self._apply, *weights, part, self._batch_size, where), parts)
+        return over_parts(lambda part: logits(self._apply, *weights, part, self._batch_size, where), parts)
 
     def _weights(self, index, where):
         """The sample at an index, or those at int [D] on each device, with their batch statistics."""
@@ -149,11 +198,6 @@ class Posterior:
 def _same_for_all(batch_stats, params):
     del params
     return batch_stats
-
-
-@jax.jit
-def _equal(one, other):
-    return jnp.array_equal(ravel_pytree(one)[0], ravel_pytree(other)[0])
 
 
 @partial(jax.jit, static_argnames='update')

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,10 @@ class Progress(NamedTuple):
     seconds: float = 0.0
     lr_factor: float | None = None
     log: tuple = ()
+
+    def trained(self) -> dict:
+        """Returns what metrics.json says of a run that has come so far."""
+        return {'epoch': self.epoch, 'steps_of_epoch': self.step}
 
 
 class Writer:
@@ -177,6 +182,23 @@ class Writer:
         accuracies = {(record['epoch'] + 1) * self.steps_per_epoch: _accuracy(record) for record in log}
         held = [step for step in accuracies if step in steps] if self.keep_best else []
         return [max(held, key=accuracies.get)] if held else []
+
+
+class Due:
+    """Whether it is time for a checkpoint within an epoch: every N steps, or every N minutes ('30min'), or never."""
+
+    def __init__(self, every):
+        self.steps = every if isinstance(every, int) else None
+        self.seconds = 60 * float(every.removesuffix('min')) if isinstance(every, str) else None
+        self.last = time.monotonic()
+
+    def __call__(self, steps_done):
+        if self.steps is not None:
+            return steps_done % self.steps == 0
+        if self.seconds is None or time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
 
 
 @contextlib.contextmanager

@@ -63,15 +63,43 @@ def _squared_norms(rows):
     return jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2))(rows)
 
 
-def unequal_shares(what, number, offers, mesh):
-    """The DeviceError of a number of examples or sub-batches that cannot be shared out equally over a mesh.
+def mesh_of_training(args, flags_hold: bool = False) -> jax.sharding.Mesh:
+    """Returns the mesh of the devices that the flags of a run name. Raises DeviceError if they cannot share a batch.
 
-    what: the flag that says how many; offers: flags that may be given instead, to which fewer devices are added.
+    flags_hold: the run is resumed, so that the error offers no other flags than --devices.
     """
-    fewer = max(n for n in range(1, mesh.size) if number % n == 0)
-    with_fewer = f'--devices {fewer}' if jax.process_count() == 1 else f'processes that have {fewer} devices together'
-    offered = ', or '.join([*offers, with_fewer])
-    return DeviceError(f'{what} {number} cannot be shared out over {mesh.size} devices: take {offered}')
+    mesh = create_mesh(args.devices)
+    if isinstance(args.checkpointevery, str) and jax.process_count() > 1:
+        raise DeviceError(f'--checkpointevery {args.checkpointevery}: of several processes, give steps')
+    what, number = ('--batchsize', args.batchsize) if args.batchsplit is None else ('--batchsplit', args.batchsplit)
+    if number * (args.trainmc or 1) % mesh.size:
+        offers = [] if flags_hold else _shareable(args.batchsize, args.batchsplit, mesh.size)
+        fewer = max(n for n in range(1, mesh.size) if number % n == 0)
+        one_process = jax.process_count() == 1
+        offers.append(f'--devices {fewer}' if one_process else f'processes that have {fewer} devices together')
+        what = f'{what} {number} cannot be shared out over {mesh.size} devices'
+        raise DeviceError(f'{what}: take {", or ".join(offers)}')
+    return mesh
+
+
+def _shareable(batch_size, batchsplit, num_devices):
+    """Returns flags with the nearest batches that N devices can share, or sub-batches of optimizers that have them."""
+    multiples = range(num_devices, batch_size + num_devices + 1, num_devices)
+    if batchsplit is None:
+        return [f'--batchsize {size}' for size in _nearest(batch_size, multiples)]
+    splits = [n for n in multiples if batch_size % n == 0]
+    if splits:
+        return [f'--batchsplit {split}' for split in _nearest(batchsplit, splits)]
+    offers = []
+    for size in _nearest(batch_size, multiples):
+        split = min((n for n in multiples if size % n == 0), key=lambda n: abs(n - batchsplit))
+        offers.append(f'--batchsize {size} --batchsplit {split}')
+    return offers
+
+
+def _nearest(number, possible):
+    """Returns the nearest of rising numbers below and above a number that is none of them."""
+    return [n for n in possible if n < number][-1:] + [n for n in possible if n > number][:1]
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import stat
 from pathlib import Path
 
 import errors
-from runs import json_files
+from runs import hosts, json_files
 from runs.json_files import RunError
 
 LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # what a process was writing or removing
@@ -32,7 +32,7 @@ LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # what a process
 
 def create(results_folder, dataset, model, optim):
     """A new folder run_K with the first free K, made by this process and no other. Raises RunError."""
-    parent = _folder_of_runs(results_folder, dataset, model, optim)
+    parent = parent_of(results_folder, dataset, model, optim)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for k in itertools.count():
@@ -48,13 +48,14 @@ def create(results_folder, dataset, model, optim):
 
 def require_place(results_folder, dataset, model, optim):
     """Raises a RunError if `create` would, as far as the nearest folder that exists tells."""
-    parent = _folder_of_runs(results_folder, dataset, model, optim)
+    parent = parent_of(results_folder, dataset, model, optim)
     nearest = next(path for path in (parent.absolute(), *parent.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError(f'no run folder can be made in {parent}: {nearest} is no folder, or read-only')
 
 
-def _folder_of_runs(results_folder, dataset, model, optim):
+def parent_of(results_folder, dataset, model, optim):
+    """Returns the folder of all runs of a data set, a model and an optimizer."""
     return Path(results_folder) / f'{dataset}_{model}'.replace('/', '_') / optim
 
 
@@ -86,7 +87,22 @@ def _lock(descriptor, run):
         holder = os.pread(descriptor, 200, 0).decode(errors='replace').strip() or 'another process'
         raise RunError(f'{run} is being trained by {holder}: wait for it, or stop it') from error
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
+    os.pwrite(descriptor, _holder(os.getpid()).encode(), 0)
+
+
+def locked_by(parent, process):
+    """Returns the run folders in a folder that a process of this host was the last to lock."""
+    holder = _holder(process)
+    return [path.parent for path in Path(parent).glob('run_*/lock') if path.is_file() and path.read_text() == holder]
+
+
+def _holder(process):
+    return f'process {process} on {socket.gethostname()}\n'
+
+
+def has_checkpoint(run):
+    """Returns whether a run has a checkpoint to resume from."""
+    return any(path.name.isdecimal() for path in Path(run).glob('checkpoints/*'))
 
 
 def write_log(run, records):
@@ -94,6 +110,32 @@ def write_log(run, records):
     json_files.write_text(
         Path(run) / 'log.jsonl', ''.join(json.dumps(json_files.finite(record)) + '\n' for record in records)
     )
+
+
+class Log:
+    """The log of a run that is trained, which the first process writes. Reports a failure once and tries again."""
+
+    def __init__(self, run, warn):
+        self._run, self._warn, self._records = run, warn, None
+        self.failed = False
+
+    def write(self, records):
+        """Writes all records."""
+        self._records = records
+        if not hosts.is_first():
+            return
+        try:
+            write_log(self._run, records)
+            self.failed = False
+        except RunError as error:
+            if not self.failed:
+                self._warn(f'{error}; training goes on, and the log is tried again after the next epoch')
+            self.failed = True
+
+    def retry(self):
+        """Writes the log again if it could not be written."""
+        if self.failed:
+            self.write(self._records)
 
 
 def read_log(run):
@@ -143,29 +185,6 @@ def read_config(run):
 
 def _digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def asked(args):
-    """What an evaluation with these arguments says of itself in metrics.json."""
-    return {
-        'split': args.split,
-        'testimages': args.testimages,
-        'testmc': args.testmc[-1],
-        'bins': args.bins,
-        'bnrefresh': args.bnrefresh,
-        'laplace': args.laplace,
-    }
-
-
-def metrics_file(run, args):
-    """Where an evaluation with these arguments puts what it measures."""
-    return run / f'metrics{mark(args.split, args.laplace, args.checkpoint)}.json'
-
-
-def mark(split, laplace, checkpoint=None):
-    """What tells the files of an evaluation from those of the usual one."""
-    marks = [split] * (split != 'test') + ['laplace'] * laplace + [str(checkpoint)] * (checkpoint is not None)
-    return ''.join(f'-{mark}' for mark in marks)
 
 
 def end_of_training(config, epochs):

@@ -128,15 +128,25 @@ def arrays_from_first(arrays):
     return jax.tree.map(sharding.like_key, multihost_utils.broadcast_one_to_all(numbers), arrays)
 
 
-def reached_stop(stop, call):
-    """Whether training is to end after a step, which is asked once a step: all processes end after the same one.
+_SHARE = 0.4  # of a device's memory that images may take
 
-    stop: a signals.Stop. Of several processes, JAX's service for preemption tells all of the SIGTERM of any; it wants
-    the number of the call, from 1 on: of a signal before the first it tells at number 1.
+
+def must_stream(images):
+    """Returns, in all processes, whether images would fill a device of the first process."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+    return from_first(lambda: limit is not None and images.nbytes > _SHARE * limit)
+
+
+def reached_stop(stop):
+    """Returns whether training is to end after a step. All processes end after the same step.
+
+    To be called once a step, with a signals.Stop. JAX's service for preemption tells all processes of the SIGTERM of
+    any. It wants the number of the call, from 1 on, and tells of an earlier signal at number 1.
     """
+    stop.calls += 1
     if not jax.distributed.is_initialized():
         return stop.signal is not None
-    if multihost_utils.reached_preemption_sync_point(call):
+    if multihost_utils.reached_preemption_sync_point(stop.calls):
         stop.signal = signal.SIGTERM
     return stop.signal is not None
 

@@ -1,4 +1,7 @@
-"""What every script does first: configures JAX, turns errors into one line, survives output that breaks off."""
+"""How every script starts: imports JAX, configured as scripts need it, and ends mistakes in one line.
+
+Scripts import this module before anything that imports JAX.
+"""
 
 import contextlib
 import io
@@ -11,6 +14,19 @@ import warnings
 from importlib import metadata
 
 import errors
+
+
+def _version(package):
+    return tuple(int(part) for part in metadata.version(package).split('.')[:3] if part.isdecimal())
+
+
+if _version('jaxlib') < (0, 10, 2):  # logs an error for each cached function, because it misreads the CPU's features
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+try:
+    import jax
+except ValueError as error:  # of a variable that JAX does not understand
+    print(f'{os.path.basename(sys.argv[0])}: error: JAX cannot start: {errors.first_line(error)}', file=sys.stderr)
+    sys.exit(2)
 
 # The part of JAX's configuration that changes a run's numbers, or that the scripts cannot work with otherwise.
 _CONFIGURATION = {
@@ -30,30 +46,13 @@ _CONFIGURATION = {
     'jax_transfer_guard_device_to_device': 'allow',
     'jax_transfer_guard_device_to_host': 'allow',
 }
+for _name, _value in _CONFIGURATION.items():  # whatever the environment says
+    if _name in jax.config.values:
+        jax.config.update(_name, _value)
 
 
-def use_jax(compilecache='off'):
-    """Imports JAX and configures it as the scripts need it, whatever the environment says."""
-    if _version('jaxlib') < (0, 10, 2):  # logs an error for each cached function: it misreads the CPU's features
-        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    try:
-        import jax
-    except ValueError as error:  # of a variable that JAX does not understand
-        raise errors.UserError(f'JAX cannot start: {errors.first_line(error)}') from error
-    for name, value in _CONFIGURATION.items():
-        if name in jax.config.values:
-            jax.config.update(name, value)
-    use_compilecache(compilecache)
-
-
-def _version(package):
-    return tuple(int(part) for part in metadata.version(package).split('.')[:3] if part.isdecimal())
-
-
-def use_compilecache(folder):
+def use_compilecache(folder: str) -> None:
     """Turns JAX's persistent compilation cache on, unless folder is 'off'. Warns if it cannot be written, once."""
-    import jax
-
     if folder != 'off':
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)

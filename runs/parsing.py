@@ -25,24 +25,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {errors.printable(message)} (see --help)\n')
 
     def add_choice(self, flag, names, also=None, **options):
-        """A flag that takes one of `names` in any case, or a name that begins with `also`."""
+        """Adds a flag of type `choice`."""
+        type = choice(names, also)
+        self.add_argument(flag, type=type, metavar=type.metavar, **options)
 
-        def choose(text):
-            if text.lower() in names or (also and text.startswith(also) and text != also):
-                return text.lower() if text.lower() in names else text
-            near = difflib.get_close_matches(text.lower(), names, n=1)
-            hint = f'did you mean {near[0]}? ' if near else ''
-            raise argparse.ArgumentTypeError(f'unknown: {text!r}; {hint}choose from {", ".join(listed)}')
-
-        listed = [*names, f'{also}NAME'] if also else list(names)
-        self.add_argument(flag, type=choose, metavar=f'{{{",".join(listed)}}}', **options)
-
-    def given(self, argv=None):
-        """The values of the flags that argv gives, by name, even where they equal the default."""
-        names = [action.dest for action in self._actions if action.dest != 'help']
+    def parse(self, argv=None) -> tuple[argparse.Namespace, dict]:
+        """Returns all flags of a command line, and {name: value} of the flags that it gives."""
         unset = object()
-        args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-        return {name: value for name, value in vars(args).items() if value is not unset}
+        actions = [action for action in self._actions if action.dest != 'help']
+        args = self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in actions}))
+        given = {name: value for name, value in vars(args).items() if value is not unset}
+        return argparse.Namespace(**{action.dest: action.default for action in actions} | given), given
 
     def is_switch(self, name):
         """Returns whether a flag takes no value."""
@@ -85,6 +78,21 @@ def _checked_value(action, values):
         return action.type(str(value)) if action.type else str(value)
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise ValueError(f'--{action.dest}: {error}') from error
+
+
+def choice(names, also=None):
+    """A flag type: one of `names` in any case, or a name that begins with `also`."""
+
+    def choose(text):
+        if text.lower() in names or (also and text.startswith(also) and text != also):
+            return text.lower() if text.lower() in names else text
+        near = difflib.get_close_matches(text.lower(), names, n=1)
+        hint = f'did you mean {near[0]}? ' if near else ''
+        raise argparse.ArgumentTypeError(f'unknown: {text!r}; {hint}choose from {", ".join(listed)}')
+
+    listed = [*names, f'{also}NAME'] if also else list(names)
+    choose.metavar = f'{{{",".join(listed)}}}'
+    return choose
 
 
 def add_compilecache(parser):

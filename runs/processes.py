@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
-import test
 from runs import folders, json_files, signals, training_flags
 
 SCRIPTS = Path(__file__).parent.parent
@@ -66,7 +65,10 @@ def on_devices(tasks, number=None):
 
 
 class _StoppedError(Exception):
-    """There was a signal to end."""
+    """A signal came, and the process with this number, or None, has ended."""
+
+    def __init__(self, number=None):
+        self.number = number
 
 
 class _Processes:
@@ -96,7 +98,7 @@ class _Processes:
                 write(line)
         self._running.discard(process)
         if self.signal:
-            raise _StoppedError
+            raise _StoppedError(process.pid)
         return process.returncode
 
     def _pass_on(self, number, frame):
@@ -147,15 +149,20 @@ def _gpus():
 
 def train_seeds(values, seeds):
     """Trains with the flags {name: value} and each seed, in processes whose lines it prints; returns an exit status."""
+    args = training_flags.parse_args(arguments(values))
     left = set(seeds)
 
     def train(seed, run):
         def write(line):
             print(f'seed {seed}: {line}', end='', flush=True)
-            if line.startswith(signals.SAVED):
-                left.discard(seed)
 
-        status = run([sys.executable, SCRIPTS / 'train.py', *arguments(values | {'randomseed': seed})], write)
+        try:
+            status = run([sys.executable, SCRIPTS / 'train.py', *arguments(values | {'randomseed': seed})], write)
+        except _StoppedError as stopped:
+            parent = folders.parent_of(args.resultsfolder, args.dataset, args.model, args.optim)
+            if any(folders.has_checkpoint(path) for path in folders.locked_by(parent, stopped.number)):
+                left.discard(seed)
+            raise
         left.discard(seed)
         return status
 
@@ -169,11 +176,20 @@ def train_seeds(values, seeds):
     return max(128 - status if status < 0 else status for status in statuses)
 
 
-def trained_and_tested(run, folder, values, tests):
-    """Trains one run below `folder` with the flags {name: value}, or goes on with the one that is there, and calls
-    test.py with each of the argument lists `tests`. What they print goes to folder/output.txt.
+def trained_and_tested(run, folder, values, requests):
+    """Trains one run, or resumes it, and evaluates it. What is printed goes to folder/output.txt.
 
-    run: what on_devices gives a task. Returns the run folder, and what each call measured. Raises RunError.
+    Args:
+        run: what on_devices gives a task.
+        folder: has the run folder below it.
+        values: flags of train.py, {name: value}.
+        requests: an evaluation.request.Request for each call of test.py.
+
+    Returns:
+        The run folder, and a list of what each call measured.
+
+    Raises:
+        RunError: a script failed, or the folder holds another run.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +198,7 @@ def trained_and_tested(run, folder, values, tests):
         with folders.locked(folder), open(folder / 'output.txt', 'a', buffering=1) as output:
             call = partial(_call, run, folder, output)
             trained = _trained(call, folder, values)
-            return trained, [_tested(call, trained, values, given) for given in tests]
+            return trained, [_tested(call, trained, values, request) for request in requests]
     except (OSError, ValueError) as error:
         raise folders.RunError(f'{folder}: {error}') from error
 
@@ -218,15 +234,10 @@ def _trained(call, folder, values):
     return next(folder.glob('*/*/run_*'))
 
 
-def _tested(call, trained, values, given):
-    folders = arguments({name: value for name, value in values.items() if name in ('datasetfolder', 'compilecache')})
-    call('test.py', [f'--resultsfolder={trained}', *folders, *given])
-    return metrics(trained, given)
-
-
-def metrics(trained, given):
-    """What test.py measured of a run folder when it was last called with such arguments. Raises OSError, ValueError."""
-    return json_files.read_json(folders.metrics_file(trained, test.parse_args([f'--resultsfolder={trained}', *given])))
+def _tested(call, trained, values, request):
+    folders_given = {name: value for name, value in values.items() if name in ('datasetfolder', 'compilecache')}
+    call('test.py', [f'--resultsfolder={trained}', *arguments(folders_given), *request.arguments()])
+    return json_files.read_json(request.metrics_file(trained))
 
 
 def require_same_flags(folder, values):
@@ -234,7 +245,7 @@ def require_same_flags(folder, values):
     exempt = {*training_flags.OF_START, *training_flags.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
     for path in folder.glob('*/*/run_*/config.json'):
         given = vars(training_flags.parse_args(arguments(values)))
-        held = training_flags.read_config(path.parent)['flags']
+        held = training_flags.checked_config(path.parent)['flags']
         for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
             if held[name] != given[name]:
                 raise folders.RunError(
@@ -244,6 +255,5 @@ def require_same_flags(folder, values):
 
 
 def begun_run(folder):
-    """The run folder below `folder` that has a checkpoint to go on from, None if there is none."""
-    checkpoints = folder.glob('*/*/run_*/checkpoints/*')
-    return next((path.parent.parent for path in checkpoints if path.name.isdecimal()), None)
+    """Returns the run folder below `folder` that has a checkpoint to resume from, None if there is none."""
+    return next((run for run in folder.glob('*/*/run_*') if folders.has_checkpoint(run)), None)

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import errors
+from runs import folders, hosts
+
 
 def environment():
     """Versions, git commit and device of this process, for the record."""
@@ -25,6 +28,21 @@ def environment():
         'device': f'{device.platform}: {device.device_kind}, {os.cpu_count()} CPU cores',
         'cpu': _cpu_name(),
     }
+
+
+def require_same_precision(run: Path, before: dict) -> None:
+    """Raises a RunError if matrices are multiplied in another precision than before. Warns of other XLA_FLAGS.
+
+    before: the run's configuration; one from before these were recorded is taken for the same.
+    """
+    now = environment()
+    precision, flags = before.get('matmul_precision'), before.get('xla_flags', now['xla_flags'])
+    if 'matmul_precision' in before and precision != now['matmul_precision']:
+        begun, given = precision or 'unset', now['matmul_precision'] or 'unset'
+        raise folders.RunError(f'JAX_DEFAULT_MATMUL_PRECISION is {given}, and {run} was begun with {begun}: set it so')
+    if flags != now['xla_flags'] and hosts.is_first():
+        what = f'XLA_FLAGS is {now["xla_flags"]!r}, and {run} was begun with {flags!r}'
+        print(f'train.py: warning: {errors.printable(what)}: numbers may differ by rounding', file=sys.stderr)
 
 
 def _cpu_name():

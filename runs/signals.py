@@ -7,8 +7,6 @@ import sys
 import threading
 import time
 
-SAVED = 'saved; go on with: python train.py --resume'  # what a run says that a signal has stopped
-
 # Slurm's preemption, Ctrl-C, Slurm's warning before a time limit, a terminal that is closed.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -48,6 +46,7 @@ class Stop:
 
     def __init__(self):
         self.signal = None
+        self.calls = 0  # of hosts.reached_stop
         self._noted_at = None
         self._begun = False
         self._before = {}

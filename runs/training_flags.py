@@ -1,38 +1,105 @@
-"""The flags of a run: what train.py takes, and what a run's configuration holds.
-
-Needs neither JAX nor the tables that it lists the names of, so that --help and usage errors answer at once.
-"""
+"""The flags of a run: what train.py takes, and what a run's configuration holds."""
 
 import argparse
 import math
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
+import data
+import models
+from optimizers import OPTIMIZERS
 from runs import folders, parsing
+from runs.parsing import integer, number
 
-DATASETS = ('cifar10', 'cifar100', 'tinyimagenet', 'svhn', 'mnist', 'fashion', 'digits')
-MODELS = ('resnet18', 'resnet20', 'mlp', 'lenet')
-
-# The flags of each optimizer, with its defaults; those of sgd, sam and bsam are the reference's.
-_SGD = {'alpha': 1.0, 'beta1': 0.9, 'priorprec': 25.0}
-_ADAM = {'alpha': 0.001, 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 25.0}
-_SHARP = {'rho': 0.1, 'batchsplit': 8, 'bnupdate': 'both', 'atonce': None}
-OPTIMIZERS = {
-    'sgd': _SGD,
-    'sam': _SGD | _SHARP,
-    'bsam': _SGD | _SHARP | {'beta2': 0.999, 'custominit': 1.0, 'damping': 0.1},
-    'adam': _ADAM,
-    'adamw': _ADAM,
-    'samadam': _ADAM | _SHARP,
-    'asam': _SGD | _SHARP | {'rho': 0.5, 'eta': 0.01},
-    'swag': _SGD | {'swagstart': 0.5, 'swagrate': 0.2, 'swagrank': 20},
-    'ivon': {
-        'alpha': 0.2, 'beta1': 0.9, 'beta2': 0.99999, 'priorprec': 10.0, 'hessinit': 0.5, 'clip': None, 'batchsplit': 1,
-        'trainmc': 1, 'atonce': None,
-    },
-}  # fmt: skip
-WITH_POSTERIOR = ('bsam', 'swag', 'ivon')  # whose samples are others than the mean
 PRECISIONS = ('float32', 'bfloat16')
 BNUPDATES = ('both', 'first', 'second')
+
+
+class OptimizerFlag(NamedTuple):
+    """A flag that some optimizers take.
+
+    Attributes:
+        name: of the flag.
+        argument: the name of its value in optimizers.py; None if the schedule of the learning rate takes it.
+        type: what argparse calls with the text.
+        defaults: {optimizer: default} of all optimizers that take the flag.
+        help: without the defaults.
+    """
+
+    name: str
+    argument: str | None
+    type: Callable
+    defaults: dict
+    help: str
+
+
+def _each(names, default):
+    return dict.fromkeys(names, default)
+
+
+_LIKE_SGD = ('sgd', 'sam', 'bsam', 'asam', 'swag')
+_LIKE_ADAM = ('adam', 'adamw', 'samadam')
+_SHARPNESS_AWARE = ('sam', 'bsam', 'samadam', 'asam')
+
+# Defaults of sgd, sam and bsam are the reference's. experiment.py converts what an optimizer takes in another form.
+OPTIMIZER_FLAGS = (
+    OptimizerFlag(
+        'alpha', 'learning_rate', number(above=0), _each(_LIKE_SGD, 1.0) | _each(_LIKE_ADAM, 0.001) | {'ivon': 0.2},
+        'learning rate α, before the schedule',
+    ),
+    OptimizerFlag(
+        'rho', 'rho', number(minimum=0), _each(_SHARPNESS_AWARE, 0.1) | {'asam': 0.5},
+        'ρ: evaluate at w + ρ g/‖g‖ (sam, samadam), w + ρ g/s (bsam), w + ρ T²g/‖Tg‖ (asam)',
+    ),
+    OptimizerFlag(
+        'beta1', 'beta1', number(minimum=0, below=1), _each((*_LIKE_SGD, *_LIKE_ADAM, 'ivon'), 0.9),
+        'β₁: m ← β₁m + g + δw (sgd, sam, asam, swag), m ← β₁m + (1−β₁)(g + δw) (others, adamw and ivon without δw)',
+    ),
+    OptimizerFlag(
+        'beta2', 'beta2', number(minimum=0, below=1), _each(('bsam', *_LIKE_ADAM), 0.999) | {'ivon': 0.99999},
+        'β₂: s ← β₂s + (1−β₂)(√s|g| + γ + δ) (bsam); decay of g² (Adam and its kin) or of h (ivon)',
+    ),
+    OptimizerFlag(
+        'priorprec', 'prior_precision', number(minimum=0), _each((*_LIKE_SGD, *_LIKE_ADAM), 25.0) | {'ivon': 10.0},
+        'prior precision: the weight decay is δ = priorprec / N',
+    ),
+    OptimizerFlag(
+        'batchsplit', 'num_sub_batches', integer(1), _each(_SHARPNESS_AWARE, 8) | {'ivon': 1},
+        'sub-batches M of a batch, each with a perturbation or noise of its own',
+    ),
+    OptimizerFlag(
+        'atonce', 'atonce', integer(1), _each((*_SHARPNESS_AWARE, 'ivon'), None),
+        'sub-batches that are computed together, at most: they fill a GPU, and each takes memory (all; on CPUs 1)',
+    ),
+    OptimizerFlag(
+        'bnupdate', 'bnupdate', parsing.choice(BNUPDATES), _each(_SHARPNESS_AWARE, 'both'),
+        'which of the two gradients moves batch statistics',
+    ),
+    OptimizerFlag('custominit', 'initial_precision', number(above=0), {'bsam': 1.0}, 'initial precision s'),
+    OptimizerFlag('damping', 'damping', number(minimum=0), {'bsam': 0.1}, 'damping γ of the precision'),
+    OptimizerFlag('eta', 'eta', number(minimum=0), {'asam': 0.01}, 'η: T = |w| + η'),
+    OptimizerFlag(
+        'swagstart', 'swagstart', number(minimum=0, below=1), {'swag': 0.5},
+        'fraction of the epochs after which weights are recorded, once an epoch',
+    ),
+    OptimizerFlag('swagrate', None, number(above=0), {'swag': 0.2}, 'learning rate from there on, relative to alpha'),
+    OptimizerFlag(
+        'swagrank', 'swagrank', integer(2, below=1001), {'swag': 20}, 'deviations that are kept for the covariance'
+    ),
+    OptimizerFlag('hessinit', 'initial_hessian', number(above=0), {'ivon': 0.5}, 'initial Hessian h₀'),
+    OptimizerFlag(
+        'clip', 'clip', number(above=0), {'ivon': None}, 'bound of an update before the learning rate, none by default'
+    ),
+    OptimizerFlag('trainmc', 'num_samples', integer(1), {'ivon': 1}, 'samples of the weights a sub-batch'),
+)  # fmt: skip
+
+
+def rows_of(optim: str) -> list[OptimizerFlag]:
+    """Returns the rows of the flags that an optimizer takes."""
+    return [row for row in OPTIMIZER_FLAGS if optim in row.defaults]
+
 
 # Flags of a start, which are not kept with the run.
 OF_START = ('resume', 'checkpoint', 'coordinator', 'processes', 'processid', 'jointimeout', 'seeds')
@@ -44,37 +111,42 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def parse_args(argv=None):
-    """The flags of argv. Those of the reference have its defaults.
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the flags of a command line. See `parse`."""
+    return parse(argv)[0]
 
-    Those of the optimizer are set but with --resume, where the run has them.
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """Returns all flags of a command line, and {name: value} of those that it gives.
+
+    Flags of the reference have its defaults. With --resume the optimizer's flags stay unset, because the run has them.
+    Ends the script with status 2 for flags that cannot be.
     """
     parser = create_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse(argv)
     if args.checkpoint is not None and args.resume is None:
         parser.error('--checkpoint goes with --resume')
     parsing.require_whole_address(parser, args)
-    _require_own_seeds(parser, args, argv)
+    _require_own_seeds(parser, args, given)
     if args.resume is None:
         _choose_own_flags(parser, args)
         try:
             _require_consistency(args)
         except ValueError as error:
             parser.error(str(error))
-    return args
+    return args, given
 
 
-def _require_own_seeds(parser, args, argv):
-    given = parser.given(argv) if args.seeds else {}
+def _require_own_seeds(parser, args, given):
     for name in ('resume', 'randomseed', 'coordinator', 'devices'):
-        if name in given:
+        if args.seeds and name in given:
             parser.error(f'--seeds does not go with --{name}')
     if len(set(args.seeds)) < len(args.seeds):
         parser.error('--seeds names a seed twice')
 
 
-def first_constant_epoch(epochs, swagstart):
-    """SWAG's first epoch, from 0, with a constant rate, of epochs + 1."""
+def first_constant_epoch(epochs: int, swagstart: float) -> int:
+    """Returns SWAG's first epoch, from 0, with a constant rate, of epochs + 1."""
     return math.floor(swagstart * (epochs + 1))
 
 
@@ -93,26 +165,25 @@ def _require_consistency(args):
 
 def _choose_own_flags(parser, args):
     """Sets the optimizer's defaults where no flag was given; an error for flags of other optimizers."""
-    for name in _OWN_FLAGS - OPTIMIZERS[args.optim].keys():
-        if getattr(args, name) is not None:
-            takes = ', '.join(f'--{other}' for other in OPTIMIZERS[args.optim])
-            parser.error(f'--{name} is no flag of {args.optim}, which takes {takes}')
+    for row in OPTIMIZER_FLAGS:
+        if args.optim not in row.defaults and getattr(args, row.name) is not None:
+            takes = ', '.join(f'--{other.name}' for other in rows_of(args.optim))
+            parser.error(f'--{row.name} is no flag of {args.optim}, which takes {takes}')
     _set_defaults(args)
 
 
 def _set_defaults(args):
-    """The optimizer's defaults where there is no value; None for flags of other optimizers."""
-    own = OPTIMIZERS[args.optim]
-    for name in _OWN_FLAGS:
-        if name not in own or getattr(args, name) is None:
-            setattr(args, name, own.get(name))
+    """Sets the optimizer's defaults where there is no value, and None for flags of other optimizers."""
+    for row in OPTIMIZER_FLAGS:
+        if args.optim not in row.defaults or getattr(args, row.name) is None:
+            setattr(args, row.name, row.defaults.get(args.optim))
 
 
-_OWN_FLAGS = {name for own in OPTIMIZERS.values() for name in own}
+def flags_of(config: dict, run: Path) -> argparse.Namespace:
+    """Returns the flags of a run from its configuration, held to the same bounds as on the command line.
 
-
-def flags_of(config, run):
-    """The flags of a run from its configuration, held to the same bounds as on the command line. Raises RunError."""
+    Raises RunError.
+    """
     if not isinstance(config.get('flags'), dict):
         raise folders.RunError(f'{run}/config.json holds no flags')
     try:
@@ -124,25 +195,29 @@ def flags_of(config, run):
     return args
 
 
-def read_config(run):
-    """A run's configuration, whose flags are those of flags_of. Raises RunError."""
+def checked_config(run: Path) -> dict:
+    """Returns the configuration of a run, with flags as from `flags_of`. Raises RunError.
+
+    Raises DataError if the data set is none that train.py could have read.
+    """
     config = folders.read_config(run)
+    data.check_description(config.get('dataset'), Path(run) / 'config.json')
     return config | {'flags': vars(flags_of(config, run))}
 
 
-def folder_there(dataset_folder):
+def folder_there(dataset_folder: str) -> str:
     """Returns the folder of a run's data sets, or the default one if that is not there, as on another machine."""
     return dataset_folder if os.path.isdir(dataset_folder) else os.path.abspath('datasets')
 
 
-def continued(args, given, run):
-    """The flags `args` of a run, with those that were given now, if they may differ. Raises RunError."""
+def continued(args: argparse.Namespace, given: dict, run: Path) -> argparse.Namespace:
+    """Returns the flags `args` of a run, with the flags that are given now, if these may differ. Raises RunError."""
     given = {name: value for name, value in given.items() if name not in OF_START}
     if 'datasetfolder' in given:
         given['datasetfolder'] = os.path.abspath(given['datasetfolder'])
     for name, value in given.items():
         held = getattr(args, name)
-        if name in _OWN_FLAGS - OPTIMIZERS[args.optim].keys():
+        if any(row.name == name and args.optim not in row.defaults for row in OPTIMIZER_FLAGS):
             raise folders.RunError(f'--{name} is no flag of {args.optim}, with which {run} was begun: leave it out')
         if value != held and name not in MAY_CHANGE:
             raise folders.RunError(f'--{name} {value}: {run} was begun with {held}; leave it out, or begin another run')
@@ -153,53 +228,40 @@ def continued(args, given, run):
     return argparse.Namespace(**vars(args) | {'datasetfolder': folder_there(args.datasetfolder)} | given)
 
 
-def create_parser():
+def create_parser() -> parsing.Parser:
+    """Returns the parser of train.py."""
     parser = parsing.Parser('Train an image classifier and leave a run folder for test.py.')
     add = parser.add_argument
     help = 'go on with the run in this folder; its flags hold, but for --epochs and some others'
     add('--resume', type=parsing.path, metavar='RUN', help=help)
     help = 'with --resume: go on from this checkpoint, a number of steps, instead of the newest'
-    add('--checkpoint', type=parsing.integer(0), metavar='STEP', help=help)
-    add('--randomseed', type=parsing.integer(0, below=2**32), default=0, help='seed of everything that is random')
+    add('--checkpoint', type=integer(0), metavar='STEP', help=help)
+    add('--randomseed', type=integer(0, below=2**32), default=0, help='seed of everything that is random')
     help = 'train with each of these seeds, a run each: on a GPU each, or one after another'
-    add('--seeds', type=parsing.integer(0, below=2**32), nargs='+', default=[], metavar='SEED', help=help)
+    add('--seeds', type=integer(0, below=2**32), nargs='+', default=[], metavar='SEED', help=help)
     parser.add_choice('--optim', OPTIMIZERS, default='sgd', help=_OPTIMIZER_HELP)
-    beta = parsing.number(minimum=0, below=1)
-    _add_own(parser, 'alpha', parsing.number(above=0), 'learning rate α, before the schedule')
-    help = 'ρ: evaluate at w + ρ g/‖g‖ (sam, samadam), w + ρ g/s (bsam), w + ρ T²g/‖Tg‖ (asam)'
-    _add_own(parser, 'rho', parsing.number(minimum=0), help)
-    help = 'β₁: m ← β₁m + g + δw (sgd, sam, asam, swag), m ← β₁m + (1−β₁)(g + δw) (others, adamw and ivon without δw)'
-    _add_own(parser, 'beta1', beta, help)
-    help = 'β₂: s ← β₂s + (1−β₂)(√s|g| + γ + δ) (bsam); decay of g² (Adam and its kin) or of h (ivon)'
-    _add_own(parser, 'beta2', beta, help)
-    help = 'prior precision: the weight decay is δ = priorprec / N'
-    _add_own(parser, 'priorprec', parsing.number(minimum=0), help)
+    for row in OPTIMIZER_FLAGS:
+        add(f'--{row.name}', type=row.type, metavar=getattr(row.type, 'metavar', None), help=row.help + _defaults(row))
     help = 'data augmentation factor: N = training images × dafactor'
-    add('--dafactor', type=parsing.number(above=0), default=1.0, help=help)
-    add('--batchsize', type=parsing.integer(1), default=200, help='images per training step')
-    add('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch of the test set')
-    add('--epochs', type=parsing.integer(0), default=180, help='epochs; as in the reference one more is run')
+    add('--dafactor', type=number(above=0), default=1.0, help=help)
+    add('--batchsize', type=integer(1), default=200, help='images per training step')
+    add('--testbatchsize', type=integer(1), default=200, help='images per batch of the test set')
+    add('--epochs', type=integer(0), default=180, help='epochs; as in the reference one more is run')
     help = 'epochs e with learning rate α (e+1)/warmup; then α ½(1 + cos(π (e−warmup)/(epochs+1−warmup)))'
-    add('--warmup', type=parsing.integer(0), default=5, help=help)
+    add('--warmup', type=integer(0), default=5, help=help)
     help = 'data set; tfds/NAME is one that TensorFlow Datasets prepared in the folder of the data sets'
-    parser.add_choice('--dataset', DATASETS, also='tfds/', default='cifar10', help=help)
-    help = 'sub-batches M of a batch, each with a perturbation or noise of its own'
-    _add_own(parser, 'batchsplit', parsing.integer(1), help)
-    help = 'sub-batches that are computed together, at most: they fill a GPU, and each takes memory (all; on CPUs 1)'
-    _add_own(parser, 'atonce', parsing.integer(1), help)
-    help = 'which of the two gradients moves batch statistics'
-    parser.add_choice('--bnupdate', BNUPDATES, help=help + _defaults('bnupdate'))
+    parser.add_choice('--dataset', data.DATASETS, also='tfds/', default='cifar10', help=help)
     help = 'train on so many of the training images, a random part that is the same for all seeds; all by default'
-    add('--trainimages', type=parsing.integer(1), metavar='N', help=help)
+    add('--trainimages', type=integer(1), metavar='N', help=help)
     help = 'keep this fraction of the training images out, and evaluate epochs on it instead of the test set'
-    add('--validation', type=parsing.number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
+    add('--validation', type=number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
     add('--noaugment', action='store_true', help='no random crops and flips')
-    parser.add_choice('--model', MODELS, default='resnet18', help='network')
+    parser.add_choice('--model', models.MODELS, default='resnet18', help='network')
     add('--datasetfolder', type=parsing.folder, default='datasets', help='folder of the data sets')
     help = 'the run is kept in RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K'
     add('--resultsfolder', type=parsing.folder, default='results', help=help)
     help = 'devices that share batches, or the sub-batches of optimizers that have them; all that there are by default'
-    add('--devices', type=parsing.integer(1), help=help)
+    add('--devices', type=integer(1), help=help)
     help = 'send each batch when it is due, instead of all images at first; done anyway with images too large for that'
     add('--stream', action=argparse.BooleanOptionalAction, default=False, help=help)
     parsing.add_coordinator(parser)
@@ -211,16 +273,6 @@ def create_parser():
     help = 'keep the checkpoint of best accuracy in the log besides the last two; not for choosing what you report'
     add('--keepbest', action='store_true', help=help)
     add('--keepgoing', action='store_true', help='train on where the loss or the state is not finite')
-    _add_own(parser, 'custominit', parsing.number(above=0), 'initial precision s')
-    _add_own(parser, 'damping', parsing.number(minimum=0), 'damping γ of the precision')
-    _add_own(parser, 'eta', parsing.number(minimum=0), 'η: T = |w| + η')
-    help = 'fraction of the epochs after which weights are recorded, once an epoch'
-    _add_own(parser, 'swagstart', parsing.number(minimum=0, below=1), help)
-    _add_own(parser, 'swagrate', parsing.number(above=0), 'learning rate from there on, relative to alpha')
-    _add_own(parser, 'swagrank', parsing.integer(2, below=1001), 'deviations that are kept for the covariance')
-    _add_own(parser, 'hessinit', parsing.number(above=0), 'initial Hessian h₀')
-    _add_own(parser, 'clip', parsing.number(above=0), 'bound of an update before the learning rate, none by default')
-    _add_own(parser, 'trainmc', parsing.integer(1), 'samples of the weights a sub-batch')
     return parser
 
 
@@ -231,16 +283,11 @@ _OPTIMIZER_HELP = (
 )
 
 
-def _add_own(parser, name, type, help):
-    """A flag that some optimizers take, each with its own default."""
-    parser.add_argument(f'--{name}', type=type, help=help + _defaults(name))
-
-
-def _defaults(name):
-    """For --help: the default, or which optimizers have which."""
+def _defaults(row):
+    """Returns, for --help, the default of each optimizer that has one."""
     optimizers_of = {}
-    for optim, own in OPTIMIZERS.items():
-        if own.get(name) is not None:
-            optimizers_of.setdefault(own[name], []).append(optim)
+    for optim in OPTIMIZERS:
+        if row.defaults.get(optim) is not None:
+            optimizers_of.setdefault(row.defaults[optim], []).append(optim)
     texts = [f'{value} for {", ".join(names)}' for value, names in optimizers_of.items()]
     return f' (default: {"; ".join(texts)})' if texts else ''

@@ -9,8 +9,6 @@ which nothing was chosen by, with ensembles, and Laplace approximations where an
 drawn and chosen goes to OUTPUT.json, the tables to OUTPUT.md and .csv.
 """
 
-import contextlib
-import io
 import math
 import shutil
 import sys
@@ -21,8 +19,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import test
-from runs import json_files, launch, parsing, processes, provenance, training_flags
+import experiment
+from evaluation import comparison, predictions
+from evaluation.request import Request
+from runs import folders, json_files, launch, parsing, processes, provenance, training_flags
 
 _SGD = {'alpha': (0.003, 0.3), 'priorprec': (0.3, 30)}
 _ADAM = {'alpha': (1e-4, 1e-2), 'priorprec': (0.3, 30)}
@@ -55,13 +55,13 @@ def main(argv=None):
     trained = complete(args, final)
     record = provenance.of_command('studies/methods.py', argv)
     record['optimizers'] = {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen}
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        test.main(['--reuse', '--ensemble', f'--output={args.folder}', '--resultsfolder', *map(str, trained)])
-    tables = out.getvalue()
+    results = [result for run in trained for _, result in predictions.results_of(run, folders.read_config(run))]
+    text, rows, values = comparison.report(results, Request.bins, with_ensembles=True)
     json_files.write_json(args.output.with_suffix('.json'), record)
-    args.output.with_suffix('.md').write_text(tables[: tables.index('written:')].strip() + '\n')
+    args.output.with_suffix('.md').write_text(text.strip() + '\n')
+    comparison.write(args.folder, rows, values)
     shutil.copy(args.folder / 'comparison.csv', args.output.with_suffix('.csv'))
-    print(tables)
+    print(text)
 
 
 def parse_args(argv):
@@ -111,8 +111,8 @@ def complete(args, tasks):
 def tune(args, number, optim, drawn, run):
     """Trains with the settings drawn; returns the NLL over samples on the images that were kept out."""
     values = tuning_flags(args, optim, drawn)
-    tests = [['--split=validation', '--testmc=8']]
-    _, (measured,) = processes.trained_and_tested(run, args.folder / 'tuning' / f'{number:03}', values, tests)
+    requests = [Request(split='validation', testmc=(8,))]
+    _, (measured,) = processes.trained_and_tested(run, args.folder / 'tuning' / f'{number:03}', values, requests)
     nll = measured['average']['nll']
     print(optim, drawn, nll, flush=True)
     return math.inf if nll is None else nll
@@ -121,8 +121,8 @@ def tune(args, number, optim, drawn, run):
 def train(args, optim, chosen, seed, run):
     """Trains with the settings chosen and evaluates; returns the run folder."""
     values = final_flags(args, optim, chosen, seed)
-    tests = [['--testmc=32']] + [['--testmc=32', '--laplace']] * (optim not in training_flags.WITH_POSTERIOR)
-    trained, _ = processes.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, tests)
+    requests = [Request(testmc=(32,))] + [Request(testmc=(32,), laplace=True)] * experiment.is_point(optim)
+    trained, _ = processes.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, requests)
     print(trained, flush=True)
     return trained
 
@@ -137,7 +137,7 @@ def final_flags(args, optim, chosen, seed):
 
 def flags_of(args, optim, chosen):
     values = {name: getattr(args, name) for name in ('dataset', 'model', 'datasetfolder', 'batchsize')}
-    if 'rho' in training_flags.OPTIMIZERS[optim]:
+    if any(row.name == 'rho' for row in training_flags.rows_of(optim)):
         values['batchsplit'] = args.batchsplit
     return values | {'optim': optim, 'warmup': 1, 'keepgoing': True} | chosen
 

@@ -16,6 +16,7 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import experiment
 import metrics
 from benchmarks import loading, run, throughput
 from evaluation import comparison, measures, plots, tables
@@ -217,7 +218,7 @@ def subjects(found):
     subjects = []
     for variant in (name for name in NAMES if name in found):
         subjects.append(Subject(variant, 'mean'))
-        if variant in training_flags.WITH_POSTERIOR:
+        if not experiment.is_point(variant):
             subjects.append(Subject(variant, 'average'))
         elif 'laplace' in first_of(found[variant])['evaluations']:
             subjects.append(Subject(variant, 'laplace'))
@@ -308,7 +309,7 @@ def published_table(found):
     rows = []
     for name, numbers in PUBLISHED.items():
         flags = study.STUDIES['published'].variants[name]
-        at = 'average' if flags['optim'] in training_flags.WITH_POSTERIOR else 'mean'
+        at = 'mean' if experiment.is_point(flags['optim']) else 'average'
         ours = [
             ', '.join(cells(found[run], at, metrics.SHORT)) if run in found else ''
             for run in (name, f'{name}_bfloat16')
@@ -379,9 +380,7 @@ THROUGHPUT = ('sgd', 'sam', 'bsam')
 
 def few_table(found):
     """Each method as it is meant to be used: averaged over samples where it has a posterior, else at the mean."""
-    used = [
-        Subject(name, 'average' if name in training_flags.WITH_POSTERIOR else 'mean') for name in NAMES if name in found
-    ]
+    used = [Subject(name, 'mean' if experiment.is_point(name) else 'average') for name in NAMES if name in found]
     rows = [[NAMES[name], str(len(found[name])), *cells(found[name], at, comparison.SHOWN)] for name, at in used]
     return tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import experiment
+from evaluation.request import Request
 from runs import folders, json_files, launch, parsing, processes, training_flags
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +28,7 @@ class Study(NamedTuple):
     """Runs that are compared with each other.
 
     flags: of train.py, for all runs; variants: {name: further flags}; seeds: how many runs a variant has; evaluations:
-    {name: (of so many seeds, arguments of test.py)}; tuned_by: the study whose variant of the same optimizer with the
+    {name: (of so many seeds, Request)}; tuned_by: the study whose variant of the same optimizer with the
     least NLL on its validation images gives the flags that are left open; compared: whether test.py compares all runs
     and their ensembles, when all are there.
     """
@@ -77,7 +79,7 @@ _TUNED_ALPHAS = {
 # The learning rates are about those that methods.py chose on all of Fashion-MNIST, the rest is as published.
 _BSAM = {'optim': 'bsam', 'alpha': 0.3, 'priorprec': 40, 'rho': 0.01, 'batchsplit': 8, 'dafactor': 4}
 _SAM = {'optim': 'sam', 'alpha': 0.05, 'priorprec': 25, 'rho': 0.05, 'batchsplit': 8}
-_TEST = {'test': (3, ['--testmc=32'])}
+_TEST = {'test': (3, Request(testmc=(32,)))}
 
 # The commands of the paper's authors for ResNet-18, which need a GPU; in float32, and in bfloat16.
 _SGD_AS_PUBLISHED = {'dataset': 'cifar10', 'optim': 'sgd', 'alpha': 0.03, 'beta1': 0.9, 'priorprec': 25}
@@ -95,11 +97,15 @@ _PUBLISHED = _AS_PUBLISHED | {
     f'{name}_bfloat16': flags | {'precision': 'bfloat16'} for name, flags in _AS_PUBLISHED.items()
 }
 
-_VALIDATION = {'validation': (1, ['--split=validation', '--testmc=8'])}
+_VALIDATION = {'validation': (1, Request(split='validation', testmc=(8,)))}
 
 
 def _each_alpha(methods, alphas):
     return {f'{name}_{alpha:g}': flags | {'alpha': alpha} for name, flags in methods.items() for alpha in alphas[name]}
+
+
+def _wide(numbers):
+    return Request(testmc=numbers, testimages=2500, ood=('cifar100',), temperature=True)
 
 
 STUDIES = {
@@ -109,8 +115,8 @@ STUDIES = {
         _METHODS,
         3,
         {
-            'corrupted': (1, ['--testmc=8', '--testimages=500', '--corruptions']),
-            'test': (3, ['--testmc', '1', '2', '4', '8', '16', '--testimages=2500', '--ood=cifar100', '--temperature']),
+            'corrupted': (1, Request(testmc=(8,), testimages=500, corruptions='')),
+            'test': (3, _wide((1, 2, 4, 8, 16))),
         },
         tuned_by='cifar10_tuning',
     ),
@@ -120,8 +126,8 @@ STUDIES = {
         {name: flags | {'dafactor': 200 if name == 'bsam' else 50} for name, flags in _METHODS.items()},
         5,
         {
-            'corrupted': (1, ['--testmc=8', '--testimages=500', '--corruptions']),
-            'test': (5, ['--testmc', '1', '2', '4', '8', '--testimages=2500', '--ood=cifar100', '--temperature']),
+            'corrupted': (1, Request(testmc=(8,), testimages=500, corruptions='')),
+            'test': (5, _wide((1, 2, 4, 8))),
         },
         tuned_by='cifar10_tuning',
     ),
@@ -131,8 +137,8 @@ STUDIES = {
         _TUNED,
         5,
         {
-            'laplace': (5, ['--laplace', '--testmc=32']),
-            'test': (5, ['--testmc', '1', '2', '4', '8', '16', '32']),
+            'laplace': (5, Request(testmc=(32,), laplace=True)),
+            'test': (5, Request(testmc=(1, 2, 4, 8, 16, 32))),
         },
         tuned_by='fashion_tuning',
         compared=True,
@@ -165,11 +171,11 @@ STUDIES = {
         {f'bnupdate_{which}': _BSAM | {'bnupdate': which, 'batchsplit': 1} for which in training_flags.BNUPDATES},
         3,
         {
-            'refreshed': (3, ['--testmc=4', '--testimages=1000', '--bnrefresh=20']),
-            'test': (3, ['--testmc=4', '--testimages=1000']),
+            'refreshed': (3, Request(testmc=(4,), testimages=1000, bnrefresh=20)),
+            'test': (3, Request(testmc=(4,), testimages=1000)),
         },
     ),
-    'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, ['--testmc=32'])}),
+    'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, Request(testmc=(32,)))}),
 }  # fmt: skip
 
 
@@ -267,12 +273,11 @@ def folder_of(args, name, variant, seed):
 
 
 def evaluations_of(study, flags):
-    """{name: arguments of test.py} of a run with these flags; a Laplace approximation has no place in a posterior."""
+    """Returns {name: Request} of a run with these flags. Only a point estimate gets a Laplace approximation."""
     return {
-        name: arguments
-        for name, (seeds, arguments) in study.evaluations.items()
-        if flags['randomseed'] < seeds
-        and not ('--laplace' in arguments and flags['optim'] in training_flags.WITH_POSTERIOR)
+        name: request
+        for name, (seeds, request) in study.evaluations.items()
+        if flags['randomseed'] < seeds and (not request.laplace or experiment.is_point(flags['optim']))
     }
 
 
@@ -307,8 +312,8 @@ def record_of(trained, flags, evaluations, measured):
         'environment': {name: config[name] for name in ('python', 'versions', 'git_commit', 'device')},
         'log': folders.read_log(trained),
         'evaluations': {
-            name: metrics | {'command': ' '.join(['python test.py --resultsfolder RUN', *arguments])}
-            for (name, arguments), metrics in zip(evaluations.items(), measured, strict=True)
+            name: metrics | {'command': ' '.join(['python test.py --resultsfolder RUN', *request.arguments()])}
+            for (name, request), metrics in zip(evaluations.items(), measured, strict=True)
         },
     }
 

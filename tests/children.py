@@ -49,6 +49,10 @@ class Child:
         with _LOCK:
             return self._process.exitcode
 
+    @property
+    def pid(self):
+        return self._process.pid
+
     def send_signal(self, number):
         os.kill(self._process.pid, number)
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import archives
 import children
-import experiments
+import experiment
 import models
 from runs import checkpoints, folders, launch, processes, signals
 
@@ -184,8 +184,8 @@ def read_log(run):
 
 def restore(run, step=None):
     """What checkpoints.restore returns for a run: (step, state, progress)."""
-    experiment = experiments.create(folders.read_config(run))
-    return checkpoints.restore(run, experiment.state_shapes(), step)
+    functions = experiment.create(folders.read_config(run))
+    return checkpoints.restore(run, functions.state_shapes(), step)
 
 
 def arrays(state):

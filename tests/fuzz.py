@@ -277,8 +277,7 @@ def _json(content):
 def _make_config():
     import jax
 
-    import assessment  # noqa: F401
-    import sessions  # noqa: F401
+    from evaluation import request  # noqa: F401
 
     now = {'matmul_precision': jax.config.jax_default_matmul_precision, 'xla_flags': os.environ.get('XLA_FLAGS', '')}
     return _json(_config() | now)
@@ -300,28 +299,23 @@ def _with_checksum(payload):
 
 def _read_config(folder, payload):
     """As train.py --resume and test.py do, up to the checkpoint and the images."""
-    import assessment
-    import data
-    import experiments
-    import sessions
-    from evaluation import comparison
-    from runs import folders, processes, provenance, training_flags
+    import experiment
+    from evaluation import comparison, request
+    from runs import devices, folders, processes, provenance, training_flags
 
     _write(folder / 'config.json', _with_checksum(payload))
     folders.end_of_training(folders.read_config(folder), 2)
-    config = training_flags.read_config(folder)
+    config = training_flags.checked_config(folder)
     given = {name: value for name, value in config['flags'].items() if value is not None}
     assert vars(training_flags.parse_args(processes.arguments(given))).items() >= config['flags'].items()
     with unittest.mock.patch.object(provenance, 'environment', return_value=_environment()):
-        sessions._require_same_precision(folder, config)
-    data.check_description(config.get('dataset'), folder / 'config.json')
+        provenance.require_same_precision(folder, config)
     assert all(type(config['dataset'][name]) is int for name in ('num_train', 'num_classes'))
     comparison.check_flags([config['flags']], 'validation')
-    asked = {'plots': True, 'ood': [], 'laplace': False, 'temperature': True, 'split': 'test', 'bnrefresh': None}
-    assessment.require_possible(folder, config, argparse.Namespace(**asked))
+    request.require_possible(request.Request(temperature=True), folder, config)
     args = training_flags.continued(argparse.Namespace(**config['flags']), {'compilecache': 'off'}, folder)
-    sessions.create_mesh(args, flags_hold=True)
-    _state_shapes(experiments.create(config))
+    devices.mesh_of_training(args, flags_hold=True)
+    _state_shapes(experiment.create(config))
     folders.write_config(folder, config | {'flags': vars(args)})
 
 
@@ -398,7 +392,7 @@ def _read_log(folder, payload):
     _write(folder / 'log.jsonl', payload)
     log = folders.read_log(folder)
     assert all(type(record['epoch']) is int for record in log)
-    figure = plots.training(log, 'validation')
+    figure = plots.training(log)
     numbers = [abs(x) for record in log for x in record.values() if isinstance(x, float | int) and x]
     if numbers and (max(numbers) > 1e3 or min(numbers) < 1e-3):  # others look alike, and drawing takes long
         with plots.settings(plots._STYLE):
@@ -415,7 +409,8 @@ def _make_metrics():
 def _read_metrics(folder, payload):
     """As sweep.py and studies/study.py do."""
     import sweep
-    from runs import folders, json_files, processes
+    from evaluation.request import Request
+    from runs import folders, json_files
     from studies import study
 
     trained = folder / '0000' / 'digits_mlp' / 'bsam' / 'run_0'
@@ -424,14 +419,14 @@ def _read_metrics(folder, payload):
     _write(trained / 'metrics-validation.json', payload)
     values = dict(flag.removeprefix('--').split('=') for flag in FLAGS)
     print(sweep.summarise(argparse.Namespace(output=folder, testmc=1), [values], [{'rho': 0.1}]))
-    given = ['--split=validation', '--testmc=1']
+    request = Request(split='validation')
     try:
-        measured = processes.metrics(trained, given)
+        measured = json_files.read_json(request.metrics_file(trained))
     except ValueError as error:
         raise folders.RunError(error) from error
-    record = study.record_of(trained, values, {'validation': given}, [measured])
+    record = study.record_of(trained, values, {'validation': request}, [measured])
     json_files.write_json(folder / 'record.json', record)
-    study.require_record(folder / 'record.json', values, {'validation': given})
+    study.require_record(folder / 'record.json', values, {'validation': request})
     assert record['evaluations']['validation']['average']['nll'] is None or np.isfinite(
         record['evaluations']['validation']['average']['nll']
     )
@@ -443,18 +438,15 @@ def _make_lines(records):
 
 def _predictions():
     """The arrays of predictions.npz, as .npy files by name."""
-    from types import SimpleNamespace
-
     import metrics
-    from evaluation import measures, posteriors
+    from evaluation import posteriors, predictions
     from runs import checkpoints
 
     logits = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
     votes = np.int32([[2, 0, 0]] * 5)
     prediction = posteriors.Prediction(logits, metrics.softmax(logits), np.full(5, 0.1), votes)
-    subject = SimpleNamespace(progress=checkpoints.Progress(2, 3), labels=np.arange(5) % 3)
     with tempfile.TemporaryDirectory() as folder:
-        measures.write_predictions(Path(folder) / 'a.npz', prediction, subject, 2)
+        predictions.write(Path(folder) / 'a.npz', prediction, np.arange(5) % 3, 2, checkpoints.Progress(2, 3))
         with zipfile.ZipFile(Path(folder) / 'a.npz') as members:
             return {name: members.read(name) for name in members.namelist()}
 
@@ -481,11 +473,11 @@ def _predictions_by_name():
 
 
 def _read_predictions(folder, payload):
-    import assessment
-    from evaluation import comparison, measures
+    import test
+    from evaluation import comparison, predictions
 
     _write(folder / 'predictions.npz', payload)
-    labels, prediction, num_samples, progress = measures.read_predictions(folder / 'predictions.npz')
+    labels, prediction, num_samples, progress = predictions.read(folder / 'predictions.npz')
     assert num_samples > 0 and progress.epoch >= 0 and progress.step >= 0
     assert (prediction.votes >= 0).all() and (prediction.votes.sum(axis=1) == num_samples).all()
     probs = [prediction.probs_at_mean, prediction.probs]
@@ -493,7 +485,7 @@ def _read_predictions(folder, payload):
     for p in probs:
         finite = p[np.isfinite(p).all(axis=1)]
         np.testing.assert_allclose(finite.sum(axis=1), 1, rtol=1e-6)
-    assessment.warn_if_incomplete(folder, _config(), progress)
+    test.warn_if_incomplete(folder, _config(), progress)
     rows = comparison.rows([comparison.Result(_config()['flags'], labels, *probs, num_samples)])
     values = comparison.values(rows, labels, 20)
     comparison.main_table(rows, values, bold=True), comparison.full_table(rows, values)

@@ -4,7 +4,6 @@ import collections
 import json
 import os
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ import pytest
 
 import children
 import conftest
-import experiments
-import sessions
+import experiment
+import optimizers
 import train
-import training
 from ops import sharding
 from runs import devices, training_flags
 
@@ -25,7 +23,8 @@ SCRIPT = """if True:
     import json, sys
     import jax, jax.numpy as jnp, numpy as np
     sys.path[:0] = ['tests', '.']
-    import conftest, experiments, models, training
+    import conftest, data, experiment, models, optimizers
+    from evaluation import posteriors
     from ops import sharding
     from runs import devices, launch, training_flags
     launch.use_compilecache(sys.argv[1])
@@ -39,23 +38,27 @@ SCRIPT = """if True:
         split = [f'--batchsplit={sub_batches}', f'--atonce={2 if number == 8 else 1}']
         split = [] if optim in ('sgd', 'adam', 'adamw', 'swag') else split
         arguments = [f'--optim={optim}', f'--model={model}', '--alpha=0.01', '--batchsize=16', '--epochs=3', *split]
-        experiment = experiments.create({'flags': vars(training_flags.parse_args(arguments)), 'dataset': dataset})
+        functions = experiment.create({'flags': vars(training_flags.parse_args(arguments)), 'dataset': dataset})
         mesh = devices.create_mesh(number)
-        step = training.step_function(experiment.optimizer, experiment.normalise)
         is_shared = bool(split) and number > 1
-        start = inits.setdefault((optim, model), jax.jit(experiment.init))(jax.random.key(0))
+        start = inits.setdefault((optim, model), jax.jit(functions.init))(jax.random.key(0))
         with jax.set_mesh(mesh):
-            state = sharding.replicate(start, mesh)
-            held = sharding.replicate((images, labels, jnp.float32(1)), mesh)
+            state, one, key = sharding.replicate((start, jnp.float32(1), jax.random.key(1)), mesh)
+            feeds = [
+                data.Feed(images, labels, 16, key, mesh, augmented=False, streamed=streamed)
+                for streamed in (False, True)
+            ]
             of_kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
-            epochs = [training.start_epoch(jax.random.key(1), jnp.int32(i), 160, 16) for i in (0, 1)]
-            epochs = sharding.replicate(epochs, mesh)
-            reductions = step.lower(state, epochs[0], *held).as_text().count('stablehlo.all_reduce')
-            assert reductions == (is_shared if split else of_kernels * (mesh.size > 1))
-            for epoch in epochs:
-                for _ in range(10):
-                    state, epoch, _ = step(state, epoch, *held)
-            probs = experiment.probs(state.params, state.batch_stats, held[:1], 40)
+            for epoch in (0, 1):
+                for batch, sent in zip(*(feed.batches(epoch) for feed in feeds), strict=True):
+                    for x, y in zip(batch, sent, strict=True):
+                        assert np.array_equal(x, y) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+                    if epoch == 0:
+                        reductions = functions.step.lower(state, batch, one).as_text().count('stablehlo.all_reduce')
+                        assert reductions == (is_shared if split else of_kernels * (mesh.size > 1))
+                    state, _ = functions.step(state, batch, one)
+            held = posteriors.parts(images, 40)
+            probs = posteriors.probs_at(functions.apply, state.params, state.batch_stats, held, 40)
         return [np.concatenate([np.ravel(x) for x in jax.tree.leaves(part)] or [[1.0]])
                 for part in (state.params, state.batch_stats, probs)]
 
@@ -63,7 +66,7 @@ SCRIPT = """if True:
         return float(np.linalg.norm(one - other) / np.linalg.norm(one))
 
     assert len(jax.devices()) == 8
-    cases = [(optim, model) for model in ('resnet20', 'resnet18') for optim in training_flags.OPTIMIZERS]
+    cases = [(optim, model) for model in ('resnet20', 'resnet18') for optim in optimizers.OPTIMIZERS]
     cases.append(('bsam', 'resnet18', 16))  # two on each of eight devices, which computes them together
     print(json.dumps({
         ' '.join(map(str, case)): [difference(*pair) for pair in zip(*(run(*case[:2], n, *case[2:]) for n in (1, 8)))]
@@ -84,7 +87,7 @@ def test_eight_devices_train_as_one(compilecache):
     done = run_on_devices(8, SCRIPT, compilecache)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
-    assert len(differences) == 2 * len(training_flags.OPTIMIZERS) + 1
+    assert len(differences) == 2 * len(optimizers.OPTIMIZERS) + 1
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
     # Of two sub-batches each the devices add up sums, in another order than one device does; else all ran on one.
@@ -185,11 +188,11 @@ def test_shares_that_are_not_equal(flags, number, offers, monkeypatch):
     monkeypatch.setattr(devices, 'create_mesh', lambda n: jax.sharding.AbstractMesh((n or number,), (sharding.AXIS,)))
     args = training_flags.parse_args(flags)
     with pytest.raises(devices.DeviceError, match=f'cannot be shared out over {number} devices: take {offers}$'):
-        sessions.create_mesh(args)
+        devices.mesh_of_training(args)
     for offer in offers.split(', or '):
-        sessions.create_mesh(training_flags.parse_args([*flags, *offer.split()]))
+        devices.mesh_of_training(training_flags.parse_args([*flags, *offer.split()]))
     with pytest.raises(devices.DeviceError, match=f'devices: take {offers.split(", or ")[-1]}$'):
-        sessions.create_mesh(args, flags_hold=True)
+        devices.mesh_of_training(args, flags_hold=True)
 
 
 def test_devices_that_are_not_there(flags_of, capsys):
@@ -203,15 +206,12 @@ def test_a_step_on_one_device_is_that_without_a_mesh(optim):
     """The same operations are compiled, so sharing out costs nothing where there is nothing to share."""
     of_run = vars(training_flags.parse_args([f'--optim={optim}', '--model=mlp', '--alpha=0.01', '--batchsize=16']))
     dataset = {'num_train': 32, 'num_classes': 10, 'image_shape': [8, 8, 3], 'mean': [0.5], 'std': [0.2]}
-    experiment = experiments.create({'flags': of_run, 'dataset': dataset})
+    functions = experiment.create({'flags': of_run, 'dataset': dataset})
 
     def operations():
-        key = jax.random.key(0)
-        step = training.step_function(experiment.optimizer, experiment.normalise)
-        start = partial(training.start_epoch, num_images=32, batch_size=16)
-        images, labels = jax.ShapeDtypeStruct((32, 8, 8, 3), jnp.uint8), jax.ShapeDtypeStruct((32,), jnp.int32)
-        arguments = experiment.state_shapes(), jax.eval_shape(start, key, jnp.int32(0)), images, labels
-        compiled = step.lower(*arguments, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
+        batch = jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8), jax.ShapeDtypeStruct((16,), jnp.int32)
+        arguments = functions.state_shapes(), batch, jax.ShapeDtypeStruct((), jnp.float32)
+        compiled = functions.step.lower(*arguments).compile().as_text()
         lines = [re.sub(r', metadata=\{[^}]*\}', '', line) for line in compiled.splitlines() if ' = ' in line]
         return collections.Counter(re.sub(r'%[\w.\-]+', '%', line) for line in lines)
 

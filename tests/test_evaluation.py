@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import assessment
 import children
 import data
 import metrics
 import test as evaluate
 import train
-from evaluation import corruptions, measures, plots, posteriors
+from evaluation import corruptions, measures, plots, posteriors, predictions, tables
 from runs import checkpoints, folders
 
 PICTURES = ('reliability', 'risk_coverage', 'training', 'images', 'samples', 'severities')
@@ -98,20 +97,28 @@ def test_a_part_that_fails_loses_none_of_those_before(failing, trained, monkeypa
     results = results_of(run)
     assert [part for part in PARTS if part in results] == list(PARTS)[: list(PARTS).index(failing)]
     assert results['average']['nll'] > 0 and results['versions']
-    labels, prediction, num_samples, _ = measures.read_predictions(run / 'predictions.npz')
+    labels, prediction, num_samples, _ = predictions.read(run / 'predictions.npz')
     assert num_samples == 2
     np.testing.assert_allclose(metrics.nll(prediction.probs, labels), results['average']['nll'], rtol=1e-5)
     assert 'results at mean of distribution:' in capsys.readouterr().out
 
 
-def test_what_is_printed_is_in_a_file(trained, monkeypatch):
-    """Whoever stops an evaluation after a table was printed finds it in metrics.json."""
-    run, found = trained(), []
-    monkeypatch.setattr(assessment, 'print_table', lambda header, rows: found.append(results_of(run)))
+def test_what_is_measured_is_in_a_file_before_the_next_part(trained, monkeypatch, capsys):
+    """Nothing is printed meanwhile."""
+    run, found, parts = trained(), [], evaluate.parts
+
+    def watched(*args):
+        for part in parts(*args):
+            found.append(results_of(run) if (run / 'metrics.json').exists() else {})
+            yield part
+        assert not capsys.readouterr().out
+
+    monkeypatch.setattr(evaluate, 'parts', watched)
+    capsys.readouterr()
     evaluate.main([f'--resultsfolder={run}', '--testmc', '1', '2', '--temperature'])
-    assert ['mean' in results for results in found] == [True, True, True]
-    assert ['samples' in results for results in found] == [False, True, True]
-    assert ['temperature' in results for results in found] == [False, False, True]
+    assert ['mean' in results for results in found] == [False, True, True]
+    assert ['samples' in results for results in found] == [False, False, True]
+    assert {'mean', 'samples', 'temperature'} <= results_of(run).keys() and capsys.readouterr().out.count('| nll') == 1
 
 
 def test_what_a_full_disk_does_not_take_is_printed(trained, monkeypatch, capsys):
@@ -213,7 +220,7 @@ def test_images_of_any_channels_are_drawn(channels):
         np.testing.assert_array_equal(shown.get_alpha(), images[1, ..., 1] / 255)
 
 
-def test_means_over_official_corruptions(capsys):
+def test_means_over_official_corruptions():
     """The benchmark's 15 count as 1, the four extra ones as 0: with these the mean would be 15/19."""
     names = sorted([*corruptions.BENCHMARK, 'speckle_noise', 'gaussian_blur', 'spatter', 'saturate'])
     corrupted = {
@@ -222,10 +229,10 @@ def test_means_over_official_corruptions(capsys):
         for name in names
     }
     assert measures.over_corruptions(corrupted, 'average') == [dict.fromkeys(metrics.SHORT, 1.0)] * 5
-    assessment.print_corruptions({'testmc': 32, 'mean': SHORT, 'average': SHORT, 'corruptions': corrupted})
-    caption, *tables = capsys.readouterr().out.strip().split('\n| ')
+    text = tables._corruptions({'testmc': 32, 'mean': SHORT, 'average': SHORT, 'corruptions': corrupted})
+    caption, *found = text.strip().split('\n| ')
     assert caption == "mean of the benchmark's 15 corruptions"
-    rows = [line.split(' | ')[0].strip('| ') for line in '\n'.join(tables).splitlines() if line.strip()]
+    rows = [line.split(' | ')[0].strip('| ') for line in '\n'.join(found).splitlines() if line.strip()]
     extra = rows.index('not in the mean')
     assert rows[rows.index('corruption') + 2 : extra] == sorted(corruptions.BENCHMARK)
     assert rows[extra + 2 :] == ['gaussian_blur', 'saturate', 'spatter', 'speckle_noise']
@@ -410,7 +417,7 @@ def test_several_runs(trained, tmp_path, capsys):
 def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, capsys):
     """It is said before the first of them is evaluated."""
     runs = [str(train.main(flags_of(optim=optim))) for optim in ('sgd', 'bsam')]
-    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    monkeypatch.setattr(evaluate, 'evaluate', lambda *args: pytest.fail('evaluated'))
     assert line in error_of(['--resultsfolder', *runs, *flags], capsys)
 
 
@@ -421,14 +428,14 @@ def test_one_of_several_runs_without_a_description(flags, flags_of, monkeypatch,
     config = folders.read_config(second)
     del config['dataset']
     folders.write_config(second, config)
-    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    monkeypatch.setattr(evaluate, 'evaluate', lambda *args: pytest.fail('evaluated'))
     assert 'does not describe images' in error_of(['--resultsfolder', str(first), str(second), *flags], capsys)
 
 
 def test_a_damaged_log_is_found_before_a_run_is_evaluated_for_its_picture(trained, monkeypatch, capsys):
     run = trained()
     (run / 'log.jsonl').write_text('{')
-    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    monkeypatch.setattr(evaluate, 'evaluate', lambda *args: pytest.fail('evaluated'))
     assert 'log.jsonl is damaged' in error_of([f'--resultsfolder={run}', '--plots'], capsys)
 
 
@@ -473,7 +480,7 @@ def test_one_of_several_runs_that_is_damaged_or_read_only(flags_of, monkeypatch,
     """It is found before the first of them is evaluated."""
     first, second = (train.main(flags_of(randomseed=seed)) for seed in (0, 1))
     both = ['--resultsfolder', str(first), str(second)]
-    monkeypatch.setattr(assessment, 'evaluate', lambda run, args: pytest.fail('evaluated'))
+    monkeypatch.setattr(evaluate, 'evaluate', lambda *args: pytest.fail('evaluated'))
     monkeypatch.setattr(os, 'access', lambda path, mode: path != second)  # the superuser could write it
     assert f'{second} cannot be written' in error_of(both, capsys)
     monkeypatch.undo()
@@ -518,7 +525,7 @@ def test_predictions_that_claim_to_be_large(tmp_path):
         for name in ('labels', 'logits', 'log_probs', 'expected_entropy', 'votes', 'num_samples', 'trained'):
             file.writestr(f'{name}.npy', header.getvalue())
     with pytest.raises(folders.RunError, match='is missing or damaged'):
-        measures.read_predictions(tmp_path / 'predictions.npz')
+        predictions.read(tmp_path / 'predictions.npz')
 
 
 def test_folders_whose_names_look_like_patterns(tmp_path):

@@ -3,18 +3,17 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import conftest
-import feeds
+import data
 import test
 import train
-import training
 from conftest import restore
+from evaluation import posteriors
 from ops import sharding
-from runs import devices, folders, json_files
+from runs import devices, folders, hosts, json_files
 
 
 def weights(run):
@@ -28,39 +27,64 @@ def test_streamed_batches_are_the_resident_ones(done, tmp_path):
     np.save(tmp_path / 'images.npy', images)
     labels = np.arange(30, dtype=np.int32)
     mesh = devices.create_mesh(1)
-    epoch = training.start_epoch(jax.random.key(0), jnp.int32(2), 30, 5)
-    resident = feeds.Resident(images, labels, mesh)
-    streamed = feeds.Streamed(np.load(tmp_path / 'images.npy', mmap_mode='r'), labels, mesh)
+    key = sharding.replicate(jax.random.key(0), mesh)
+    sources = images, np.load(tmp_path / 'images.npy', mmap_mode='r')
+    resident, streamed = (
+        data.Feed(source, labels, 5, key, mesh, augmented=False, streamed=source is not images) for source in sources
+    )
     seen = []
-    pairs = zip(resident.of_epoch(epoch, done), streamed.of_epoch(epoch, done), strict=True)
-    for number, (held, sent) in enumerate(pairs, start=done):
-        here = epoch._replace(step=jnp.int32(number))
-        expected, found = resident.choose(here, *held), streamed.choose(here, *sent)
+    for expected, found in zip(resident.batches(2, done), streamed.batches(2, done), strict=True):
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])
+        np.testing.assert_array_equal(found[0].ravel(), found[1])
         seen += found[1].tolist()
     assert len(seen) == len(set(seen)) == 5 * (6 - done)
+    assert np.array_equal(seen, [label for _, labels in resident.batches(2) for label in labels.tolist()][5 * done :])
+
+
+def test_batches_are_augmented_alike_wherever_an_epoch_begins():
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    mesh = devices.create_mesh(1)
+    key = sharding.replicate(jax.random.key(0), mesh)
+    plain, resident, streamed = (
+        data.Feed(images, np.arange(12), 4, key, mesh, augmented=augmented, streamed=streamed)
+        for augmented, streamed in ((False, False), (True, False), (True, True))
+    )
+    all_three = list(zip(plain.batches(1), resident.batches(1), streamed.batches(1), strict=True))
+    for (as_read, _), (augmented, labels), (sent, _) in all_three:
+        np.testing.assert_array_equal(sent, augmented)
+        np.testing.assert_array_equal(as_read, images[np.asarray(labels)])
+        assert not np.array_equal(augmented, as_read)
+    for feed in (resident, streamed):
+        ((last, _),) = feed.batches(1, done=2)
+        np.testing.assert_array_equal(last, all_three[2][1][0])
 
 
 def test_streamed_run_is_the_resident_one(flags_of, monkeypatch):
     """In training, where the images of epochs are evaluated, and in test.py, which streams what would fill a device."""
     one = train.main(flags_of(testbatchsize=6))
     measured = evaluated(one)
-    monkeypatch.delattr(feeds, 'Resident')  # a run that is not streamed would want it
     sizes = []
     monkeypatch.setattr(sharding, 'send', partial(note_size, sharding.send, sizes))
-    monkeypatch.setattr(feeds, 'PART', 13 * 28 * 28)
+    monkeypatch.setattr(sharding, 'replicate', partial(refuse_images, sharding.replicate))
+    monkeypatch.setattr(posteriors, 'PART', 13 * 28 * 28)
     other = train.main([*flags_of(testbatchsize=6), '--stream'])
     np.testing.assert_array_equal(weights(one), weights(other))
     assert [record['test_accuracy'] for record in conftest.read_log(one)] == [
         record['test_accuracy'] for record in conftest.read_log(other)
     ]
     assert sizes == [12, 8] * 2  # the 20 test images of two epochs, two batches of 6 at once
-    monkeypatch.setattr(feeds, '_too_large', lambda images: True)
+    monkeypatch.setattr(hosts, 'must_stream', lambda images: True)
     rounding = 0 if jax.default_backend() == 'cpu' else 1e-6  # GPUs sum batches of other sizes in another order
     for found, expected in zip(evaluated(other), measured, strict=True):
         assert found == pytest.approx(expected, rel=rounding, abs=0)
     assert sizes == [12, 8] * (2 + 1 + 3)  # at the mean, and three samples
+
+
+def refuse_images(replicate, arrays, mesh):
+    """`replicate`, but not of all training images."""
+    assert not any(getattr(x, 'shape', ())[:1] == (40,) for x in jax.tree.leaves(arrays))
+    return replicate(arrays, mesh)
 
 
 def note_size(send, sizes, arrays):
@@ -76,8 +100,8 @@ def evaluated(run):
     return metrics['mean'], metrics['average']
 
 
-@pytest.mark.parametrize(('limit', 'kind'), [(None, feeds.Resident), (250, feeds.Resident), (249, feeds.Streamed)])
-def test_images_too_large_for_a_device_are_streamed(limit, kind, monkeypatch):
+@pytest.mark.parametrize(('limit', 'streamed'), [(None, False), (250, False), (249, True)])
+def test_images_too_large_for_a_device_are_streamed(limit, streamed, monkeypatch):
     """100 bytes of images are at most 0.4 of a device of 250."""
 
     class Device:
@@ -85,10 +109,9 @@ def test_images_too_large_for_a_device_are_streamed(limit, kind, monkeypatch):
             return None if limit is None else {'bytes_limit': limit}
 
     monkeypatch.setattr(jax, 'local_devices', lambda: [Device()])
-    monkeypatch.setattr(sharding, 'replicate', lambda arrays, mesh: arrays)
     images = np.zeros((1, 10, 10, 1), np.uint8)
-    assert type(feeds.create(images, np.zeros(1, np.int32), None, stream=False)) is kind
-    assert isinstance(feeds.parts(images, 5)[0], jax.Array) == (kind is feeds.Resident)
+    assert hosts.must_stream(images) == streamed
+    assert isinstance(posteriors.parts(images, 5)[0], jax.Array) != streamed
 
 
 def test_seeds_are_runs_of_their_own(forked_jobs, flags_of, capfd):

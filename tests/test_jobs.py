@@ -1,9 +1,9 @@
 """Processes side by side: what they share, what they say, and how they end."""
 
 import contextlib
-import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -71,15 +71,17 @@ def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
     assert processes.train_seeds({}, [0, 1, 2]) == 137
 
 
-def test_seeds_that_a_signal_left_out_are_named(monkeypatch, capsys):
+def test_seeds_that_a_signal_left_out_are_named(monkeypatch, tmp_path, capsys):
     """Seed 0 is complete, 1 is saved, 2 had nothing to save, 3 was not begun."""
 
     def saved(command, write):
-        write(f'{signals.SAVED} run_1\n')
-        raise processes._StoppedError
+        run = tmp_path / 'cifar10_resnet18' / 'sgd' / 'run_1'
+        (run / 'checkpoints' / '5').mkdir(parents=True)
+        (run / 'lock').write_text(f'process 17 on {socket.gethostname()}\n')
+        raise processes._StoppedError(17)
 
     def stopped(command, write):
-        raise processes._StoppedError
+        raise processes._StoppedError(18)
 
     def on_devices(tasks):
         for task, run in zip(tasks, (lambda command, write: 0, saved, stopped), strict=False):
@@ -89,7 +91,7 @@ def test_seeds_that_a_signal_left_out_are_named(monkeypatch, capsys):
 
     monkeypatch.setattr(processes, 'on_devices', on_devices)
     with pytest.raises(SystemExit):
-        processes.train_seeds({}, [0, 1, 2, 3])
+        processes.train_seeds({'resultsfolder': tmp_path}, [0, 1, 2, 3])
     assert capsys.readouterr().err.endswith('train with the same flags and --seeds 2 3\n')
 
 
@@ -100,16 +102,6 @@ def test_run_to_go_on_with(tmp_path):
     assert processes.begun_run(tmp_path) is None
     (checkpoints / '4').mkdir()
     assert processes.begun_run(tmp_path) == checkpoints.parent
-
-
-def test_what_test_py_measured(tmp_path):
-    for mark in ('', '-validation', '-laplace'):
-        (tmp_path / f'metrics{mark}.json').write_text(json.dumps({'of': mark}))
-    given = {'': ['--testmc=8'], '-validation': ['--split', 'validation'], '-laplace': ['--testmc=8', '--laplace']}
-    assert all(processes.metrics(tmp_path, arguments) == {'of': mark} for mark, arguments in given.items())
-    (tmp_path / 'metrics.json').write_text('[]')
-    with pytest.raises(ValueError, match='it holds no object'):
-        processes.metrics(tmp_path, [])
 
 
 def test_several_processes_on_a_gpu(monkeypatch):

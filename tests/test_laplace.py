@@ -33,7 +33,7 @@ def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
         return -60 * jax.nn.log_softmax(logits)[:, 0].mean() + jnp.square(weights).sum()
 
     hessian = jax.jit(jax.hessian(loss))(jnp.zeros((3, 3))).reshape(9, 9)
-    draw = jax.jit(jax.vmap(partial(laplace.sample, 'head', factors, {'head': head, 'other': jnp.ones(1)})))
+    draw = jax.jit(jax.vmap(partial(laplace.sample, ('head',), factors, {'head': head, 'other': jnp.ones(1)})))
     drawn = draw(jax.random.split(jax.random.key(0), 60_000))
     weights = np.concatenate([drawn['head']['kernel'], drawn['head']['bias'][:, None]], axis=1).reshape(-1, 9)
     expected = np.linalg.inv(hessian)
@@ -50,7 +50,7 @@ def test_draws_do_not_depend_on_eigenvectors_of_equal_eigenvalues():
     turned = np.concatenate([features[:, :2], features[:, 2:] @ turn], axis=1)
     params = {'head': {'kernel': jnp.zeros((4, 3)), 'bias': jnp.zeros(3)}}
     draws = [
-        laplace.sample('head', laplace.Factors(vectors, classes, deviations), params, jax.random.key(0))['head']
+        laplace.sample(('head',), laplace.Factors(vectors, classes, deviations), params, jax.random.key(0))['head']
         for vectors in (features, turned)
     ]
     for name in ('kernel', 'bias'):
@@ -63,11 +63,8 @@ def test_features_enter_the_last_layer(name, small_resnet18):
     model = models.create(name, 10)
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 1), np.float32)
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(1), images)
-    apply = models.with_features(lambda images: model.apply(variables, images, train=False), models.LAST_LAYERS[name])
+    run = lambda images: model.apply(variables, images, train=False)  # noqa: E731
+    apply, (layer,) = models.with_features(run), models.last_layer(run, images)
     logits, features = jax.jit(apply)(images)
-    head = variables['params'][models.LAST_LAYERS[name]]
+    head = variables['params'][layer]
     np.testing.assert_allclose(features @ head['kernel'] + head['bias'][None], logits, rtol=1e-4, atol=1e-5)
-
-
-def test_every_network_names_its_last_layer():
-    assert models.LAST_LAYERS.keys() == models.MODELS.keys()

@@ -11,10 +11,11 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+import experiment
 import models
 import numpy_networks
 import optimizers
-import training
+from ops import normalisation, pooling
 
 GOLDEN = {entry['model']: entry for entry in json.loads((Path(__file__).parent / 'golden' / 'models.json').read_text())}
 
@@ -161,7 +162,7 @@ def test_gradient_of_batch_norm(relu, x64):
 
         return jax.jit(jax.vmap(of_images))(x, scale, bias)
 
-    expected, found = results(plain_batch_norm), results(lambda *args: models.batch_norm(*args)[0])
+    expected, found = results(plain_batch_norm), results(lambda *args: normalisation.batch_norm(*args)[0])
     for ours, jaxs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
 
@@ -173,7 +174,7 @@ def test_batch_norm_in_bfloat16():
 
     @jax.jit
     def results(*arrays):
-        value, gradient = jax.vjp(lambda *arrays: models.batch_norm(*arrays, True)[0], *arrays)
+        value, gradient = jax.vjp(lambda *arrays: normalisation.batch_norm(*arrays, True)[0], *arrays)
         return value, *gradient(jnp.ones_like(value).at[::2].set(-2))
 
     found = results(x, scale, bias)
@@ -189,7 +190,7 @@ def test_gradient_of_batch_norm_of_a_variance_that_was_negative(x64):
     x, grads = rng.standard_normal((2, 3, 5, 6, 4))
     scale = rng.standard_normal(4)
     residuals = x, x.mean(axis=(0, 1, 2)), np.zeros(4), scale, np.zeros(4)
-    backward = jax.jit(partial(models._batch_backward, False))
+    backward = jax.jit(partial(normalisation._batch_backward, False))
     x_grads, *_ = backward(residuals, (grads, None, None))
     expected = scale / np.sqrt(1e-5) * (grads - grads.mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(x_grads, expected, rtol=1e-9)
@@ -219,7 +220,7 @@ def test_filter_response_norm(axes, x64):
 
         return jax.jit(jax.vmap(of_images, axes))(x, parameters)
 
-    expected, found = results(plain_filter_response_norm), results(models.filter_response_norm)
+    expected, found = results(plain_filter_response_norm), results(normalisation.filter_response_norm)
     assert np.any(expected[0] == parameters[2].reshape(-1, 1, 1, 1, 4))
     for ours, jaxs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
@@ -233,7 +234,7 @@ def test_filter_response_norm_in_bfloat16():
 
     @jax.jit
     def gradients(grads, *arrays):
-        value, gradient = jax.vjp(models.filter_response_norm, *arrays)
+        value, gradient = jax.vjp(normalisation.filter_response_norm, *arrays)
         return gradient(grads.astype(value.dtype))
 
     results = [gradients(*(a.astype(dtype) for a in (grads, x, *parameters))) for dtype in (np.float32, jnp.bfloat16)]
@@ -252,7 +253,7 @@ def test_max_pool(pixels, size, stride, x64):
         value, gradient = jax.vjp(pool, x)
         return value, *gradient(jnp.sin(3 * value))
 
-    value, gradient = results(partial(models.max_pool, size=size, stride=stride), x)
+    value, gradient = results(partial(pooling.max_pool, size=size, stride=stride), x)
     expected, expected_gradient = results(partial(nn.max_pool, window_shape=(size, size), strides=(stride, stride)), x)
     np.testing.assert_array_equal(value, expected)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12)
@@ -308,7 +309,9 @@ def test_a_compiled_step_on_a_batch_of_200_against_numpy(name, shape):
     names = flatten_dict(variables['params'], sep='/')
     params = golden_params({'parameters': [(name, leaf.shape) for name, leaf in names.items()]})
     batch_stats = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables.get('batch_stats', {}))
-    optimizer = optimizers.sgd(training.loss_function(model, jnp.float32), learning_rate=0.1, beta1=0.9, weight_decay=0)
+    optimizer = optimizers.sgd(
+        experiment.loss_function(model, jnp.float32), learning_rate=0.1, beta1=0.9, weight_decay=0
+    )
     state, value = jax.jit(optimizer.step)(optimizer.init(params, batch_stats, jax.random.key(0)), (images, labels))
 
     weights = {name: np.float64(leaf) for name, leaf in flatten_dict(params, sep='/').items()}

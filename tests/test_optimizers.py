@@ -10,9 +10,9 @@ import optax
 import pytest
 from jax import tree
 
+import experiment
 import optimizers
 import reference
-from runs import training_flags
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'optimizers.npz')
 SETTINGS = {
@@ -532,10 +532,9 @@ def test_lr_factor_against_optax():
 
 
 def test_which_optimizers_have_a_posterior():
-    """The list that the flags are checked by, before there is an optimizer."""
     made = {name: make(quadratic_loss, **SETTINGS[name]) for name, make in optimizers.OPTIMIZERS.items()}
-    with_posterior = {name for name, optimizer in made.items() if optimizer.sample is not optimizers._mean}
-    assert with_posterior == set(training_flags.WITH_POSTERIOR)
+    assert {name for name, optimizer in made.items() if not optimizer.is_point} == {'bsam', 'swag', 'ivon'}
+    assert {name for name in made if not experiment.is_point(name)} == {'bsam', 'swag', 'ivon'}
 
 
 @pytest.mark.parametrize(('atonce', 'rounds'), [(1, 4), (2, 2), (3, 2), (4, 1), (10**9, 1)])

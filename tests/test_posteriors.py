@@ -27,7 +27,9 @@ def sample(key):
 
 def posterior(sample=sample, refresh=None):
     arrays = jnp.ones((4, 3)), jnp.arange(3.0), jax.random.key(1)
-    return posteriors.Posterior(apply, Partial(sample), *arrays, 4, refresh and Partial(refresh))
+    return posteriors.Posterior(
+        apply, Partial(sample), *arrays, 4, is_point=False, refresh=refresh and Partial(refresh)
+    )
 
 
 def probs_of(params, batch_stats):
@@ -62,7 +64,7 @@ def test_a_point_is_run_once():
         return apply(params, batch_stats, images)
 
     sample = Partial(lambda key: jnp.ones((4, 3)))
-    point = posteriors.Posterior(counted, sample, jnp.ones((4, 3)), 0.0, jax.random.key(0), 7)
+    point = posteriors.Posterior(counted, sample, jnp.ones((4, 3)), 0.0, jax.random.key(0), 7, is_point=True)
     (prediction,) = point.predict(IMAGES, [5])
     jax.effects_barrier()
     assert len(calls) == 1

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import optimizers
 import train
 from runs import training_flags
 
@@ -44,7 +45,7 @@ def test_published_commands_are_understood():
     whole = re.findall(r'python train\.py (--dataset [^`\n]*)', README.replace('\\\n', ' '))
     assert len(tables) == 7 and len(whole) == 4
     for flags in [*tables, *whole]:
-        assert training_flags.parse_args(shlex.split(flags)).optim in training_flags.OPTIMIZERS
+        assert training_flags.parse_args(shlex.split(flags)).optim in optimizers.OPTIMIZERS
 
 
 def test_figures_in_the_text_are_those_of_the_records():

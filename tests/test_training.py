@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 import conftest
-import experiments
+import experiment
 import models
 import optimizers
-import training
 from runs import training_flags
 
 
@@ -20,12 +19,10 @@ def create(optim, num_images=40, more=()):
     flags = vars(training_flags.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8', *more]))
     flags['batchsplit'] = flags['batchsplit'] and 4
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
-    experiment = experiments.create({'flags': flags, 'dataset': dataset})
-    step = training.step_function(experiment.optimizer, experiment.normalise)
-    state = jax.jit(experiment.init)(jax.random.key(0))
-    epoch = training.start_epoch(jax.random.key(1), jnp.int32(0), num_images, 8)
-    images, labels = jnp.zeros((num_images, 32, 32, 3), jnp.uint8), jnp.zeros(num_images, jnp.int32)
-    return step, (state, epoch, images, labels, jnp.float32(1))
+    functions = experiment.create({'flags': flags, 'dataset': dataset})
+    state = jax.jit(functions.init)(jax.random.key(0))
+    batch = jnp.zeros((8, 32, 32, 3), jnp.uint8), jnp.zeros(8, jnp.int32)
+    return functions.step, (state, batch, jnp.float32(1))
 
 
 def peak_bytes(function, *arguments):
@@ -44,7 +41,7 @@ def test_memory_of_a_step(optim, most):
     which XLA does not update in place on CPUs.
     """
     step, arguments = create(optim, more=[] if optim in ('sgd', 'adam') else ['--atonce=1'])
-    loss = training.loss_function(models.create('mlp', 10), jnp.dtype('float32'))
+    loss = experiment.loss_function(models.create('mlp', 10), jnp.dtype('float32'))
     sub_batch = jnp.zeros((2, 32, 32, 3)), jnp.zeros(2, jnp.int32)
     state = arguments[0]
     of_gradient = peak_bytes(jax.jit(jax.grad(loss, has_aux=True)), state.params, state.batch_stats, sub_batch)
@@ -72,7 +69,7 @@ def test_step_for_gpus(optim, flags, gradients, monkeypatch):
 )
 def test_default_of_sub_batches_at_once(backend, flags, number, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    assert experiments.at_once(vars(training_flags.parse_args(flags))) == number
+    assert experiment.at_once(vars(training_flags.parse_args(flags))) == number
 
 
 def test_runs_of_one_kind_share_what_is_compiled():
@@ -96,12 +93,12 @@ def test_sub_batches_at_once(optim, model, monkeypatch):
     arguments = [f'--optim={optim}', f'--model={model}', '--alpha=0.01', '--batchsize=16', '--batchsplit=4']
 
     def run(number):
-        experiment = experiments.create(
+        functions = experiment.create(
             {'flags': vars(training_flags.parse_args([*arguments, f'--atonce={number}'])), 'dataset': dataset}
         )
-        state, losses = jax.jit(experiment.init)(jax.random.key(0)), []
-        step = jax.jit(experiment.optimizer.step)
-        for batch in experiment.normalise(images).reshape(5, 16, 16, 16, 3):
+        state, losses = jax.jit(functions.init)(jax.random.key(0)), []
+        step = jax.jit(functions.optimizer.step)
+        for batch in functions.normalise(images).reshape(5, 16, 16, 16, 3):
             state, loss = step(state, (batch, jnp.arange(16) % 10))
             losses.append(loss)
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves((state.params, state.batch_stats, losses))])
@@ -112,10 +109,10 @@ def test_sub_batches_at_once(optim, model, monkeypatch):
 
 @pytest.mark.parametrize('optim', optimizers.OPTIMIZERS)
 def test_step_reuses_the_state(optim):
-    """All arrays of the state and the epoch are donated, and none is copied for the result."""
-    step, (state, epoch, *others) = create(optim)
-    donated = [leaf for leaf in jax.tree.leaves((state, epoch)) if leaf.size]
-    step(state, epoch, *others)
+    """All arrays of the state are donated, and none is copied for the result."""
+    step, (state, *others) = create(optim)
+    donated = [leaf for leaf in jax.tree.leaves(state) if leaf.size]
+    step(state, *others)
     assert all(leaf.is_deleted() for leaf in donated)
 
 
@@ -124,6 +121,6 @@ def test_step_reuses_the_state(optim):
 def test_all_finite(value, size):
     """Of large arrays XLA's maximum on CPUs can be a number where one of the values is none."""
     arrays = {'weights': np.ones(size, np.float32), 'none': np.ones(0, np.float32), 'key': jax.random.key(0)}
-    assert training.all_finite(arrays)
+    assert experiment.all_finite(arrays)
     arrays['weights'][7] = value
-    assert not training.all_finite(arrays)
+    assert not experiment.all_finite(arrays)

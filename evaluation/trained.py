@@ -1,0 +1,136 @@
+"""A trained run: its weights, its images and its posterior."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.tree_util import Partial
+
+import data
+import experiment
+import models
+from evaluation import corruptions, laplace, posteriors
+from evaluation.request import Request
+from ops import sharding
+from runs import checkpoints, folders, hosts, training_flags
+
+
+class Trained(NamedTuple):
+    """A run folder, its configuration, what the configuration means, the optimizer's state and how far training was."""
+
+    run: Path
+    config: dict
+    experiment: experiment.Experiment
+    state: Any
+    progress: checkpoints.Progress
+
+    @property
+    def flags(self) -> dict:
+        return self.config['flags']
+
+
+def restore(run: Path, step: int | None = None, config: dict | None = None) -> Trained:
+    """Returns the newest checkpoint of a run, or the checkpoint of `step`.
+
+    Puts the state's arrays on the devices of the mesh that is set, or on the first device. Raises DataError, ModelError
+    and RunError.
+    """
+    config = config or hosts.from_first(lambda: training_flags.checked_config(run))
+    functions = experiment.create(config)
+    _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
+    return Trained(Path(run), config, functions, sharding.send(state), progress)
+
+
+class Images(NamedTuple):
+    """What a run is evaluated on: images uint8 [N, H, W, C] and labels int32 [N].
+
+    Attributes:
+        images, labels: of the split, or a part of it.
+        train: images and labels that the run was trained on, None if they are not needed.
+        held_out: images and labels that the run held out, None if there are none or they are not needed.
+        augmented: whether the run augmented its images.
+        ood: {name: (images in the run's shape, the shape that they had)}.
+        corrupted: {name: function(severity) -> images}.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    train: tuple | None
+    held_out: tuple | None
+    augmented: bool
+    ood: dict
+    corrupted: dict
+
+
+def read_images(trained: Trained, request: Request, dataset_folder: str | None) -> Images:
+    """Reads all images that a request is about. Raises DataError, also if they are not the images of the run."""
+    flags, described = trained.flags, trained.config['dataset']
+    folder = dataset_folder or training_flags.folder_there(flags['datasetfolder'])
+    dataset = data.dataset(flags['dataset'], folder)
+    train = held_out = None
+    if request.temperature or request.split == 'validation' or request.bnrefresh or request.laplace:
+        train, held_out = data.read_train(dataset, flags)
+        hosts.require_same_arrays('training images', *train)
+    found = data.describe(dataset, *train) if train else {'num_classes': dataset.num_classes}
+    data.require_images_of_run(found, described, folder, trained.run)
+    whole_split = held_out if request.split == 'validation' else dataset.read('test')
+    images, labels = data.subset('--testimages', request.testimages, *whole_split)
+    shape = images.shape[1:]
+    if list(shape) != described['image_shape']:
+        raise data.DataError(f'the {request.split} images are {shape}, not {described["image_shape"]} as in training')
+    augmented = dataset.augment and not flags['noaugment']
+    ood = {name: _read_ood(name, folder, request.testimages, shape) for name in request.ood}
+    corrupted = {} if request.corruptions is None else _read_corrupted(images, labels, request.corruptions)
+    return Images(images, labels, train, held_out, augmented, ood, corrupted)
+
+
+def _read_ood(name, folder, num_images, shape):
+    images, labels = data.dataset(name, folder).read('test')
+    images, _ = data.subset('--testimages', num_images and min(num_images, len(images)), images, labels)
+    return data.resized(images, shape), list(images.shape[1:])
+
+
+def _read_corrupted(images, labels, folder):
+    if folder:
+        return corruptions.read_official(folder, images.shape[1:], labels)
+    return {name: partial(corruptions.corrupt, name, images=images) for name in corruptions.CORRUPTIONS}
+
+
+def posterior(trained: Trained, images: Images, request: Request, batch_size: int) -> posteriors.Posterior:
+    """Returns the posterior of a run, or a Laplace approximation of its last layer. Raises RunError."""
+    functions, state = trained.experiment, trained.state
+    sample_key, refresh_key = jax.random.split(experiment.keys(trained.flags['randomseed']).samples)
+    sample, is_point = Partial(functions.optimizer.sample, state), functions.optimizer.is_point
+    if request.laplace:
+        sample, is_point = _laplace_sample(trained, images.train[0], batch_size), False
+    refresh = None
+    if request.bnrefresh:
+        batches = _training_batches(refresh_key, images, request.bnrefresh, trained.flags['batchsize'])
+        refresh = Partial(partial(posteriors.batch_statistics, functions.update), state.batch_stats, batches)
+    return posteriors.Posterior(
+        functions.apply, sample, state.params, state.batch_stats, sample_key, batch_size,
+        is_point=is_point, refresh=refresh,
+    )  # fmt: skip
+
+
+def _laplace_sample(trained, images, batch_size):
+    """Returns sample(key) of a Laplace approximation around the trained weights. Raises RunError."""
+    functions, state = trained.experiment, trained.state
+    if not jax.device_get(experiment.all_finite(state)):
+        raise folders.RunError('--laplace: weights of the run are not finite, so that there is nothing to approximate')
+    layer = models.last_layer(functions.apply, state.params, state.batch_stats, images[:1])
+    outputs = Partial(models.with_features(functions.apply), state.params, state.batch_stats)
+    factors = laplace.fit(outputs, images, batch_size, functions.num_data, trained.flags['priorprec'])
+    return Partial(partial(laplace.sample, layer), factors, state.params)
+
+
+def _training_batches(key, images, num_batches, batch_size):
+    """Returns uint8 [num_batches, B, H, W, C], shuffled and augmented as in training."""
+    order_key, augment_key = jax.random.split(key)
+    order = jax.device_get(data.shuffled_batches(order_key, len(images.train[0]), batch_size))[:num_batches]
+    batches = sharding.send(images.train[0][order])
+    if images.augmented:
+        batches = jax.vmap(data.augment)(jax.random.split(augment_key, num_batches), batches)
+    return batches
