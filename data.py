@@ -7,7 +7,7 @@ message says which file and what to do.
 import math
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,32 +32,36 @@ class Feed:
     batches, which depend on the key and on the number of the epoch only.
     """
 
-    def __init__(self, images, labels, batch_size, key, mesh, *, augmented, streamed):
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, batch_size: int, key: jax.Array, mesh: jax.sharding.Mesh,
+        normalise: Callable, *, augmented: bool, streamed: bool,
+    ) -> None:  # fmt: skip
         """Sends the images, unless they are streamed.
 
         Args:
             images: uint8 [N, H, W, C], in memory or mapped from a file.
             labels: int32 [N].
             batch_size: B, examples in a batch.
-            key: a key on every device of the mesh.
+            key: the key of the run's batches.
             mesh: the devices. Each gets its share of a batch if they can share it equally.
+            normalise: of images uint8 [B, H, W, C], after augmentation.
             augmented: whether images are cropped and flipped at random.
             streamed: whether images stay on the host.
         """
-        self._key, self._mesh = key, mesh
+        self._key, self._mesh = sharding.replicate(key, mesh), mesh
         self._num_images, self._batch_size = len(images), batch_size
-        self._augmented, self._streamed = augmented, streamed
+        self._normalise, self._augmented, self._streamed = normalise, augmented, streamed
         self._arrays = (images, labels) if streamed else sharding.replicate((images, labels), mesh)
 
-    def batches(self, epoch, done=0):
-        """Yields the batches of epoch 0, 1, ... after the first `done`: images uint8 [B, H, W, C] and labels int32 [B].
+    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Yields the batches of epoch 0, 1, ... after the first `done`: what `normalise` returns, and labels int32 [B].
 
         Drops the last examples of the random order if they do not fill a batch.
         """
         epoch, step = sharding.replicate((np.int32(epoch), np.int32(done)), self._mesh)
         order, key = _begin_epoch(self._key, epoch, self._num_images, self._batch_size)
         for arrays in self._sent(np.array(order)[done:]) if self._streamed else [self._arrays] * (len(order) - done):
-            batch, step = _take(arrays, None if self._streamed else order, key, step, self._augmented)
+            batch, step = _take(arrays, None if self._streamed else order, key, step, self._augmented, self._normalise)
             yield batch
 
     def _sent(self, batches):
@@ -77,8 +81,8 @@ def _begin_epoch(key, epoch, num_images, batch_size):
     return shuffled_batches(order_key, num_images, batch_size), augment_key
 
 
-@partial(jax.jit, static_argnames='augmented')
-def _take(arrays, order, key, step, augmented):
+@partial(jax.jit, static_argnames=('augmented', 'normalise'))
+def _take(arrays, order, key, step, augmented, normalise):
     """Returns the batch of a step, and the next step. Arrays hold the batch, or all examples if there is an order."""
     if order is not None:
         chosen = sharding.shard(order[step])
@@ -86,19 +90,19 @@ def _take(arrays, order, key, step, augmented):
     images, labels = arrays
     if augmented:
         images = augment(jax.random.fold_in(key, step), images)
-    return (images, labels), step + 1
+    return (normalise(images), labels), step + 1
 
 
-def shuffled_batches(key, num_images, batch_size):
+def shuffled_batches(key: jax.Array, num_images: int, batch_size: int) -> jax.Array:
     """Returns the indices of every batch of an epoch, in random order, int32 [num_images // batch_size, batch_size]."""
     steps = num_images // batch_size
     return jax.random.permutation(key, num_images)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def augment(key, images):
-    """A random crop after zero padding by 4 pixels, then a horizontal flip of every other image on average.
+def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Returns random crops of images padded by 4 black pixels, every other one flipped left to right on average.
 
-    images: uint8 [B, H, W, C], raw: black, not the mean colour, fills the border. Returns the same shape.
+    images: uint8 [B, H, W, C], as they were read. Returns the same shape.
     """
     pad = 4
     crop_key, flip_key = jax.random.split(key)
@@ -111,8 +115,8 @@ def augment(key, images):
     return jnp.where(flipped, cropped[:, :, ::-1], cropped)
 
 
-def normalise(images, mean, std):
-    """uint8 [B, H, W, C] to float32, (images / 255 − mean) / std with a value for every channel."""
+def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Returns (images / 255 − mean) / std, float32 [B, H, W, C]. mean, std: a value for every channel."""
     mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
     return (images.astype(jnp.float32) / 255 - mean) / std
 
@@ -121,7 +125,14 @@ def normalise(images, mean, std):
 
 
 class Dataset(NamedTuple):
-    """How to read an image set, and what to do with its images; without `mean` and `std` they are measured."""
+    """How to read an image set, and what to do with its images.
+
+    Attributes:
+        read: read(folder, 'train' or 'test') -> images uint8 [N, H, W, C] and labels int32 [N].
+        num_classes: labels are from 0 to num_classes − 1.
+        mean, std: of every channel, on the scale [0, 1]; None to measure them.
+        augment: whether training images are cropped and flipped at random.
+    """
 
     read: Callable
     num_classes: int
@@ -130,8 +141,11 @@ class Dataset(NamedTuple):
     augment: bool
 
 
-def dataset(name, folder):
-    """The row of DATASETS called `name`, or one made for 'tfds/NAME'; its read(split) is bound to `folder`."""
+def dataset(name: str, folder: str | Path) -> Dataset:
+    """Returns the row of DATASETS called `name`, or a row for 'tfds/NAME'. Its `read` takes the split only.
+
+    Raises DataError.
+    """
     folder = Path(folder)
     if '\0' in str(folder):
         raise DataError(f'{folder} is no path')
@@ -150,11 +164,11 @@ def _read(read, folder, split):
         raise DataError(f'{error.filename or folder} cannot be read: {error.strerror or error}') from error
 
 
-def describe(dataset, train_images, train_labels):
-    """What networks need to know of an image set, as plain values: sizes, and mean and std of every channel; and the
-    CRC-32 of the training labels, which tells other images and another order of them.
+def describe(dataset: Dataset, train_images: np.ndarray, train_labels: np.ndarray) -> dict:
+    """Returns what networks need to know of an image set as plain values: sizes, mean and std of every channel.
 
-    A channel that is constant has the std 1 here, and a line on stderr says so: its images / 0 would not be finite.
+    The CRC-32 of the training labels detects other images, and another order of the same. A channel that is constant
+    gets the std 1 and a warning, because a division by 0 would not be finite.
     """
     mean, std = channel_statistics(train_images) if dataset.mean is None else (dataset.mean, dataset.std)
     for channel in (i for i, deviation in enumerate(std) if deviation < _CONSTANT):
@@ -173,25 +187,27 @@ def describe(dataset, train_images, train_labels):
 _CONSTANT = 1e-9  # stds below are rounding errors: one pixel in 10^13 that is one level brighter has a larger one
 
 
-def require_images_of_run(found, description, folder, run):
-    """Raises a DataError if parts of a description that were found in a folder differ from a run's."""
+def require_images_of_run(found: dict, description: dict, folder: str | Path, run: str | Path) -> None:
+    """Raises a DataError if what was found of a description in a folder differs from the description of a run."""
     if any(description.get(name, value) != value for name, value in found.items()):
         raise DataError(f'{folder} holds other images than those that {run} was begun with')
 
 
-def read_train(dataset, of_run):
-    """Training images and labels in two parts, (rest, validation), of --trainimages; without --validation (all, None).
+def read_train(dataset: Dataset, flags: dict) -> tuple[tuple, tuple | None]:
+    """Reads the training images and labels that the flags of a run ask for, in two parts: (rest, held out).
 
-    of_run: the run's flags. Raises DataError.
+    The second part is None without --validation. Raises DataError.
     """
-    train = subset('--trainimages', of_run['trainimages'], *dataset.read('train'))
-    return hold_out(*train, of_run['validation']) if of_run['validation'] else (train, None)
+    train = subset('--trainimages', flags['trainimages'], *dataset.read('train'))
+    return hold_out(*train, flags['validation']) if flags['validation'] else (train, None)
 
 
-def subset(flag, size, images, labels):
-    """A random subset of images and labels, the same one whatever a run's seed is; all of them for None.
+def subset(
+    flag: str, size: int | None, images: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Returns a random subset of images and labels, which does not depend on the seed of a run; all for None.
 
-    Raises DataError, which names the flag, if there are fewer.
+    Raises a DataError that names the flag if there are fewer.
     """
     if size is None:
         return images, labels
@@ -201,11 +217,11 @@ def subset(flag, size, images, labels):
     return images[chosen], labels[chosen]
 
 
-def hold_out(images, labels, fraction):
-    """Training images and labels in two parts, (rest, validation): the second is a random `fraction` of them.
+def hold_out(images: np.ndarray, labels: np.ndarray, fraction: float) -> tuple[tuple, tuple]:
+    """Returns training images and labels in two parts, (rest, held out). A random `fraction` is held out.
 
-    It is the same part whatever a run's seed is, so that no run is tuned on images that another was trained on.
-    Raises DataError if either would be empty.
+    The parts do not depend on the seed of a run, so that no run is tuned on images that another was trained on.
+    Raises DataError if a part would be empty.
     """
     order = _fixed_order(images)
     num_held = round(fraction * len(images))
@@ -222,7 +238,7 @@ def _fixed_order(images):
 _MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
-def resized(images, shape):
+def resized(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Returns images uint8 [N, H, W, C] in the shape (H', W', C'), resized and with other channels where needed.
 
     1 to 4 channels are grey, grey and alpha, RGB, RGBA; alpha is opaque where there was none. Raises DataError.
@@ -239,8 +255,8 @@ def resized(images, shape):
     return outputs
 
 
-def check_description(description, where):
-    """Raises a DataError if what a file holds cannot be what `describe` returned."""
+def check_description(description: object, where: object) -> None:
+    """Raises a DataError if what a file holds cannot be what `describe` returned. where: the file, for the message."""
 
     def whole(value):
         return isinstance(value, int) and 0 < value < 2**31
@@ -258,8 +274,8 @@ def check_description(description, where):
         raise DataError(f'{where} does not describe images that train.py could have read: {held}')
 
 
-def channel_statistics(images):
-    """Mean and standard deviation of every channel of uint8 [N, H, W, C], on the scale [0, 1]."""
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation of every channel of uint8 [N, H, W, C], on the scale [0, 1]."""
     values = np.arange(256) / 255
     counts = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(images), 1000):  # bincount makes its input eight times as large

@@ -15,7 +15,10 @@ from runs import launch
 
 # isort: split
 
+import argparse
 import io
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +36,8 @@ COLOURS = GREY, BROWN, BLUE, BLACK = '#B0B0B0', '#8F5F3F', '#435571', '#000000'
 X_RANGE, Y_RANGE = (-1.5, 2.7), (-1.0, 1.4)
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the flags. Ends the script for flags that it does not understand."""
     parser = parsing.Parser("Animate bSAM's posterior over decision boundaries of two moons.")
     parser.add_argument('--output', type=parsing.new_file, default='animation.gif', help='the GIF to write')
     parser.add_argument('--epochs', type=parsing.integer(1), default=251, help='epochs; every second one is a frame')
@@ -47,7 +51,8 @@ def parse_args(argv=None):
 
 
 @launch.script('demo2d.py')
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Trains, draws every second epoch and writes the animation."""
     args = parse_args(argv)
     devices.require()
     with jax.enable_x64(True):
@@ -57,16 +62,25 @@ def main(argv=None):
     print(f'{args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.1f} MB')
 
 
-def two_moons():
-    """100 points float64 [100, 2] and their classes, 0 or 1, float64 [100]."""
+def two_moons() -> tuple[np.ndarray, np.ndarray]:
+    """Draws 100 points, float64 [100, 2], and their classes 0 or 1, float64 [100]."""
     from sklearn.datasets import make_moons
 
     points, labels = make_moons(n_samples=100, noise=0.1, random_state=1)
     return points, labels.astype(float)
 
 
-def train(points, labels, args):
-    """Trains an MLP with bSAM; yields, every second epoch, the logits of 20 samples and of the mean on the grid."""
+def train(points: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Trains an MLP with bSAM, and yields logits on the grid every second epoch.
+
+    Args:
+        points: float64 [N, 2].
+        labels: float64 [N], 0 or 1.
+        args: the flags.
+
+    Yields:
+        The logits of 20 samples, float64 [20, rows · columns], and of the mean, float64 [rows · columns].
+    """
     model = models.MLP(num_classes=1, features=(32, 32, 32, 32))
 
     def logits(params, points):
@@ -107,14 +121,21 @@ def train(points, labels, args):
             yield jax.device_get(boundaries(state, sample_key))
 
 
-def grid_points():
-    """The grid on which boundaries are drawn, float64 [rows, columns, 2]."""
+def grid_points() -> np.ndarray:
+    """Returns the grid on which boundaries are drawn, float64 [rows, columns, 2]."""
     return np.stack(np.meshgrid(np.linspace(*X_RANGE, 85), np.linspace(*Y_RANGE, 49)), axis=-1)
 
 
-def draw(points, labels, sample_logits, mean_logits):
-    """Returns a frame as a Pillow image: the samples' boundaries in thin grey, the mean's boundary in thick black."""
-    from evaluation import plots  # Matplotlib takes most of a second
+def draw(points: np.ndarray, labels: np.ndarray, sample_logits: np.ndarray, mean_logits: np.ndarray) -> Image.Image:
+    """Returns a frame: the samples' boundaries in thin grey, the mean's boundary in thick black.
+
+    Args:
+        points: float64 [N, 2].
+        labels: float64 [N], 0 or 1.
+        sample_logits: float64 [S, rows · columns], on the grid.
+        mean_logits: float64 [rows · columns], on the grid.
+    """
+    from evaluation import plots  # imported late because Matplotlib takes most of a second
 
     with plots.settings({}), io.BytesIO() as file:
         figure = plots.Figure(figsize=(5.6, 3.2), dpi=100)
@@ -129,16 +150,19 @@ def draw(points, labels, sample_logits, mean_logits):
         return Image.open(file).convert('RGB')
 
 
-def boundary(logits):
-    """Returns the lines, float64 [points, 2] each, on which a network with these logits on the grid is undecided."""
+def boundary(logits: np.ndarray) -> list[np.ndarray]:
+    """Returns the lines, float64 [points, 2] each, where the logits on the grid, float64 [rows · columns], are 0."""
     from contourpy import contour_generator
 
     grid = grid_points()
     return contour_generator(grid[..., 0], grid[..., 1], logits.reshape(grid.shape[:2])).lines(0)
 
 
-def save_gif(frames, path):
-    """Writes frames of 50 ms that loop forever, in the colours drawn and their halves, whole. Raises RunError."""
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    """Writes a GIF whole, with frames of 50 ms that loop forever. Raises RunError.
+
+    The palette has the drawn colours, and each drawn colour mixed half with white.
+    """
     shades = [(1, 1, 1)] + [
         1 - opacity * (1 - np.array(ImageColor.getrgb(c)) / 255) for c in COLOURS for opacity in (0.5, 1)
     ]

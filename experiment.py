@@ -29,7 +29,7 @@ class Experiment(NamedTuple):
         init: init(key) -> the optimizer's first state.
         normalise: normalise(images uint8 [B, H, W, C]) -> what the network takes, float32.
         step: step(state, batch, lr_factor) -> (state, loss), jitted. Donates the state. A batch is what `data.Feed`
-            yields, images uint8 [B, H, W, C] and labels int32 [B].
+            yields, normalised images float32 [B, H, W, C] and labels int32 [B].
         apply: apply(params, batch_stats, images uint8 [B, H, W, C]) -> logits [B, K].
         update: of the same arguments -> the batch statistics after this batch of training.
     """
@@ -73,9 +73,6 @@ def _create(model, precision, optim, arguments, num_data, image_shape, mean, std
 
     @partial(jax.jit, donate_argnames='state')
     def step(state, batch, lr_factor):
-        images, labels = batch
-        # Made once: XLA would normalise them again for every window of the first convolution.
-        batch = jax.lax.optimization_barrier((normalise(images), labels))
         state, loss = optimizer.step(state, batch, lr_factor)
         return jax.tree.map(sharding.gather, state), loss
 

@@ -5,12 +5,14 @@
     logits, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
     logits = model.apply(variables, images, train=False)
 
-images: float [B, H, W, C]; logits: float [B, num_classes]; collections: `params` and, with batch
-normalisation, `batch_stats`. Layers, initial distributions and running averages are those of the
-reference code of Möllenhoff & Khan (ICLR 2023), but for LeNet-5's head, which lacks an output there.
+images: float [B, H, W, C]; logits: float [B, num_classes]. The collections are `params` and, with batch
+normalisation, `batch_stats`. Layers, initial distributions and running averages follow the reference code
+of Möllenhoff & Khan (ICLR 2023). Only LeNet-5's head differs: it lacks an output in the reference code.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +26,19 @@ class ModelError(errors.UserError):
     """A network that does not exist, or that does not fit the images."""
 
 
-def truncated_fan_in(key, shape, dtype=jnp.float32):
-    """A standard normal cut at ±2, times 1/√fan_in: its standard deviation is 0.88/√fan_in, not corrected to 1.
+def truncated_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Draws from a standard normal cut at ±2, times 1/√fan_in.
 
-    shape: [..., inputs, outputs]; fan_in is the product of all but the last.
+    The standard deviation is 0.88/√fan_in, and is not corrected to 1/√fan_in. The product of all dimensions but the
+    last of `shape`, [..., inputs, outputs], is fan_in.
     """
     return _truncated_normal(key, shape, dtype) / math.sqrt(math.prod(shape[:-1]))
 
 
-def he_normal(key, shape, dtype=jnp.float32):
-    """A standard normal cut at ±2, times √(2/fan_in) over its standard deviation (He et al., 2015).
+def he_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Draws from a standard normal cut at ±2 and scaled to the standard deviation √(2/fan_in) (He et al., 2015).
 
-    Equal to jax.nn.initializers.he_normal. shape: as above.
+    Equal to jax.nn.initializers.he_normal. `shape` and fan_in are as in truncated_fan_in.
     """
     variance = jnp.asarray(2 / math.prod(shape[:-1]), dtype)
     return _truncated_normal(key, shape, dtype) * (jnp.sqrt(variance) / _DEVIATION_OF_CUT)
@@ -45,17 +48,17 @@ _DEVIATION_OF_CUT = 0.87962566103423978
 
 
 def _truncated_normal(key, shape, dtype):
-    """Drawn flat, to the same numbers: XLA on CPUs unrolls loops over short dimensions, and compiles for seconds."""
+    """Draws a flat array, to the same numbers, because XLA on CPUs unrolls loops over short dimensions for seconds."""
     return jax.random.truncated_normal(key, -2, 2, (math.prod(shape),), dtype).reshape(shape)
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 (He et al., 2016) for small images: a 3×3 stem without pooling, batch normalisation."""
+    """ResNet-18 (He et al., 2016) for small images, with a 3×3 stem without pooling, and batch normalisation."""
 
     num_classes: int
 
     @nn.compact
-    def __call__(self, images, train):
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         x = _ConvNorm(64, relu=True, name='stem')(images, train)
         x = _Stage18(64, stride=1, name='stage1')(x, train)
         x = _Stage18(128, stride=2, name='stage2')(x, train)
@@ -101,12 +104,15 @@ class _ConvNorm(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 with filter response normalisation, whose threshold is its only non-linearity: none follows sums."""
+    """ResNet-20 with filter response normalisation (FRN).
+
+    The threshold of FRN is the only non-linearity: none follows the sums of the residual blocks.
+    """
 
     num_classes: int
 
     @nn.compact
-    def __call__(self, images, train):
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         _require_size('resnet20', images, 29, 'for its 8×8 pool')
         x = _ConvFRN(16, name='stem')(images)
         x = _Stage20(16, stride=1, name='stage1')(x)
@@ -153,12 +159,12 @@ class _ConvFRN(nn.Module):
 
 
 class LeNet(nn.Module):
-    """LeNet-5 with 6, 16 and 120 channels of 5×5, ReLU and overlapping 3×3 pools."""
+    """LeNet-5 with 6, 16 and 120 channels of 5×5 weights, ReLU and overlapping 3×3 pools."""
 
     num_classes: int
 
     @nn.compact
-    def __call__(self, images, train):
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         _require_size('lenet', images, 15, 'for its three 3×3 pools')
         x = images
         for i, features in enumerate((6, 16, 120), start=1):
@@ -170,13 +176,13 @@ class LeNet(nn.Module):
 
 
 class MLP(nn.Module):
-    """Fully connected layers with ELU between them; all biases start at 0.05."""
+    """Fully connected layers with ELU in between. All biases start at 0.05."""
 
     num_classes: int
     features: tuple[int, ...] = (500, 300)
 
     @nn.compact
-    def __call__(self, images, train):
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         x = images.reshape(images.shape[0], -1)
         bias_init = nn.initializers.constant(0.05)
         for i, features in enumerate((*self.features, self.num_classes), start=1):
@@ -188,17 +194,29 @@ class MLP(nn.Module):
 MODELS = {'resnet18': ResNet18, 'resnet20': ResNet20, 'mlp': MLP, 'lenet': LeNet}
 
 
-def create(name, num_classes):
-    """The network called `name` in MODELS, with `num_classes` logits; a ModelError if there is none."""
+def create(name: str, num_classes: int) -> nn.Module:
+    """Returns the network called `name` in MODELS, with `num_classes` logits. Raises ModelError for other names."""
     if name not in MODELS:
         raise ModelError(f'unknown model {name!r} (choose from {", ".join(MODELS)})')
     return MODELS[name](num_classes)
 
 
-def apply(model, params, batch_stats, images, train, dtype=None):
-    """Runs a network with weights and images cast to `dtype`; returns its logits and its new batch statistics.
+def apply(
+    model: nn.Module, params: Any, batch_stats: Any, images: jax.Array, train: bool, dtype: Any = None
+) -> tuple[jax.Array, Any]:
+    """Runs a network with weights and images cast to `dtype`.
 
-    Both are float32 at least, whatever `dtype` is: normalisation takes its averages in float32.
+    Args:
+        model: the network.
+        params: the weights.
+        batch_stats: the batch statistics, {} for a network without batch normalisation.
+        images: float [B, H, W, C].
+        train: whether to normalise by the batch's statistics and to update `batch_stats`.
+        dtype: of the computation, None to cast nothing.
+
+    Returns:
+        The logits [B, num_classes] and the new batch statistics. Both are float32 at least, whatever `dtype` is,
+        because normalisation takes averages in float32.
     """
     params, images = jax.tree.map(lambda x: x.astype(dtype or x.dtype), (params, images))
     variables = {'params': params, 'batch_stats': batch_stats}
@@ -206,8 +224,11 @@ def apply(model, params, batch_stats, images, train, dtype=None):
     return convolution.at_least_float32(logits), updates.get('batch_stats', batch_stats)
 
 
-def with_features(apply):
-    """Returns a function that returns what `apply` does and, of the last nn.Dense that it calls, the inputs [B, F]."""
+def with_features(apply: Callable) -> Callable:
+    """Returns a function of the same arguments that returns (outputs of `apply`, features).
+
+    The features are the inputs, float [B, F], of the last nn.Dense that `apply` calls.
+    """
 
     def applied(*args):
         calls = []
@@ -218,8 +239,11 @@ def with_features(apply):
     return applied
 
 
-def last_layer(apply, *args):
-    """Returns the path in `params` of the last nn.Dense that apply(*args) calls, such as ('head',). Traces it only."""
+def last_layer(apply: Callable, *args: Any) -> tuple[str, ...]:
+    """Returns the path in `params` of the last nn.Dense that apply(*args) calls, such as ('head',).
+
+    Only traces `apply`, and computes nothing.
+    """
     calls = []
     with _dense_calls(calls):
         jax.eval_shape(apply, *args)
@@ -227,7 +251,7 @@ def last_layer(apply, *args):
 
 
 def _dense_calls(calls):
-    """A context in which the path and the inputs of every nn.Dense that is called are added to a list."""
+    """Returns a context that appends the path and the inputs of every called nn.Dense to the list `calls`."""
 
     def intercept(function, inputs, options, context):
         if isinstance(context.module, nn.Dense) and context.method_name == '__call__':
@@ -247,18 +271,20 @@ _DECAY = 0.9  # of batch normalisation's running averages
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe & Szegedy, 2015) with running averages that are zero-debiased.
+    """Batch normalisation (Ioffe & Szegedy, 2015) with zero-debiased running averages.
 
-    The running average after t updates is Σ 0.9^(t−i) x_i / Σ 0.9^(t−i), so the first update replaces
-    the initial value, where Flax's own starts at mean 0 and variance 1 and forgets them slowly.
-    `batch_stats`: mean [C], var [C] (the debiased averages) and count [], the number of updates.
-    ReLU follows if `relu`.
+    The running average after t updates is Σ 0.9^(t−i) x_i / Σ 0.9^(t−i), so the first update replaces the initial
+    value. Flax's own running average starts at mean 0 and variance 1 and forgets them slowly.
+    `batch_stats`: floats mean [C] and var [C], the debiased averages, and count [], the number of updates.
+
+    Attributes:
+        relu: whether ReLU follows.
     """
 
     relu: bool = False
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         shape = x.shape[-1:]
         scale = self.param('scale', nn.initializers.ones, shape)
         bias = self.param('bias', nn.initializers.zeros, shape)
@@ -281,7 +307,7 @@ class FilterResponseNorm(nn.Module):
     """Filter response normalisation with a thresholded linear unit (Singh & Krishnan, 2020)."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-1:]
         scale = self.param('scale', nn.initializers.ones, shape)
         bias = self.param('bias', nn.initializers.zeros, shape)
@@ -302,6 +328,6 @@ def _conv(features, kernel_size, stride, kernel_init, use_bias=True, name='conv'
 
 
 def _flax_convolution(x, kernel, strides, padding, **defaults):
-    """`convolve` in the signature that nn.Conv calls; neither dilation nor groups are used here."""
+    """Calls `convolve` with what nn.Conv passes. Dilation and groups are dropped, because no network here uses them."""
     del defaults
     return convolution.convolve(x, kernel, strides, padding)

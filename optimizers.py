@@ -215,26 +215,12 @@ def adam(loss, *, learning_rate, beta1, beta2, weight_decay):
 
     g ← g + δw;  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸).
     """
-    value_and_grad = _value_and_grad(loss)
-
-    def step(state, batch, lr_factor=1.0):
-        (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
-        state = _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, coupled=weight_decay)
-        return state._replace(batch_stats=batch_stats), value
-
-    return Optimizer(_init_adam, step, _mean)
+    return _adam(loss, learning_rate, beta1, beta2, coupled=weight_decay)
 
 
 def adamw(loss, *, learning_rate, beta1, beta2, weight_decay):
     """AdamW (Loshchilov & Hutter, 2019): Adam whose weight decay, α δ w, is taken from the weights directly."""
-    value_and_grad = _value_and_grad(loss)
-
-    def step(state, batch, lr_factor=1.0):
-        (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
-        state = _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, decoupled=weight_decay)
-        return state._replace(batch_stats=batch_stats), value
-
-    return Optimizer(_init_adam, step, _mean)
+    return _adam(loss, learning_rate, beta1, beta2, decoupled=weight_decay)
 
 
 def samadam(loss, *, learning_rate, beta1, beta2, weight_decay, rho, num_sub_batches, bnupdate='both', atonce=1):
@@ -418,6 +404,17 @@ def _heavy_ball(params, momentum, grads, rate, beta1, weight_decay):
 def _init_adam(params, batch_stats, key):
     momentum, squares = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
     return AdamState(params, momentum, squares, jnp.zeros((), jnp.int32), batch_stats, key)
+
+
+def _adam(loss, learning_rate, beta1, beta2, **weight_decay):
+    value_and_grad = _value_and_grad(loss)
+
+    def step(state, batch, lr_factor=1.0):
+        (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
+        state = _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, **weight_decay)
+        return state._replace(batch_stats=batch_stats), value
+
+    return Optimizer(_init_adam, step, _mean)
 
 
 def _adam_step(state, grads, rate, beta1, beta2, coupled=0.0, decoupled=0.0):

@@ -17,6 +17,7 @@ from runs import launch
 
 # isort: split
 
+import argparse
 import re
 from pathlib import Path, PurePosixPath
 
@@ -29,7 +30,8 @@ from readers.files import DataError
 from runs import parsing
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the flags. Ends the script for flags that it does not understand."""
     parser = parsing.Parser(__doc__)
     help = 'where tiny-imagenet-200.zip or the folder tiny-imagenet-200 is, or will be downloaded to'
     parser.add_argument('--datasetfolder', type=parsing.path, default=Path('datasets'), help=help)
@@ -37,7 +39,8 @@ def parse_args(argv=None):
 
 
 @launch.script('setup_tinyimagenet.py')
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Makes the data set ready and prints the number of images of each split."""
     args = parse_args(argv)
     root = args.datasetfolder / 'tiny-imagenet-200'
     archive = args.datasetfolder / 'tiny-imagenet-200.zip'
@@ -58,11 +61,14 @@ def main(argv=None):
         print(f'{split}: {len(images)} images of {len(set(labels.tolist()))} classes')
 
 
-_LARGEST_MEMBER = 1 << 20  # bytes; the annotations, the largest of the official zip, have 300 thousand
+_LARGEST_MEMBER = 1 << 20  # bytes; the largest file of the official zip, the annotations, has 300 thousand
 
 
-def unpack(archive, root):
-    """Unpacks the training and validation images beside `root` and moves the folder there when all is unpacked."""
+def unpack(archive: Path, root: Path) -> None:
+    """Unpacks the training and validation images beside `root`, and moves the folder to `root` when all are unpacked.
+
+    Raises DataError.
+    """
     try:
         with errors.replacing(root) as partial, files.opened_zip(archive, tinyimagenet.OFFICIAL) as members:
             wanted = [name for name in members.namelist() if _is_wanted(PurePosixPath(name))]
@@ -96,8 +102,11 @@ def _is_wanted(path):
 _FILE_NAME = re.compile(r'\w[\w.]{0,99}', re.ASCII)
 
 
-def sort_validation_images(val):
-    """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says; images that are there already stay."""
+def sort_validation_images(val: Path) -> None:
+    """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says. Images that were moved before stay.
+
+    Raises DataError, or OSError for a file that cannot be moved.
+    """
     annotations, unsorted = val / 'val_annotations.txt', val / 'images'
     if not unsorted.exists():
         return

@@ -3,7 +3,7 @@
 python sweep.py sweep.toml --output results/sweep_digits
 python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TASK_ID/8
 
-    [flags]                  # of every run; images are kept out of training to choose by
+    [flags]                  # flags of every run; validation holds out images to rank the runs by
     dataset = 'digits'
     model = 'lenet'
     optim = 'bsam'
@@ -18,7 +18,7 @@ python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TAS
     rho = [0.01, 0.05]
     randomseed = [0, 1]
 
-    [random]                 # so many draws of each combination, log-uniform between two numbers
+    [random]                 # N draws, the same for each combination, log-uniform between two numbers
     draws = 2
     alpha = [0.1, 1.0]
 """
@@ -35,18 +35,20 @@ from runs import launch
 
 # isort: split
 
+import argparse
 import itertools
 import math
 import random
 import tomllib
 from functools import partial
+from pathlib import Path
 
 import errors
 from evaluation import tables
 from evaluation.request import Request
 from runs import folders, json_files, parsing, processes, training_flags
 
-_MOST_RUNS = 10_000  # whose folders have numbers of four digits
+_MOST_RUNS = 10_000  # because run folders have numbers of four digits
 SHOWN = ('nll', 'accuracy', 'ece')
 
 
@@ -54,7 +56,8 @@ class SweepError(errors.UserError):
     """A sweep file or folder that cannot be used."""
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the flags. Ends the script for flags that it does not understand."""
     parser = parsing.Parser(__doc__)
     parser.add_argument('sweep', type=parsing.path, help='the TOML file; its format stands at the top of sweep.py')
     parser.add_argument('--output', type=parsing.path, required=True, help='folder of the runs and the summary')
@@ -66,20 +69,21 @@ def parse_args(argv=None):
 
 
 def _part(text):
-    """'I/M' as two whole numbers, I less than M."""
+    """Returns 'I/M' as two whole numbers, I less than M."""
     index, _, number = text.partition('/')
     number = parsing.integer(1)(number)
     return parsing.integer(0, below=number)(index), number
 
 
 @launch.script('sweep.py')
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Trains and evaluates the runs of a sweep, and prints the summary. Ends with status 1 if a run fails."""
     args = parse_args(argv)
     fixed, varied = read(args.sweep)
     sweep = [fixed | values for values in varied]
     chosen = [] if args.summary else range(args.part[0], len(sweep), args.part[1])
     for values in sweep:
-        training_flags.parse_args(processes.arguments(values))
+        training_flags.parse_args(training_flags.arguments(values))
     _require_folder(args.output)
     for number, values in enumerate(sweep):
         processes.require_same_flags(_folder(args, number), values)
@@ -89,8 +93,8 @@ def main(argv=None):
         sys.exit(1)
 
 
-def read(path):
-    """The flags of every run, and a list with the varied ones of each. Raises SweepError."""
+def read(path: Path) -> tuple[dict, list[dict]]:
+    """Returns the flags that all runs share, and a list with the varied flags of each run. Raises SweepError."""
     try:
         sweep = tomllib.loads(json_files.read_text(path, limit=1 << 20))
     except (OSError, ValueError, RecursionError) as error:
@@ -144,7 +148,7 @@ def _is_range(bounds):
 
 
 def _drawn(rng, bounds, whole):
-    """Log-uniform between two numbers, a whole one if asked for."""
+    """Draws log-uniformly between two numbers: a whole number if `whole`, otherwise one of four digits."""
     low, high = map(math.log, bounds)
     value = math.exp(rng.uniform(low, high))
     return round(value) if whole else float(f'{value:.4g}')
@@ -155,7 +159,7 @@ def _folder(args, number):
 
 
 def _complete(args, number, values, run):
-    """Trains one run, or goes on with it, and evaluates it, unless it is complete. Returns True; raises RunError."""
+    """Trains or resumes one run and evaluates it, unless it is complete. Returns True. Raises RunError."""
     folder = _folder(args, number)
     if not _measured(args, number, values):
         _, (measured,) = processes.trained_and_tested(run, folder, values, [_request(args)])
@@ -168,7 +172,7 @@ def _request(args):
 
 
 def _measured(args, number, values):
-    """Returns the metrics of the average over samples, None for a run that is not trained and evaluated as asked."""
+    """Returns the metrics of the average over samples, or None if the run is not trained and evaluated as asked."""
     request = _request(args)
     for trained in _folder(args, number).glob('*/*/run_*'):
         try:
@@ -179,17 +183,26 @@ def _measured(args, number, values):
             continue
         except (OSError, ValueError) as error:
             raise folders.RunError(f'{trained}: its metrics cannot be read: {error}') from error
-        epochs = training_flags.parse_args(processes.arguments(values)).epochs
+        epochs = training_flags.parse_args(training_flags.arguments(values)).epochs
         end = folders.end_of_training(folders.read_config(trained), epochs)
         if all(found.get(name) == value for name, value in (request.recorded() | {'trained': end}).items()):
             return average
     return None
 
 
-def summarise(args, sweep, varied):
-    """Writes summary.md and summary.csv, the run of least validation NLL first, if any is complete; returns the first.
+def summarise(args: argparse.Namespace, sweep: list[dict], varied: list[dict]) -> str:
+    """Writes summary.md and summary.csv if a run is complete. The run with the lowest validation NLL comes first.
 
-    sweep: all flags of each run; varied: those of them that are not the same for all. Raises RunError.
+    Args:
+        args: the flags of this script.
+        sweep: all flags of each run.
+        varied: the flags of each run that differ between runs.
+
+    Returns:
+        The text of summary.md.
+
+    Raises:
+        RunError: metrics cannot be read, or a summary cannot be written.
     """
     measured = [_measured(args, number, values) for number, values in enumerate(sweep)]
     complete = [number for number, found in enumerate(measured) if found]
@@ -200,7 +213,7 @@ def summarise(args, sweep, varied):
         [
             f'{number:04}',
             *(errors.printable(varied[number][name]) for name in names),
-            *(_cell(measured[number][name]) for name in SHOWN),
+            *(_four_digits(measured[number][name]) for name in SHOWN),
         ]
         for number in complete
     ]
@@ -211,7 +224,7 @@ def summarise(args, sweep, varied):
     return text
 
 
-def _cell(value):
+def _four_digits(value):
     return 'nan' if value is None else f'{value:.4f}'
 
 

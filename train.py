@@ -79,23 +79,18 @@ def main(argv=None):
     return training.run
 
 
-class Images(NamedTuple):
-    """What is trained on, and what epochs are evaluated on: uint8 [N, H, W, C] and int32 [N]."""
-
-    train: np.ndarray
-    train_labels: np.ndarray
-    held_out: np.ndarray
-    held_out_labels: np.ndarray
-
-
 class Training(NamedTuple):
-    """A run folder, the run's flags, and all that is needed to train from `progress` on."""
+    """A run folder, the run's flags, and all that is needed to train from `progress` on.
+
+    train: images uint8 [N, H, W, C] and labels int32 [N]. held_out: likewise, what epochs are evaluated on.
+    """
 
     run: Path
     args: argparse.Namespace
     mesh: jax.sharding.Mesh
     experiment: experiment.Experiment
-    images: Images
+    train: tuple[np.ndarray, np.ndarray]
+    held_out: tuple[np.ndarray, np.ndarray]
     augmented: bool
     state: Any
     progress: checkpoints.Progress
@@ -108,7 +103,7 @@ class Training(NamedTuple):
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return len(self.images.train) // self.args.batchsize
+        return len(self.train[0]) // self.args.batchsize
 
 
 def train(training: Training, stop: signals.Stop, report: Report) -> bool:
@@ -116,17 +111,17 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
 
     Raises DivergenceError, unless --keepgoing.
     """
-    args, images, step = training.args, training.images, training.experiment.step
+    args, step = training.args, training.experiment.step
     state, progress = sharding.replicate(training.state, training.mesh), training.progress
     log = folders.Log(training.run, report.warn)
     writer = checkpoints.Writer(training.run, training.steps, progress, args.keepbest, report.warn)
     with jax.set_mesh(training.mesh), writer:
         feed = data.Feed(
-            images.train, images.train_labels, args.batchsize,
-            sharding.replicate(experiment.keys(args.randomseed).batches, training.mesh), training.mesh,
-            augmented=training.augmented, streamed=args.stream or hosts.must_stream(images.train),
+            *training.train, args.batchsize, experiment.keys(args.randomseed).batches, training.mesh,
+            training.experiment.normalise, augmented=training.augmented,
+            streamed=args.stream or hosts.must_stream(training.train[0]),
         )  # fmt: skip
-        held_out = posteriors.parts(images.held_out, args.testbatchsize, args.stream)
+        held_out = posteriors.parts(training.held_out[0], args.testbatchsize, args.stream)
         stopped = False
         while progress.epoch <= args.epochs and not stopped:
             epoch = Epoch(training, progress, writer)
@@ -213,14 +208,14 @@ def evaluate(training: Training, state, progress: checkpoints.Progress, held_out
     return {
         'epoch': progress.epoch,
         'loss': progress.loss / training.steps,
-        f'{training.split}_accuracy': metrics.accuracy(probs, training.images.held_out_labels),
+        f'{training.split}_accuracy': metrics.accuracy(probs, training.held_out[1]),
         'learning_rate': args.alpha * progress.lr_factor,
         'seconds': round(progress.seconds, 3),
         'images_per_second': round(training.steps * args.batchsize / progress.seconds, 1),
     }
 
 
-def begin(args, held: contextlib.ExitStack) -> Training:
+def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Training:
     """Returns a Training in a new run folder, which is locked until `held` is closed.
 
     Raises DataError, DeviceError, ModelError and RunError.
@@ -228,7 +223,7 @@ def begin(args, held: contextlib.ExitStack) -> Training:
     mesh = devices.mesh_of_training(args)
     if hosts.is_first():
         folders.require_place(args.resultsfolder, args.dataset, args.model, args.optim)
-    config, augmented, images = read(args)
+    config, augmented, *images = read(args)
     functions = experiment.create(config)
     state = jax.jit(functions.init)(experiment.keys(args.randomseed).init)
 
@@ -239,7 +234,7 @@ def begin(args, held: contextlib.ExitStack) -> Training:
         return str(run)
 
     run = Path(hosts.from_first(create))
-    return Training(run, args, mesh, functions, images, augmented, state, checkpoints.Progress())
+    return Training(run, args, mesh, functions, *images, augmented, state, checkpoints.Progress())
 
 
 def resume(run: Path, step: int | None, given: dict, held: contextlib.ExitStack) -> Training:
@@ -256,7 +251,7 @@ def resume(run: Path, step: int | None, given: dict, held: contextlib.ExitStack)
         held.enter_context(folders.locked(run))
     mesh = devices.mesh_of_training(args, flags_hold=True)
     provenance.require_same_precision(run, before)
-    config, augmented, images = read(args)
+    config, augmented, *images = read(args)
     data.require_images_of_run(config['dataset'], before['dataset'], args.datasetfolder, run)
     functions = experiment.create(config)
     _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
@@ -266,28 +261,31 @@ def resume(run: Path, step: int | None, given: dict, held: contextlib.ExitStack)
     if hosts.is_first():
         folders.write_config(run, before | config)
         folders.write_log(run, progress.log)
-    return Training(run, args, mesh, functions, images, augmented, state, progress)
+    return Training(run, args, mesh, functions, *images, augmented, state, progress)
 
 
-def read(args) -> tuple[dict, bool, Images]:
-    """Returns the configuration of a run, whether it augments images, and the images. Raises DataError, DeviceError."""
+def read(args: argparse.Namespace) -> tuple[dict, bool, tuple, tuple]:
+    """Returns the configuration of a run, whether it augments images, and its `train` and `held_out`.
+
+    Raises DataError and DeviceError.
+    """
     dataset = data.dataset(args.dataset, args.datasetfolder)
-    rest, held_out = data.read_train(dataset, vars(args))
-    images = Images(*rest, *(held_out or dataset.read('test')))
-    if args.batchsize > len(images.train):
-        raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images.train)} training images')
-    config = {'flags': vars(args), 'dataset': data.describe(dataset, images.train, images.train_labels)}
-    trained = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
-    hosts.require_same({'flags': trained, 'data set': config['dataset']})
-    some = images.train[:: len(images.train) // 16 + 1]
-    hosts.require_same_arrays('images', some, images.train_labels, images.held_out_labels)
-    return config, dataset.augment and not args.noaugment, images
+    train, held_out = data.read_train(dataset, vars(args))
+    held_out = held_out or dataset.read('test')
+    images, labels = train
+    if args.batchsize > len(images):
+        raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images)} training images')
+    config = {'flags': vars(args), 'dataset': data.describe(dataset, images, labels)}
+    same = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
+    hosts.require_same({'flags': same, 'data set': config['dataset']})
+    hosts.require_same_arrays('images', images[:: len(images) // 16 + 1], labels, held_out[1])
+    return config, dataset.augment and not args.noaugment, train, held_out
 
 
 def announce(training: Training, with_devices: bool) -> None:
     """Prints the sizes of a run. Warns if the whole run is warm-up."""
-    args, images = training.args, training.images
-    sizes = f'{len(images.train)} training and {len(images.held_out)} {training.split} images'
+    args = training.args
+    sizes = f'{len(training.train[0])} training and {len(training.held_out[0])} {training.split} images'
     if with_devices:
         sizes += f', {training.mesh.size} devices'
     print(f'{training.run}: {sizes}', flush=True)

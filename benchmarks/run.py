@@ -181,10 +181,10 @@ def batch_at_hand(functions, batch_size=BATCH):
     return functions.normalise(jnp.asarray(images)), jnp.asarray(labels)
 
 
-def feed_of(batch_size, mesh):
+def feed_of(functions, batch_size, mesh):
     """train.py's batches of synthetic images, five an epoch."""
-    key = sharding.replicate(jax.random.key(1), mesh)
-    return data.Feed(*synthetic_images(5 * batch_size), batch_size, key, mesh, augmented=True, streamed=False)
+    arrays = *synthetic_images(5 * batch_size), batch_size, jax.random.key(1), mesh
+    return data.Feed(*arrays, functions.normalise, augmented=True, streamed=False)
 
 
 def posterior_of(model, optim, precision, batch_size):
@@ -203,7 +203,7 @@ class Trainer:
     def __init__(self, model, optim, precision, batch_size=BATCH, batchsplit=SPLIT, **given):
         functions = experiment.create(configuration(model, optim, precision, batchsplit, **given))
         self.step, self.state = functions.step, jax.jit(functions.init)(jax.random.key(0))
-        feed = feed_of(batch_size, devices.create_mesh(1))
+        feed = feed_of(functions, batch_size, devices.create_mesh(1))
         self.batches = itertools.chain.from_iterable(feed.batches(epoch) for epoch in itertools.count())
         self.lr_factor = jnp.float32(1)
 

@@ -137,7 +137,7 @@ def time_training(model, batch_size, steps, **processes):
     functions = experiment.create(run.configuration(model, 'bsam', 'float32', batch_size // SUB_BATCH))
     with jax.set_mesh(mesh):
         state, one = sharding.replicate((jax.jit(functions.init)(jax.random.key(0)), np.float32(1)), mesh)
-        batch = next(run.feed_of(batch_size, mesh).batches(0))
+        batch = next(run.feed_of(functions, batch_size, mesh).batches(0))
         for number_of_step in range(steps + 1):
             if number_of_step == 1:
                 began = time.perf_counter()
@@ -188,7 +188,7 @@ def count(model, number):
     with jax.set_mesh(mesh):
         shares = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.AXIS))
         batch = (
-            jax.ShapeDtypeStruct((batch_size, 32, 32, 3), jnp.uint8, sharding=shares),
+            jax.ShapeDtypeStruct((batch_size, 32, 32, 3), jnp.float32, sharding=shares),
             jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=shares),
         )
         state, one = jax.tree.map(typed, (functions.state_shapes(), jax.ShapeDtypeStruct((), jnp.float32)))

@@ -1,4 +1,4 @@
-"""Methods side by side: runs that differ by their seed alone are one method, and several methods one table."""
+"""Methods side by side. Runs that differ only in the seed are one method, and several methods make one table."""
 
 import collections
 import json
@@ -13,7 +13,7 @@ import metrics
 from evaluation import tables
 from runs import json_files, training_flags
 
-# Flags that do not make a method another one.
+# Flags in which the runs of a method may differ.
 _NOT_OF_THE_METHOD = {'randomseed', 'resultsfolder', *training_flags.MAY_CHANGE} - {'epochs'}
 
 SHOWN = (*metrics.SHORT, 'auroc')
@@ -25,8 +25,16 @@ class ComparisonError(errors.UserError):
 
 
 class Result(NamedTuple):
-    """What a run, trained with `flags`, predicts: labels int [N], and probabilities [N, K] at its mean and averaged
-    over `num_samples` samples."""
+    """The predictions of a run for N images.
+
+    Attributes:
+        flags: the flags of the training.
+        labels: int [N].
+        probs_at_mean: float [N, K], at the posterior mean.
+        probs: float [N, K], averaged over posterior samples.
+        num_samples: the number of samples. An ensemble has a text, such as '8/32' for runs with 8 and 32 samples each.
+        with_laplace: whether the samples are from a Laplace approximation.
+    """
 
     flags: dict
     labels: np.ndarray
@@ -37,14 +45,19 @@ class Result(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method and the weights that predict, by name, and the probabilities [N, K] of each of its runs."""
+    """A method at the posterior mean or averaged over samples: a row of the tables.
+
+    Attributes:
+        name: the method and the weights that predict, such as 'bsam, 32 samples'.
+        probs: float [N, K] for each run of the method.
+    """
 
     name: str
-    probs: list
+    probs: list[np.ndarray]
 
 
-def rows(results):
-    """The Rows of results: a method at the mean, and averaged over samples where that makes a difference."""
+def rows(results: list[Result]) -> list[Row]:
+    """Returns the Rows of results: each method at the mean, and averaged over samples if that makes a difference."""
     found = {}
     for name, of_method in _methods(results).items():
         for with_laplace in (False, True):
@@ -60,7 +73,7 @@ def rows(results):
 
 
 def _methods(results):
-    """{name: results}: those whose flags differ by no more than the seed are of one method."""
+    """Returns {name: results}. Results are of one method if their flags differ only in _NOT_OF_THE_METHOD."""
     groups = collections.defaultdict(list)
     for result in results:
         groups[_method(result.flags)].append(result)
@@ -76,7 +89,7 @@ def _method(flags):
 
 
 def _names(methods):
-    """A method is called by its optimizer, and by the flags in which others with the same optimizer differ."""
+    """Returns a name for each method: the optimizer, and the flags in which methods with this optimizer differ."""
     methods = [json.loads(method) for method in methods]
     names = []
     for method in methods:
@@ -86,8 +99,8 @@ def _names(methods):
     return names
 
 
-def check_flags(flags, split):
-    """Raises a ComparisonError unless runs with these flags are of the same images and of different seeds."""
+def check_flags(flags: list[dict], split: str) -> None:
+    """Raises a ComparisonError unless runs have the same images, and runs of the same method have different seeds."""
     for other in flags:
         for name in ('dataset', *(['validation', 'trainimages'] if split == 'validation' else [])):
             if other[name] != flags[0][name]:
@@ -99,8 +112,8 @@ def check_flags(flags, split):
         raise ComparisonError(f'two runs of {optim} have the same flags and --randomseed {twice[1]}: leave one out')
 
 
-def check_labels(results):
-    """Raises a ComparisonError unless all results are of the same images."""
+def check_labels(results: list[Result]) -> None:
+    """Raises a ComparisonError unless all results have the same labels and number of classes."""
     first = results[0]
     same = (
         np.array_equal(result.labels, first.labels) and result.probs.shape == first.probs.shape for result in results
@@ -109,9 +122,12 @@ def check_labels(results):
         raise ComparisonError('the runs were evaluated on different images: evaluate them again, without --reuse')
 
 
-def ensembles(results):
-    """Deep ensembles (Lakshminarayanan et al., 2017), averages of runs with their posterior samples: one of each
-    method that has several runs, and one of all where there are several methods. Laplace approximations stay out."""
+def ensembles(results: list[Result]) -> list[Result]:
+    """Returns deep ensembles (Lakshminarayanan et al., 2017): averages over runs, posterior samples included.
+
+    Each method with several runs gives an ensemble. Several methods together give one more ensemble of all runs.
+    Results with a Laplace approximation are left out.
+    """
     results = [result for result in results if not result.with_laplace]
     methods = _methods(results)
     groups = {f'{name} ensemble': group for name, group in methods.items() if len(group) > 1}
@@ -125,20 +141,26 @@ def _ensemble(name, results):
     return Result({'optim': name}, results[0].labels, at_mean, averaged, _num_samples(results))
 
 
-def values(rows, labels, num_bins):
-    """Every metric of every run, a dict {metric: [runs]} for each row."""
+def values(rows: list[Row], labels: np.ndarray, num_bins: int) -> list[dict[str, list[float]]]:
+    """Returns every metric of every run: for each row a dict {metric: [value of each run]}."""
     summaries = [[metrics.summary(probs, labels, num_bins) for probs in row.probs] for row in rows]
     return [{name: [s[name] for s in runs] for name in metrics.METRICS} for runs in summaries]
 
 
-def order(values):
-    """Row numbers, that of the lowest NLL first: it is a proper score, of accuracy and calibration at once."""
+def order(values: list[dict]) -> list[int]:
+    """Returns the row numbers by mean NLL, the lowest first and nan last.
+
+    The NLL ranks the rows because the NLL is a proper score: it measures accuracy and calibration at once.
+    """
     nlls = [np.mean(v['nll']) for v in values]
     return sorted(range(len(values)), key=lambda i: (np.isnan(nlls[i]), nlls[i]))
 
 
-def main_table(rows, values, bold):
-    """Header and rows: mean ± standard deviation over the runs of a method, the best value of a column `bold`."""
+def main_table(rows: list[Row], values: list[dict], bold: bool) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and rows of the main table: mean ± standard deviation over the runs of each method.
+
+    If `bold` is set, the best value of each column is in bold.
+    """
     means = {name: [round(float(np.mean(v[name])), 4) for v in values] for name in SHOWN}
     best = {name: _best(name, column) for name, column in means.items()}
     header = ['method', 'runs', *SHOWN]
@@ -166,8 +188,8 @@ def _mean_and_deviation(name, values, best):
     return f'**{text}**' if round(float(np.mean(values)), 4) == best else text
 
 
-def full_table(rows, values):
-    """Header and rows with all metrics, mean and standard deviation in columns of their own, for programs."""
+def full_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and rows of a table for programs: a mean and a standard deviation column for each metric."""
     header = ['method', 'runs', *(f'{name}_{part}' for name in metrics.METRICS for part in ('mean', 'sd'))]
     cells = [
         [row.name, str(len(row.probs))]
@@ -178,19 +200,19 @@ def full_table(rows, values):
 
 
 def _standard_deviation(values):
-    """nan of a single run, and of infinite values."""
+    """Returns the standard deviation over runs, or nan for a single run or infinite values."""
     return np.std(values, ddof=1) if len(values) > 1 and np.isfinite(values).all() else np.nan
 
 
-def test_table(rows, labels, num_bins):
-    """Header and rows: each row's difference from the first, with its 95 % interval and p-value (bootstrap)."""
+def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and rows of differences: each row against the first, 95 % interval and p-value (bootstrap)."""
     tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in metrics.SHORT}
     measured = [_averages(tested, row.probs, labels) for row in rows]
     cells = []
     for row, (observed, resampled) in zip(rows[1:], measured[1:], strict=True):
         line = [row.name]
         for name in metrics.SHORT:
-            with np.errstate(invalid='ignore'):  # of an infinite NLL
+            with np.errstate(invalid='ignore'):  # an infinite NLL minus another is nan
                 difference = observed[name] - measured[0][0][name]
                 test = metrics.difference(difference, resampled[name] - measured[0][1][name])
             line += _test_cells(name, difference, *test)
@@ -198,12 +220,17 @@ def test_table(rows, labels, num_bins):
     return _test_header(rows[0].name), cells
 
 
-def seeds_table(rows, values):
-    """As `test_table`, of the rows with several runs, over those: what other seeds would have given (Welch's t-test).
+def seeds_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Returns a table like `test_table`, but over seeds: what other seeds would have given (Welch's t-test).
 
-    values: those of the rows. Neither interval nor p where the runs of both rows are all alike, or a value is infinite.
+    The table has the rows with several runs. The table is ([], []) if fewer than two rows have several runs.
+    Interval and p-value are nan if the runs of both rows are all alike, or if a value is infinite.
+
+    Args:
+        rows: as from `rows`.
+        values: as from `values`, for the same rows.
     """
-    import scipy.stats  # takes most of a second
+    import scipy.stats  # imported late because it takes most of a second
 
     of_several = [(row.name, v) for row, v in zip(rows, values, strict=True) if len(row.probs) > 1]
     cells = []
@@ -232,7 +259,7 @@ def _test_cells(name, difference, low, high, p):
 
 
 def _averages(tested, probs, labels):
-    """The average over runs of each metric, {name: float}, and that on every resample of the images, {name: [R]}."""
+    """Returns each metric averaged over runs: {name: float} on the images, {name: float [R]} on each resample."""
     resampled = [metrics.resampled(tested, p, labels) for p in probs]
     return (
         {name: np.mean([metric(p, labels) for p in probs]) for name, metric in tested.items()},
@@ -241,7 +268,13 @@ def _averages(tested, probs, labels):
 
 
 def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[str, list[Row], list[dict]]:
-    """Returns the tables of several runs as a text, and their rows and values, the lowest NLL first."""
+    """Returns the tables of several runs as a text, the Rows and their values, the lowest NLL first.
+
+    Args:
+        results: a Result of each run, all for the same images.
+        num_bins: the number of bins of ECE and MCE.
+        with_ensembles: whether the tables also have `ensembles(results)`.
+    """
     found = rows([*results, *ensembles(results)] if with_ensembles else results)
     measured = values(found, results[0].labels, num_bins)
     first_to_last = order(measured)
@@ -258,8 +291,8 @@ def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[
     return text, found, measured
 
 
-def write(folder, rows, values):
-    """comparison.md, .csv and .tex in a folder; returns their paths. Raises RunError."""
+def write(folder: Path, rows: list[Row], values: list[dict]) -> list[Path]:
+    """Writes comparison.md, .csv and .tex to a folder and returns the paths. Raises RunError."""
     main, full = main_table(rows, values, bold=True), full_table(rows, values)
     texts = {'md': tables.markdown(*main), 'csv': tables.comma_separated(*full), 'tex': tables.latex(*main)}
     paths = [Path(folder) / f'comparison.{suffix}' for suffix in texts]

@@ -1,12 +1,14 @@
-"""The Laplace approximation of a trained network's last layer, a posterior after the fact (Daxberger et al., 2021).
+"""The Laplace approximation of a trained network's last layer, a post-hoc posterior (Daxberger et al., 2021).
 
-The Hessian of the loss by the last layer's weights is approximated by Kronecker factors A ⊗ B (Ritter et al., 2018):
-A is the mean of φφᵀ over the features φ that enter the layer, 1 for its bias appended, B that of diag(p) − ppᵀ over the
-predicted probabilities p. The posterior is N(w, (N A ⊗ B + τ I)⁻¹) with the prior precision τ of the training.
+Kronecker factors A ⊗ B approximate the Hessian of the loss with respect to the last layer's weights (Ritter et al.,
+2018). A is the mean of φφᵀ over the features φ that enter the layer, with 1 appended for the bias. B is the mean of
+diag(p) − ppᵀ over the predicted probabilities p. The posterior is N(w, (N A ⊗ B + τ I)⁻¹). τ is the prior precision of
+the training.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +18,29 @@ from ops import sharding
 
 
 class Factors(NamedTuple):
-    """Eigenvectors of A and B, [F + 1, F + 1] and [K, K], and the standard deviations along them, [F + 1, K]."""
+    """The posterior in terms of the eigenvectors of A and B.
+
+    Attributes:
+        features: float32 [F + 1, F + 1], the eigenvectors of A.
+        classes: float32 [K, K], the eigenvectors of B.
+        deviations: float32 [F + 1, K], the standard deviations along the eigenvectors.
+    """
 
     features: jax.Array
     classes: jax.Array
     deviations: jax.Array
 
 
-def fit(outputs, images, batch_size, num_data, prior_precision):
-    """The Factors of a last layer over images uint8 [M, H, W, C].
+def fit(outputs: Callable, images: np.ndarray, batch_size: int, num_data: float, prior_precision: float) -> Factors:
+    """Returns the Factors of a last layer over images.
 
-    outputs(images) -> (logits [B, K], features [B, F]) of the trained network, a jax.tree_util.Partial of its weights.
+    Args:
+        outputs: outputs(images) -> (logits [B, K], features [B, F]) of the trained network, a jax.tree_util.Partial of
+            the weights.
+        images: uint8 [M, H, W, C].
+        batch_size: rounded up to a batch size that the devices can share equally.
+        num_data: N, the number of training examples times the augmentation factor.
+        prior_precision: τ.
     """
     batch_size = sharding.shareable(batch_size)
     totals = [_products(outputs, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
@@ -46,10 +60,11 @@ def _products(outputs, images):
 
 
 @partial(jax.jit, static_argnames='layer')
-def sample(layer, factors, params, key):
+def sample(layer: tuple[str, ...], factors: Factors, params: Any, key: jax.Array) -> Any:
     """Returns `params` with noise added to the kernel [F, K] and the bias [K] of the dense layer at the path `layer`.
 
-    The noise is multiplied by the symmetric root of the covariance, whichever eigenvectors equal eigenvalues have.
+    The noise is multiplied by the symmetric root of the covariance. The symmetric root is the same for any choice of
+    eigenvectors of equal eigenvalues.
     """
     noise = jax.random.normal(key, factors.deviations.shape)
     along = factors.deviations * (factors.features.T @ noise @ factors.classes)

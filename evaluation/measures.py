@@ -1,15 +1,24 @@
-"""What is measured beside the metrics: curves over samples, temperature, unknown and corrupted images."""
+"""Measurements besides the metrics: curves over samples, temperature, unknown and corrupted images."""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 import metrics
-from evaluation import corruptions
+from evaluation import corruptions, posteriors
 from runs import hosts
 
 
-def curve(predictions, numbers, labels, num_bins):
-    """Returns accuracy, NLL and ECE after each number of samples, [{'testmc': n, 'accuracy': ..., ...}, ...]."""
+def curve(predictions: list, numbers: Sequence[int], labels: np.ndarray, num_bins: int) -> list[dict[str, float]]:
+    """Returns accuracy, NLL and ECE after each number of samples, [{'testmc': n, 'accuracy': ..., ...}, ...].
+
+    Args:
+        predictions: a posteriors.Prediction for each number of samples.
+        numbers: the numbers of samples.
+        labels: int [N].
+        num_bins: the number of bins of the ECE.
+    """
     return [
         {'testmc': n} | _short_summary(prediction.probs, labels, num_bins)
         for n, prediction in zip(numbers, predictions, strict=True)
@@ -21,8 +30,22 @@ def _short_summary(probs, labels, num_bins):
     return {name: summary[name] for name in metrics.SHORT}
 
 
-def tempered(posterior, prediction, labels, held_out, num_samples, num_bins):
-    """Returns the metrics at the temperature that is best for held-out images, {'mean': ..., 'average': ...}."""
+def tempered(
+    posterior: posteriors.Posterior, prediction: posteriors.Prediction, labels: np.ndarray, held_out: tuple,
+    num_samples: int, num_bins: int,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Returns the metrics at the temperature that is best for held-out images, {'mean': ..., 'average': ...}.
+
+    Both also have the temperature, as 'temperature'.
+
+    Args:
+        posterior: the posterior of the run.
+        prediction: the posterior's prediction for the evaluated images.
+        labels: int [N], of the evaluated images.
+        held_out: the held-out images and labels, uint8 [M, H, W, C] and int [M].
+        num_samples: the number of posterior samples.
+        num_bins: the number of bins of ECE and MCE.
+    """
     images, held_labels = held_out
     (held,) = posterior.predict(images, [num_samples])
     pairs = {'mean': (held.probs_at_mean, prediction.probs_at_mean), 'average': (held.probs, prediction.probs)}
@@ -34,14 +57,16 @@ def tempered(posterior, prediction, labels, held_out, num_samples, num_bins):
     return results
 
 
-def all_ood(posterior, known, sets, num_samples):
+def all_ood(
+    posterior: posteriors.Posterior, known: posteriors.Prediction, sets: dict[str, tuple], num_samples: int
+) -> dict[str, dict]:
     """Returns `ood_detection` for every data set, {name: {'num_images', 'shape', 'mean', 'average'}}.
 
     Args:
-        posterior: of the run.
-        known: its Prediction for images that it knows.
-        sets: {name: (images, the shape that they had)}.
-        num_samples: of the posterior.
+        posterior: the posterior of the run.
+        known: the prediction for images that the run knows.
+        sets: {name: (images uint8 [N, H, W, C] in the run's shape, the shape [H, W, C] before resizing)}.
+        num_samples: the number of posterior samples.
     """
     results = {}
     for name, (images, shape) in sets.items():
@@ -50,11 +75,17 @@ def all_ood(posterior, known, sets, num_samples):
     return results
 
 
-def ood_detection(known, prediction):
-    """Returns how well scores detect the images of `prediction`: {'mean': {score: {...}}, 'average': ...}.
+def ood_detection(known: posteriors.Prediction, prediction: posteriors.Prediction) -> dict[str, dict]:
+    """Returns how well scores detect the images of `prediction` as unknown: {'mean': {score: {...}}, 'average': ...}.
 
-    auroc; aupr_unknown and aupr_known, by which of the two counts as positive; fpr95, the share of unknown images that
-    pass the threshold which 95 % of the known ones pass (Hendrycks & Gimpel, 2017; Liang et al., 2018).
+    Each score has these measures (Hendrycks & Gimpel, 2017; Liang et al., 2018):
+        auroc: the area under the ROC curve.
+        aupr_unknown, aupr_known: the average precision with unknown images, or known images, as positives.
+        fpr95: the share of unknown images that pass the threshold which 95 % of the known images pass.
+
+    Args:
+        known: the prediction for images that the run knows.
+        prediction: the prediction for unknown images.
     """
     is_unknown = np.repeat([False, True], [len(known.probs), len(prediction.probs)])
     results = {}
@@ -67,7 +98,7 @@ def ood_detection(known, prediction):
 
 
 def _scores(prediction, at):
-    """Returns the uncertainty of every image in several ways, greater for less certain images."""
+    """Returns several scores of every image, {name: float [N]}, greater for less certain images."""
     probs = prediction.probs_at_mean if at == 'mean' else prediction.probs
     scores = {'max_prob': -probs.max(axis=1), 'entropy': metrics.entropy(probs)}
     return scores if at == 'mean' else scores | {'mutual_information': prediction.mutual_information}
@@ -82,10 +113,17 @@ def _separation(scores, is_unknown):
     }
 
 
-def all_corrupted(posterior, sets, labels, num_samples, num_bins):
-    """Returns accuracy, NLL and ECE of corrupted images, {name: [{'mean': {...}, 'average': {...}} of each severity]}.
+def all_corrupted(
+    posterior: posteriors.Posterior, sets: dict[str, Callable], labels: np.ndarray, num_samples: int, num_bins: int
+) -> dict[str, list[dict]]:
+    """Returns accuracy, NLL and ECE on corrupted images, {name: [{'mean': {...}, 'average': {...}} of each severity]}.
 
-    sets: {name: function(severity) -> images uint8 [N, H, W, C]}.
+    Args:
+        posterior: the posterior of the run.
+        sets: {name: function(severity) -> images uint8 [N, H, W, C]}.
+        labels: int [N].
+        num_samples: the number of posterior samples.
+        num_bins: the number of bins of the ECE.
     """
     results = {}
     total = len(sets) * len(corruptions.SEVERITIES)
@@ -107,17 +145,19 @@ def _corrupted(posterior, images, labels, num_samples, num_bins):
     return {at: _short_summary(p, labels, num_bins) for at, p in probs.items()}
 
 
-def over_corruptions(results, at):
+def over_corruptions(results: dict[str, list[dict]], at: str) -> list[dict[str, float]]:
     """Returns the mean of each metric over corruptions.in_mean, [{name: value} of severity 1, ..., 5].
 
-    results: of `all_corrupted`.
+    Args:
+        results: as from `all_corrupted`.
+        at: 'mean' or 'average'.
     """
     averaged = [results[name] for name in corruptions.in_mean(results)]
     return [_means(group, at) for group in zip(*averaged, strict=True)]
 
 
-def over_severities(points):
-    """Returns the means over severities of each metric of one corruption, {'mean': {name: value}, 'average': ...}."""
+def over_severities(points: list[dict]) -> dict[str, dict[str, float]]:
+    """Returns the mean of each metric over the severities of a corruption, {'mean': {name: value}, 'average': ...}."""
     return {at: _means(points, at) for at in ('mean', 'average')}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import errors
 import metrics
-from evaluation import measures
+from evaluation import measures, posteriors
 from runs.json_files import RunError
 
 os.environ.pop('MPLBACKEND', None)  # notebooks set it for their commands too, to a backend that may be missing
@@ -22,7 +22,7 @@ from matplotlib import ticker
 from matplotlib.collections import LineCollection  # noqa: F401, demo2d.py draws with it
 from matplotlib.figure import Figure
 
-# Of the palette of Okabe & Ito (2008), which colour-blind people can tell apart; in grey they differ by lightness.
+# From the palette of Okabe & Ito (2008), which colour-blind people can distinguish. In grey, the lightness differs.
 BLUE, ORANGE, GREY, SKY = '#0072B2', '#D55E00', '#777777', '#8CC8EE'
 
 _STYLE = {
@@ -41,17 +41,17 @@ _FORMATS = {'png': {'dpi': 200}, 'pdf': {'metadata': {'CreationDate': None}}}
 
 @contextlib.contextmanager
 def settings(style: dict) -> Iterator[None]:
-    """Gives Matplotlib its defaults and `style`, whatever the user has set, in a with-block or a decorated function."""
+    """Sets Matplotlib's defaults and `style` in a with-block or a decorated function, whatever the user has set."""
     with matplotlib.rc_context(_DEFAULTS | style):
         yield
 
 
-# Around each function that draws a figure.
+# Decorates each function that draws a figure.
 styled = settings(_STYLE)
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Writes NAME.png and NAME.pdf whole, the same bytes for the same figure. Raises OSError."""
+    """Writes NAME.png and NAME.pdf whole. The same figure gives the same bytes. Raises OSError."""
     Path(folder).mkdir(exist_ok=True)
     for ending, options in _FORMATS.items():
         with settings(_STYLE), errors.replacing(Path(folder) / f'{name}.{ending}') as partial:
@@ -66,7 +66,7 @@ def remove(folder: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def write(folder: Path, figures: dict) -> None:
+def write(folder: Path, figures: dict[str, Figure | None]) -> None:
     """Writes figures {name: Figure or None} to a folder, and removes those that are None. Raises RunError.
 
     A picture of an earlier evaluation stays until the new one is whole.
@@ -83,12 +83,14 @@ def write(folder: Path, figures: dict) -> None:
         raise RunError(f'{folder} cannot be written: {error.strerror}') from error
 
 
-def of_evaluation(images, prediction, results: dict, log: list) -> dict:
+def of_evaluation(
+    images, prediction: posteriors.Prediction, results: dict, log: list[dict]
+) -> dict[str, Figure | None]:
     """Returns the figures of an evaluation, {name: Figure}, None for what was not measured.
 
     Args:
-        images: an evaluation.trained.Images.
-        prediction: the Prediction for its images.
+        images: the evaluation.trained.Images.
+        prediction: the prediction for these images.
         results: the entries of metrics.json.
         log: the records of log.jsonl.
     """
@@ -114,9 +116,16 @@ def of_evaluation(images, prediction, results: dict, log: list) -> dict:
 
 
 @styled
-def reliability(diagrams, fewest=1):
-    """Reliability diagrams (Guo et al., 2017), a column for each {title: metrics.reliability(...)}: accuracy and its
-    gap to the confidence in each bin of `fewest` images or more, and below it the histogram of the confidence."""
+def reliability(diagrams: dict[str, dict], fewest: int = 1) -> Figure:
+    """Returns reliability diagrams (Guo et al., 2017), one column for each title.
+
+    The upper panel shows accuracy and the gap to the confidence in each bin. The lower panel is the histogram of the
+    confidence.
+
+    Args:
+        diagrams: {title: metrics.reliability(...)}.
+        fewest: the number of images below which a bin is left out of the upper panel.
+    """
     figure = Figure(figsize=(3.2 * len(diagrams), 4))
     axes = figure.subplots(2, len(diagrams), squeeze=False, sharex=True, sharey='row', height_ratios=(3, 1))
     for (title, bins), (top, bottom) in zip(diagrams.items(), axes.T, strict=True):
@@ -144,8 +153,13 @@ def reliability(diagrams, fewest=1):
 
 
 @styled
-def risk_coverage(predictions, labels):
-    """Error rate over the share of images kept, the most confident first, for predictions {title: probs [N, K]}."""
+def risk_coverage(predictions: dict[str, np.ndarray], labels: np.ndarray) -> Figure:
+    """Returns a figure of the error rate over the share of images kept, the most confident first.
+
+    Args:
+        predictions: {title: probs float [N, K]}.
+        labels: int [N].
+    """
     figure = Figure(figsize=(4.4, 3.2))
     axes = figure.subplots()
     for (title, probs), style in zip(predictions.items(), line_styles(), strict=False):
@@ -159,7 +173,7 @@ def risk_coverage(predictions, labels):
 
 
 @styled
-def training(log):
+def training(log: list[dict]) -> Figure:
     """Returns a figure of loss, accuracy and learning rate over the epochs of log.jsonl."""
     split = 'validation' if log and 'validation_accuracy' in log[0] else 'test'
     figure = Figure(figsize=(7.5, 2.5))
@@ -179,13 +193,18 @@ def training(log):
 
 
 @styled
-def samples(curve, at_mean):
-    """Accuracy, NLL and ECE over the number of posterior samples, curve: [{'testmc': n, 'accuracy': ...}, ...]."""
+def samples(curve: list[dict], at_mean: dict[str, float]) -> Figure:
+    """Returns a figure of accuracy, NLL and ECE over the number of posterior samples.
+
+    Args:
+        curve: [{'testmc': n, 'accuracy': ..., 'nll': ..., 'ece': ...}, ...].
+        at_mean: {'accuracy': ..., 'nll': ..., 'ece': ...} at the mean.
+    """
     figure = Figure(figsize=(7.5, 2.5))
     numbers = [point['testmc'] for point in curve]
     ticks = []
     for number in numbers:
-        if not ticks or number >= 1.4 * ticks[-1]:  # labels of closer ones would overlap
+        if not ticks or number >= 1.4 * ticks[-1]:  # labels of closer ticks would overlap
             ticks.append(number)
     for axes, (name, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
         axes.axhline(scale * at_mean[name], color=ORANGE, linestyle='--', label='at the mean')
@@ -199,10 +218,11 @@ def samples(curve, at_mean):
 
 
 @styled
-def severities(results):
-    """Accuracy, NLL and ECE over the severity of corruptions, averaged over these.
+def severities(results: dict[str, list[dict]]) -> Figure:
+    """Returns a figure of accuracy, NLL and ECE over the severity of corruptions, averaged over the corruptions.
 
-    results: {title: [{'accuracy': ..., 'nll': ..., 'ece': ...} of severity 0, 1, ...]}.
+    Args:
+        results: {title: [{'accuracy': ..., 'nll': ..., 'ece': ...} of severity 0, 1, ...]}.
     """
     figure = Figure(figsize=(7.5, 2.5))
     for axes, (name, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
@@ -213,8 +233,8 @@ def severities(results):
     return figure
 
 
-def legend_above(figure, axes):
-    """One legend for panels of the same lines."""
+def legend_above(figure: Figure, axes: matplotlib.axes.Axes) -> None:
+    """Adds a legend above panels that all show the same lines, with the labels of the panel `axes`."""
     lines, labels = axes.get_legend_handles_labels()
     figure.legend(lines, labels, frameon=False, loc='outside upper center', ncols=len(labels))
 
@@ -223,7 +243,8 @@ _CURVES = [('accuracy', 100), ('nll', 1), ('ece', 1)]
 LABELS = {'accuracy': 'accuracy (%)', 'nll': 'NLL', 'ece': 'ECE'}
 
 
-def line_styles():
+def line_styles() -> list[dict[str, str]]:
+    """Returns the colour and the line style of each line of a panel, as keyword arguments of Axes.plot."""
     return [
         {'color': ORANGE, 'linestyle': '--'},
         {'color': BLUE, 'linestyle': '-'},
@@ -233,11 +254,16 @@ def line_styles():
 
 
 @styled
-def image_sheet(images, labels, probs, num_images=10):
-    """The images that are wrong with the greatest confidence, and those of the greatest predictive entropy.
+def image_sheet(images: np.ndarray, labels: np.ndarray, probs: np.ndarray, num_images: int = 10) -> Figure:
+    """Returns a figure of the most confidently wrong images, and of the images with the greatest predictive entropy.
 
-    images: uint8 [N, H, W, C], grey or in colour, with an alpha channel if C is 2 or 4. Above each stand the predicted
-    class and its probability, and the true class.
+    Above each image stand the predicted class, the probability of this class and the true class.
+
+    Args:
+        images: uint8 [N, H, W, C], grey or in colour, with an alpha channel if C is 2 or 4.
+        labels: int [N].
+        probs: float [N, K].
+        num_images: the largest number of images of each kind.
     """
     confidence, predicted = probs.max(axis=1), probs.argmax(axis=1)
     wrong = np.flatnonzero(predicted != labels)

@@ -1,12 +1,13 @@
-"""What a posterior over a network's weights predicts for images, at its mean and averaged over samples.
+"""Predictions of a posterior over a network's weights for images, at the mean and averaged over samples.
 
 Several devices run a sample each, or shard the images of one sample.
 """
 
 import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,22 @@ from runs import hosts
 
 
 @partial(jax.jit, static_argnames=('apply', 'batch_size', 'where'))
-def logits(apply, params, batch_stats, images, batch_size, where=sharding.on_all):
-    """float32 [N, K] for images uint8 [N, H, W, C], in batches; the last may be smaller, and every image counts once.
+def logits(
+    apply: Callable, params: Any, batch_stats: Any, images: jax.Array, batch_size: int,
+    where: Callable = sharding.on_all,
+) -> jax.Array:  # fmt: skip
+    """Returns the logits of images, computed in batches. The last batch may be smaller. Every image counts once.
 
-    Batches that devices are to share but cannot equally are made a little larger.
-    apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
-    where: sharding.on_each for weights [D, ...] with an entry for each of D devices, and logits [D, N, K].
+    Args:
+        apply: apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
+        params: the weights.
+        batch_stats: the batch statistics of the weights.
+        images: uint8 [N, H, W, C].
+        batch_size: rounded up to a batch size that the devices can share equally.
+        where: sharding.on_all, or sharding.on_each for weights [D, ...] with an entry for each of D devices.
+
+    Returns:
+        float32 [N, K], or [D, N, K] with sharding.on_each.
     """
     return sharding.gather(where(Partial(partial(_logits_at, apply, batch_size), images), (params, batch_stats)))
 
@@ -40,14 +51,19 @@ def _logits_at(apply, batch_size, images, weights):
     return jnp.concatenate(parts)
 
 
-PART = 1 << 28  # bytes of images that are sent at once where not all are
+PART = 1 << 28  # bytes of images that are sent at once if not all images are
 
 
-def parts(images, batch_size, stream=False):
-    """Returns images uint8 [N, H, W, C] that are evaluated, once or several times, as a list for `over_parts`.
+def parts(images: np.ndarray, batch_size: int, stream: bool = False) -> list:
+    """Returns images as a list of parts for `over_parts`, which can evaluate the images once or several times.
 
-    Sends all to the devices of the mesh that is set. Leaves parts of whole batches on the host if `stream` asks for it
-    or if the images would fill a device.
+    By default, all images are one part on the devices of the mesh that is set. If `stream` is set or the images would
+    fill a device, the parts stay on the host. Each of these parts, except the last, holds whole batches.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        batch_size: the images in a batch.
+        stream: whether to leave the images on the host.
     """
     if not (stream or hosts.must_stream(images)):
         return [sharding.send(images)]
@@ -56,17 +72,20 @@ def parts(images, batch_size, stream=False):
     return [images[i : i + rows] for i in range(0, len(images), rows)]
 
 
-def over_parts(function, parts):
-    """Returns the results [..., N, K] of a function of images on the devices, put together on the host.
+def over_parts(function: Callable, parts: list) -> np.ndarray:
+    """Returns the results [..., N, K] of a function of images on the devices, concatenated on the host.
 
-    Sends parts that are on the host when they are due.
+    Sends each part that is on the host when the part is due.
     """
     sent = (part if isinstance(part, jax.Array) else sharding.send(part) for part in parts)
     return np.concatenate([jax.device_get(function(part)) for part in sent], axis=-2)
 
 
-def probs_at(apply, params, batch_stats, parts, batch_size):
-    """Returns class probabilities, float64 [N, K] on the host, of images as from `parts`."""
+def probs_at(apply: Callable, params: Any, batch_stats: Any, parts: list, batch_size: int) -> np.ndarray:
+    """Returns class probabilities, float64 [N, K] on the host, for images as from `parts`.
+
+    The other arguments are as for `logits`.
+    """
     return metrics.softmax(over_parts(lambda part: logits(apply, params, batch_stats, part, batch_size), parts))
 
 
@@ -85,10 +104,13 @@ def _refreshed(params, refresh, where):
 
 
 class Prediction(NamedTuple):
-    """What a posterior predicts for N images, and how much its samples agree.
+    """The prediction of a posterior for N images, and how much the posterior's samples agree.
 
-    logits: float32 [N, K] at the mean; probs: float64 [N, K], averaged over samples; expected_entropy: float64 [N],
-    the mean entropy of the samples in nats; votes: int32 [N, K], of how many samples a class is the most probable.
+    Attributes:
+        logits: float32 [N, K], at the mean.
+        probs: float64 [N, K], averaged over samples.
+        expected_entropy: float64 [N], the mean entropy of the samples in nats.
+        votes: int32 [N, K], the number of samples that give class k the largest probability.
     """
 
     logits: np.ndarray
@@ -97,38 +119,41 @@ class Prediction(NamedTuple):
     votes: np.ndarray
 
     @property
-    def probs_at_mean(self):
+    def probs_at_mean(self) -> np.ndarray:
+        """Returns the class probabilities at the mean, float64 [N, K]."""
         return metrics.softmax(self.logits)
 
     @property
-    def entropy(self):
-        """The predictive entropy in nats, [N]."""
+    def entropy(self) -> np.ndarray:
+        """Returns the predictive entropy in nats, float64 [N]."""
         return metrics.entropy(self.probs)
 
     @property
-    def mutual_information(self):
+    def mutual_information(self) -> np.ndarray:
+        """Returns the mutual information of label and weights in nats, float64 [N]."""
         return metrics.mutual_information(self.entropy, self.expected_entropy)
 
     @property
-    def disagreement(self):
+    def disagreement(self) -> np.ndarray:
+        """Returns the share of pairs of samples that predict different classes, float64 [N]."""
         return metrics.disagreement(self.votes)
 
-    def metrics(self, labels, num_bins):
+    def metrics(self, labels: np.ndarray, num_bins: int) -> dict[str, dict]:
         """Returns all metrics at the mean and of the average over samples.
 
         Args:
             labels: int [N].
-            num_bins: of ECE, MCE and the reliability diagram.
+            num_bins: the number of bins of ECE, MCE and the reliability diagram.
 
         Returns:
             {'mean': {name: value}, 'average': ..., 'intervals': {'mean': {name: (low, high)}, 'average': ...},
-            'reliability': {'mean': {name: list}, 'average': ...}}. Both have the mean entropy over the images, the
-            average also its mutual information and disagreement.
+            'reliability': {'mean': {name: list}, 'average': ...}}. Mean and average also have the entropy, averaged
+            over images. The average also has mutual information and disagreement, averaged over images.
         """
         probs = {'mean': self.probs_at_mean, 'average': self.probs}
         measured = {at: metrics.summary(p, labels, num_bins) for at, p in probs.items()}
         measured['mean']['entropy'] = float(metrics.entropy(probs['mean']).mean())
-        diverged = not np.isfinite(self.probs).all()  # the votes of such a network do not tell
+        diverged = not np.isfinite(self.probs).all()  # the votes of a diverged network mean nothing
         for name in ('entropy', 'mutual_information', 'disagreement'):
             measured['average'][name] = math.nan if diverged else float(getattr(self, name).mean())
         measured['intervals'] = {at: metrics.intervals(p, labels, num_bins) for at, p in probs.items()}
@@ -140,14 +165,24 @@ class Prediction(NamedTuple):
 
 
 class Posterior:
-    """A posterior over a network's weights: the mean, and samples that are the same whenever they are asked for.
+    """A posterior over a network's weights: the mean and samples. Each call of `predict` takes the same samples.
 
-    apply: as for `logits`; sample(key) returns params. refresh(params) returns the batch statistics of weights; without
-    it all have those of the mean. Both are jax.tree_util.Partials of the arrays that they need. If `is_point`, every
-    sample is the mean and is not run.
+    Args:
+        apply: as for `logits`.
+        sample: sample(key) -> params, a jax.tree_util.Partial of the arrays that it needs.
+        params: the mean.
+        batch_stats: the batch statistics of the mean.
+        key: the key of the samples.
+        batch_size: as for `logits`.
+        is_point: whether every sample is the mean. Then no sample is run.
+        refresh: refresh(params) -> batch statistics of these weights, a jax.tree_util.Partial of the arrays that it
+            needs. Without it, all samples have the batch statistics of the mean.
     """
 
-    def __init__(self, apply, sample, params, batch_stats, key, batch_size, *, is_point, refresh=None):
+    def __init__(
+        self, apply: Callable, sample: Callable, params: Any, batch_stats: Any, key: jax.Array, batch_size: int,
+        *, is_point: bool, refresh: Callable | None = None,
+    ) -> None:  # fmt: skip
         self._apply, self._draw, self._batch_size, self._is_point = apply, sample, batch_size, is_point
         self._refresh = refresh or Partial(_same_for_all, batch_stats)
         self._key = sharding.send(key)
@@ -155,11 +190,12 @@ class Posterior:
         self._batch_stats = {}
 
     @property
-    def has_batch_stats(self):
+    def has_batch_stats(self) -> bool:
+        """Returns whether the network has batch statistics."""
         return bool(jax.tree.leaves(self._mean[1]))
 
-    def predict(self, images, numbers):
-        """Yields the Prediction for images uint8 [N, H, W, C] after each of `numbers` samples, which rise."""
+    def predict(self, images: np.ndarray, numbers: Sequence[int]) -> Iterator[Prediction]:
+        """Yields the Prediction for images uint8 [N, H, W, C] after each number of samples. The numbers must rise."""
         hosts.require_same_arrays('images', images)
         sent = parts(images, self._batch_size)
         logits_at_mean = self._logits(self._mean, sent, sharding.on_all)
@@ -173,7 +209,10 @@ class Posterior:
                 yield Prediction(logits_at_mean, total / i, entropy / i, votes.copy())
 
     def _samples(self, parts, num_samples):
-        """Yields the logits of samples: of those that make whole groups on a device each, of the others on all."""
+        """Yields the logits of each sample.
+
+        Samples run in groups, one sample on each device. The samples of an incomplete group run on all devices each.
+        """
         size = sharding.num_devices()
         left = num_samples if size == 1 else num_samples % size
         for first in range(0, num_samples - left, size):
@@ -183,11 +222,11 @@ class Posterior:
             yield self._logits(self._weights(np.int32(i), sharding.on_all), parts, sharding.on_all)
 
     def _logits(self, weights, parts, where):
-        """float32 [N, K] of all parts' images, or [D, N, K] of weights on each device."""
+        """Returns the logits of the images of all parts, float32 [N, K], or [D, N, K] for weights on each device."""
         return over_parts(lambda part: logits(self._apply, *weights, part, self._batch_size, where), parts)
 
     def _weights(self, index, where):
-        """The sample at an index, or those at int [D] on each device, with their batch statistics."""
+        """Returns the sample at an index, or the samples at int [D] on each device, with their batch statistics."""
         params = _samples_at(index, self._draw, self._key, where)
         held = where, int(np.min(index))
         if held not in self._batch_stats:
@@ -201,10 +240,14 @@ def _same_for_all(batch_stats, params):
 
 
 @partial(jax.jit, static_argnames='update')
-def batch_statistics(update, batch_stats, batches, params):
-    """Batch statistics of weights: the averages of those of every batch, uint8 [K, B, H, W, C], on its own.
+def batch_statistics(update: Callable, batch_stats: Any, batches: jax.Array, params: Any) -> Any:
+    """Returns batch statistics of weights: the statistics of each batch on its own, averaged over batches.
 
-    update(params, batch_stats, images uint8 [B, H, W, C]) returns the batch statistics after one training batch.
+    Args:
+        update: update(params, batch_stats, images uint8 [B, H, W, C]) -> the batch statistics after a training batch.
+        batch_stats: a pytree with the shapes of the batch statistics.
+        batches: uint8 [K, B, H, W, C].
+        params: the weights.
     """
     before = jax.tree.map(jnp.zeros_like, batch_stats)
     return jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(partial(update, params, before), batches))

@@ -1,4 +1,4 @@
-"""predictions.npz: what an evaluation predicted, so that its figures can be computed again."""
+"""predictions.npz: the predictions of an evaluation, from which the metrics can be recomputed."""
 
 import io
 from collections.abc import Iterator
@@ -14,8 +14,18 @@ from readers import npy
 from runs import checkpoints, folders, json_files
 
 
-def write(path, prediction, labels, num_samples, progress):
-    """Writes predictions.npz, whose format the README documents. Raises RunError."""
+def write(
+    path: Path, prediction: posteriors.Prediction, labels: np.ndarray, num_samples: int, progress: checkpoints.Progress
+) -> None:
+    """Writes predictions.npz. The README documents the format. Raises RunError.
+
+    Args:
+        path: the file.
+        prediction: the Prediction for N images.
+        labels: int [N].
+        num_samples: the number of samples of the Prediction.
+        progress: how far the training of the run was.
+    """
     arrays = {
         'labels': labels.astype(np.int32),
         'logits': prediction.logits.astype(np.float32),
@@ -37,8 +47,8 @@ def _log(probs):
         return np.log(probs)
 
 
-def read(path):
-    """Returns (labels, Prediction, num_samples, checkpoints.Progress) of predictions.npz. Raises RunError."""
+def read(path: Path) -> tuple[np.ndarray, posteriors.Prediction, int, checkpoints.Progress]:
+    """Reads predictions.npz. Returns (labels int [N], Prediction, num_samples, Progress). Raises RunError."""
     try:
         arrays = npy.load_npz(path)
         held = {name: arrays[name] for name in _TYPES}
@@ -62,7 +72,7 @@ def read(path):
 def results_of(
     run: Path, config: dict, split: str = 'test'
 ) -> Iterator[tuple[checkpoints.Progress, comparison.Result]]:
-    """Yields what was predicted of a run before, with its own posterior, Laplace's or both. Raises RunError."""
+    """Yields the written predictions of a run, with the run's own posterior, with Laplace or both. Raises RunError."""
     files = {laplace: Request(split, laplace=laplace).predictions_file(run) for laplace in (False, True)}
     for laplace, path in files.items():
         if path.exists() or not any(other.exists() for other in files.values()):

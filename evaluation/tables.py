@@ -1,4 +1,4 @@
-"""Tables: Markdown that is neat in a terminal too, CSV and LaTeX; what test.py prints of one run."""
+"""Tables in Markdown, which is neat in a terminal too, CSV and LaTeX. The tables that test.py prints for one run."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from evaluation import corruptions, measures
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a table whose columns are padded to one width, the first to the left and the others to the right."""
+    """Returns a Markdown table with padded columns. The first column is aligned left, the others are aligned right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     marks = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
     return ''.join(_line(cells, widths) for cells in (header, marks, *rows))
@@ -29,7 +29,7 @@ def comma_separated(header: list[str], rows: list[list[str]]) -> str:
 
 
 def latex(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a tabular for the package booktabs, with `**bold**` cells in bold."""
+    """Returns a LaTeX tabular for the package booktabs. Cells `**bold**` are in bold."""
     lines = [f'\\begin{{tabular}}{{l{"r" * (len(header) - 1)}}}', '\\toprule', _latex_line(header), '\\midrule']
     lines += [*map(_latex_line, rows), '\\bottomrule', '\\end{tabular}']
     return '\n'.join(lines) + '\n'
@@ -47,16 +47,16 @@ def _latex_cell(cell):
     return cell
 
 
-# What test.py prints of one run.
+# The tables that test.py prints for one run.
 
 
 def evaluation(results: dict) -> str:
-    """Returns all that was measured of a run, given the entries of metrics.json: the parts that are there."""
+    """Returns the tables of all measurements of a run, for those entries of metrics.json that `results` has."""
     return ''.join(show(results) for part, show in _PARTS.items() if part in results)
 
 
 def _metrics(results):
-    """Returns the reference's lines, whose auroc is the grid's, then all metrics with their intervals."""
+    """Returns the lines of the reference code, where auroc is `auroc_grid`, then all metrics with their intervals."""
     num_samples = results['testmc']
     line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})\n'
     rows = []

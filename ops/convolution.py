@@ -2,10 +2,10 @@
 
     y = convolve(x, kernel, strides=(1, 1), padding='SAME')
 
-x: [B, H, W, C]; kernel: [h, w, C, D]; strides: two ints; padding: 'SAME' or 'VALID'; y: [B, H', W', D].
+x: float [B, H, W, C]; kernel: float [h, w, C, D]; strides: two ints; padding: 'SAME' or 'VALID'; y: [B, H', W', D].
 
-On CPUs most of them are in tiles, with fewer multiplications (Lavin & Gray, "Fast Algorithms for Convolutional Neural
-Networks", 2016).
+CPUs compute most convolutions in tiles, with fewer multiplications (Lavin & Gray, "Fast Algorithms for Convolutional
+Neural Networks", 2016).
 """
 
 import math
@@ -19,8 +19,14 @@ from jax import lax
 from ops import sharding
 
 
-def nhwc_convolution(x, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None, groups=1):
-    """XLA's convolution of x [B, H, W, C] by kernel [h, w, C / groups, D]: [B, H', W', D]. Others: as in JAX."""
+def nhwc_convolution(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str | list[tuple[int, int]],
+    lhs_dilation: tuple[int, int] | None = None, rhs_dilation: tuple[int, int] | None = None, groups: int = 1,
+) -> jax.Array:  # fmt: skip
+    """Returns XLA's convolution of x [B, H, W, C] by kernel [h, w, C / groups, D]: float [B, H', W', D].
+
+    The other arguments are as in jax.lax.conv_general_dilated.
+    """
     dimension_numbers = ('NHWC', 'HWIO', 'NHWC')
     return lax.conv_general_dilated(
         x, kernel, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count=groups
@@ -28,12 +34,13 @@ def nhwc_convolution(x, kernel, strides, padding, lhs_dilation=None, rhs_dilatio
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(x, kernel, strides, padding):
-    """A 2-D convolution with a gradient of its own.
+def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str) -> jax.Array:
+    """Returns a 2-D convolution, with a custom gradient. The top of this file says what the arguments are.
 
-    JAX's permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for those inside
-    loops, where it is some twenty times slower (jax-ml/jax issue 12868). `vmap` over kernels would turn their
-    gradients into convolutions with windows as large as the image, see `_with_own_kernels`. Arrays: as above.
+    JAX's gradient permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for permuted
+    numbers inside loops, where JAX's gradient is some twenty times slower (jax-ml/jax issue 12868). `vmap` over
+    kernels would turn the kernels' gradients into convolutions with windows as large as the image, see
+    `_with_own_kernels`.
     """
     return _forward(tuple(strides), padding)(x, kernel)
 
@@ -51,7 +58,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 @cache
 def _forward(strides, padding):
-    """A function of x and kernel with a rule for `vmap`."""
+    """Returns forward(x, kernel) -> y, with a rule for `vmap`."""
 
     @jax.custom_batching.custom_vmap
     def forward(x, kernel):
@@ -71,7 +78,7 @@ def _forward(strides, padding):
 
 @cache
 def _backward(strides, padding):
-    """A function of x, kernel and the outputs' gradient, that returns those of both, with a rule for `vmap`."""
+    """Returns backward(x, kernel, gradient of y) -> (gradient of x, gradient of kernel), with a rule for `vmap`."""
 
     @jax.custom_batching.custom_vmap
     def backward(*arrays):
@@ -94,14 +101,16 @@ def _backward(strides, padding):
 
 
 def _outweighs(x, kernel):
-    """Whether a kernel is so much larger than its images that copies of it, which convolutions and their gradients
-    make on CPUs, would cost more than the windows that a product of matrices needs."""
+    """Returns whether a kernel is so large that copies of the kernel cost more than the windows of the images.
+
+    Convolutions and their gradients copy the kernel on CPUs. A product of matrices needs the windows instead.
+    """
     return kernel.size > 2 * x.size
 
 
 @jax.named_scope('input_gradient')
 def _input_gradient(x, kernel, grads, strides, padding):
-    """The gradient with respect to x: a convolution with strides turned into dilations, padded to the size of x."""
+    """Returns the gradient with respect to x: a convolution with dilations for strides, padded to the size of x."""
     x_padding = [(k - 1 - p, n + p - r) for n, k, p, r in _sides(x, kernel, grads, strides, padding)]
 
     def by_convolution(grads, kernel):
@@ -118,10 +127,11 @@ def _input_gradient(x, kernel, grads, strides, padding):
 
 @jax.named_scope('kernel_gradient')
 def _kernel_gradient(x, kernel, grads, strides, padding):
-    """The gradient with respect to the kernel: a convolution as for the input; the batch is what is summed over.
+    """Returns the gradient with respect to the kernel: a convolution as for the input, which sums over the batch.
 
-    On CPUs it is a sum over blocks of images that stay in a core's caches, and of products of matrices unless channels
-    are few: in tiles, or of the pixels under a weight and `grads`, for all weights at once if there are no strides.
+    On CPUs the gradient is a sum over blocks of images that stay in a core's caches. Each block is a convolution if
+    channels are few, otherwise products of matrices. The products are in tiles, or they multiply the pixels under a
+    weight by `grads`. One product has all weights if there are no strides.
     """
     size, (channels, features) = kernel.shape[:2], kernel.shape[2:]
     sides = _sides(x, kernel, grads, strides, padding)
@@ -141,8 +151,12 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
         return jnp.stack(products).reshape(kernel.shape)
 
     def by_rows(x, grads):
-        """Weight (i, j) is the sum over pixels (u, v) of x[u, v + j] · grads[u - i, v], padding aside: one product of
-        `x` shifted along the width, [w·C, K], and `grads` shifted along the height, [K, h·D], has all of them."""
+        """Returns the gradients of all weights from one product of matrices.
+
+        The gradient of weight (i, j) is the sum over pixels (u, v) of x[u, v + j] · grads[u - i, v], padding aside.
+        The product has the factors `x` shifted along the width, [w·C, K], and `grads` shifted along the height,
+        [K, h·D].
+        """
         (height, down, above, reach), (_, right, *_) = sides
         columns = jnp.stack(_under_weights(x, (1, right), strides, padding), axis=3)
         padded = jnp.pad(grads, ((0, 0), (down - 1 - above, height + above - reach), (0, 0), (0, 0)))
@@ -167,25 +181,31 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
 
 
 def _suits_tiles(x, kernel, strides, padding):
-    """Whether `_in_tiles` computes a convolution, and soon: with channels enough for products of matrices, and a kernel
-    that does not outweigh its images so much (measured on two cores of an AMD EPYC) that copies of it cost more."""
+    """Returns whether Winograd tiles apply here and pay off.
+
+    Tiles need enough channels for products of matrices. A kernel must not outweigh the images so much that copies of
+    the kernel cost more than tiles save. The bounds were measured on two cores of an AMD EPYC.
+    """
     has_tiles = kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == 'SAME'
     return has_tiles and min(kernel.shape[2:]) >= _FEWEST_CHANNELS_OF_TILES and kernel.size <= 12 * x.size
 
 
 def _in_tiles(x, kernel, flipped=False):
-    """A convolution by 3×3 weights as F(2×2, 3×3) of Lavin & Gray (2016, section 4.1), after Winograd, on CPUs.
+    """Returns a convolution by 3×3 weights as F(2×2, 3×3) of Lavin & Gray (2016, section 4.1), after Winograd, on CPUs.
 
-    Four outputs take 16 multiplications by weights of a channel instead of 36: Y = Aᵀ[(G K Gᵀ) ⊙ (Bᵀ X B)]A, where X
-    are the 4×4 pixels under a tile of 2×2 outputs Y; next to one another those overlap by two. `flipped`: by the kernel
-    flipped in height and width, its channels and features exchanged.
+    Four outputs take 16 multiplications by weights of a channel instead of 36: Y = Aᵀ[(G K Gᵀ) ⊙ (Bᵀ X B)]A. Here X
+    are the 4×4 pixels under a tile of 2×2 outputs Y. The pixels of neighbouring tiles overlap by two. With `flipped`
+    the kernel is flipped in height and width, and channels and features are exchanged.
     """
     tiles = partial(_tiles, weights=_weights_of_tiles(kernel), flipped=flipped)
     return sharding.over_shares(partial(_map_over_blocks, tiles), x)
 
 
 def _kernel_gradient_in_tiles(kernel, x, grads):
-    """`_in_tiles` is linear in the kernel, and is transposed. kernel: of its shape and dtype; returns [3, 3, C, D]."""
+    """Returns the gradient [3, 3, C, D] with respect to the kernel: the transpose of `_in_tiles`, a linear function.
+
+    Takes only the shape and the dtype from `kernel`.
+    """
     weights = jax.eval_shape(_weights_of_tiles, kernel)
 
     def of_block(x, grads):
@@ -200,16 +220,16 @@ _A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 
 def _weights_of_tiles(kernel):
-    """G K Gᵀ of every two channels: [3, 3, C, D] as [16, C, D], in float32 at least."""
+    """Returns G K Gᵀ for every pair of channel and feature: [16, C, D] of [3, 3, C, D], in float32 at least."""
     kernel = at_least_float32(kernel)
     return (np.kron(_G, _G).astype(kernel.dtype) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
 
 
 def _tiles(x, weights, flipped=False):
-    """The convolution of x [B, H, W, C] by weights [16, C, D], or flipped [16, D, C]: [B, H, W, D].
+    """Returns the convolution of x [B, H, W, C] by weights [16, C, D], or flipped [16, D, C]: [B, H, W, D].
 
-    To flip a kernel is to exchange the first and the last row of G K Gᵀ, and such columns. Instead those of the pixels
-    and of the outputs are exchanged here, which needs no copy of the weights.
+    A flipped kernel has the first and last row of G K Gᵀ exchanged, and the first and last column. This function
+    exchanges the rows and columns of pixels and outputs instead, because that needs no copy of the weights.
     """
     images, height, width, channels = x.shape
     order = [3, 1, 2, 0] if flipped else [0, 1, 2, 3]
@@ -224,14 +244,14 @@ def _tiles(x, weights, flipped=False):
 
 
 def _pixels_of_tiles(x, axis, order):
-    """Rows of Bᵀ X in this order, along an axis of x: [4, ...], with an entry a tile there."""
+    """Returns the rows of Bᵀ X along an axis of x in this order, [4, ...]. The axis then has one entry per tile."""
     a, b, c, d = (lax.slice_in_dim(x, i, i + x.shape[axis] - 3, 2, axis) for i in range(4))
     rows = a - c, b + c, c - b, b - d
     return jnp.stack([rows[i] for i in order])
 
 
 def _map_over_blocks(function, x):
-    """function(x), image by image, of x [B, H, W, C]: over blocks of images, in float32 at least."""
+    """Applies a function of single images to all of x [B, H, W, C], in blocks of images, in float32 at least."""
 
     def of_block(x):
         return function(at_least_float32(x)).astype(x.dtype)
@@ -243,7 +263,7 @@ def _map_over_blocks(function, x):
 
 
 def _sum_over_blocks(function, shape, x, grads, most_values):
-    """function(x, grads), of this shape, a sum over images [B, H, W, C]: over blocks of images, in float32 at least."""
+    """Returns function(x, grads), a sum over images [B, H, W, C] with this shape. Adds blocks, in float32 at least."""
 
     def add(total, blocks):
         return total + function(*map(at_least_float32, blocks)), None
@@ -255,30 +275,33 @@ def _sum_over_blocks(function, shape, x, grads, most_values):
 
 
 def _images_of_block(x, most_values):
-    """Of x [B, H, W, C]: a divisor of B, unless all are far below the number of images that was fastest."""
+    """Returns how many images of x [B, H, W, C] a block has: a divisor of B.
+
+    It is the fastest number instead if all divisors are far below.
+    """
     largest = max(1, min(_IMAGES_OF_A_BLOCK, most_values // math.prod(x.shape[1:]), len(x)))
     divisor = max(n for n in range(1, largest + 1) if len(x) % n == 0)
     return divisor if 4 * divisor >= largest else largest
 
 
 def _cut(x, size):
-    """x [B, ...] as equal blocks [B // size, size, ...], and the rows that are left."""
+    """Returns x [B, ...] as equal blocks [B // size, size, ...], and the rows that are left."""
     full = len(x) // size * size
     return x[:full].reshape(-1, size, *x.shape[1:]), x[full:]
 
 
-# Fastest on two cores of an AMD EPYC: at most in a block of images, and the fewest channels.
+# Fastest on two cores of an AMD EPYC: the most images and the most values in a block, and the fewest channels.
 _IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK, _VALUES_OF_A_SMALL_BLOCK = 25, 420_000, 84_000
 _FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES, _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES = 8, 32, 64
 
 
-def at_least_float32(x):
-    """x in float32 if its precision is lower, else as it is."""
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Returns x, cast to float32 if x has a lower precision."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _sides(x, kernel, grads, strides, padding):
-    """Of height and width: the pixels, those of the kernel, the padding before and the reach of the strides."""
+    """Returns for height and width: pixels of x, pixels of the kernel, padding before x and reach of the strides."""
     low = [before for before, _ in lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)]
     reach = [stride * (n - 1) + 1 for stride, n in zip(strides, grads.shape[1:3], strict=True)]
     return list(zip(x.shape[1:3], kernel.shape[:2], low, reach, strict=True))
@@ -292,21 +315,22 @@ def _stacked(axis_size, batched, *arrays):
 
 
 def _in_one_batch(function, *arrays):
-    """A function of arrays [B, ...] on all M·B rows of arrays [M, B, ...] at once."""
+    """Applies a function of arrays [B, ...] to all M·B rows of arrays [M, B, ...] at once."""
     rows = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
     return rows.reshape(len(arrays[0]), -1, *rows.shape[1:])
 
 
-# Of grouped convolutions with stride 1, measured with cuDNN on an H100: up to so many channels of all groups together,
-# fewer in the kernel gradient, one GPU kernel computes all groups. Else each has its own, with copies around it,
-# and products of matrices were faster, as they are with images of few channels.
+# Bounds of grouped convolutions with stride 1, measured with cuDNN on an H100. One GPU kernel computes all groups if
+# they have at most _MOST_CHANNELS together, or _MOST_CHANNELS_OF_KERNELS in the kernel gradient. Beyond these bounds
+# each group takes a GPU kernel with copies around it, and products of matrices were faster. Products of matrices were
+# also faster for images of fewer than _FEWEST_CHANNELS.
 _MOST_CHANNELS, _MOST_CHANNELS_OF_KERNELS, _FEWEST_CHANNELS = 2048, 1024, 16
 
 
 def _with_own_kernels(x, kernel, strides, padding, most_channels=_MOST_CHANNELS):
-    """Convolutions of x [M, B, H, W, C], each with its own kernel [M, h, w, C, D]: [M, B, H', W', D].
+    """Returns convolutions of x [M, B, H, W, C], each with its own kernel [M, h, w, C, D]: [M, B, H', W', D].
 
-    As the groups of one where cuDNN has a fast way to compute those, else as products of matrices.
+    Computes one grouped convolution where cuDNN has a fast way for groups, otherwise products of matrices.
     """
     groups, channels = len(x), kernel.shape[-2:]
     if strides == (1, 1) and min(channels) >= _FEWEST_CHANNELS and groups * max(channels) <= most_channels:
@@ -316,15 +340,15 @@ def _with_own_kernels(x, kernel, strides, padding, most_channels=_MOST_CHANNELS)
 
 
 def _groups_last(x):
-    """[M, ..., C] as [..., M·C]."""
+    """Returns x [M, ..., C] as [..., M·C]."""
     x = jnp.moveaxis(x, 0, -2)
     return x.reshape(*x.shape[:-2], -1)
 
 
 def _by_product(x, kernel, strides, padding):
-    """A convolution as the product of two matrices: the window of every output, and the kernel.
+    """Returns a convolution as the product of two matrices: the windows of all outputs, and the kernel.
 
-    Without the barrier XLA may fuse the windows into the product, and fails at that (JAX 0.11.2 on an H100).
+    The barrier is needed because XLA may fuse the windows into the product, and then fails (JAX 0.11.2 on an H100).
     """
     windows = jnp.concatenate(_under_weights(x, kernel.shape[:2], strides, padding), axis=-1)
     features = kernel.shape[-1]
@@ -333,7 +357,7 @@ def _by_product(x, kernel, strides, padding):
 
 
 def _under_weights(x, size, strides, padding):
-    """For each of the h·w weights of a kernel of this size the pixels that it multiplies, [B, H', W', C]."""
+    """Returns for each weight of a kernel of size h × w the pixels that the weight multiplies, [B, H', W', C]."""
     height, width = size
     x = jnp.pad(x, ((0, 0), *lax.padtype_to_pads(x.shape[1:3], size, strides, padding), (0, 0)))
     down, right = x.shape[1] - height + 1, x.shape[2] - width + 1

@@ -12,13 +12,22 @@ _BATCH_EPSILON, _RESPONSE_EPSILON = 1e-5, 1e-6  # ε of batch and of filter resp
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def batch_norm(x, scale, bias, relu):
-    """γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), of each channel over all images and pixels; then ReLU if `relu`.
+def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), for each channel over all images and pixels.
 
-    x: [B, H, W, C]; scale γ and bias β: [C]. Returns the outputs [B, H, W, C] in the precision of x, and the mean μ and
-    the variance σ² [C], float32 at least; these two are not to be differentiated. If d is the loss's gradient with
-    respect to γ x̂ + β, that with respect to x is γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own takes more passes over the
-    images, where GPUs spend much of their time.
+    Let d be the loss's gradient with respect to γ x̂ + β. Then the gradient with respect to x is
+    γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own gradient takes more passes over the images, where GPUs spend much of
+    their time.
+
+    Args:
+        x: float [B, H, W, C].
+        scale: γ, float [C].
+        bias: β, float [C].
+        relu: whether ReLU follows.
+
+    Returns:
+        The outputs [B, H, W, C] in the precision of x, the mean μ [C] and the variance σ² [C]. μ and σ² are float32 at
+        least, and must not be differentiated.
     """
     return _batch_forward(x, scale, bias, relu)[0]
 
@@ -37,7 +46,7 @@ def _batch_backward(relu, residuals, grads):
         y_grads = jnp.where(batch_norm_outputs(x, mean, var, scale, bias, relu) > 0, y_grads, 0)
     normalised = (x - _channels(mean)) * _channels(r)
     of_bias, of_scale = _means_of_channels(y_grads, y_grads * normalised)
-    of_var = jnp.where(var > 0, of_scale, 0)  # rounding can make the variance negative, and then it is a constant
+    of_var = jnp.where(var > 0, of_scale, 0)  # a variance that rounding made negative is clamped to 0, a constant
     x_grads = _channels(scale * r) * (y_grads - _channels(of_bias) - normalised * _channels(of_var))
     size = x.size // x.shape[-1]
     return x_grads.astype(x.dtype), (size * of_scale).astype(scale.dtype), (size * of_bias).astype(bias.dtype)
@@ -46,30 +55,51 @@ def _batch_backward(relu, residuals, grads):
 batch_norm.defvjp(_batch_forward, _batch_backward)
 
 
-def batch_norm_outputs(x, mean, var, scale, bias, relu):
+def batch_norm_outputs(
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool
+) -> jax.Array:
+    """Returns γ (x − μ)/√(σ² + ε) + β in the precision of x, with ReLU if `relu`.
+
+    Args:
+        x: float [B, H, W, C].
+        mean: μ, float [C].
+        var: σ², float [C].
+        scale: γ, float [C].
+        bias: β, float [C].
+        relu: whether ReLU follows.
+    """
     factor = scale * lax.rsqrt(var + _BATCH_EPSILON)
     y = ((x - _channels(mean)) * _channels(factor) + _channels(bias)).astype(x.dtype)
     return jax.nn.relu(y) if relu else y
 
 
 def _means_of_channels(*arrays):
-    """Of arrays [B, H, W, C] over images and pixels: a list of [C].
+    """Returns the per-channel means [C] of each array [B, H, W, C].
 
-    An image's pixels are summed first: a GPU would be idle for the most part with a few hundred sums at once. Without
-    the barrier XLA makes one sum of the two.
+    Sums the pixels of each image first, because a GPU would mostly idle with a few hundred sums at once. The barrier is
+    needed because XLA would merge the sum over pixels and the sum over images.
     """
     of_images = lax.optimization_barrier([x.sum(axis=(1, 2)) for x in arrays])
     return [totals.sum(axis=0) / (x.size // x.shape[-1]) for x, totals in zip(arrays, of_images, strict=True)]
 
 
 @jax.custom_vjp
-def filter_response_norm(x, scale, bias, threshold):
-    """max(γ x̂ + β, τ) with x̂ = x r, r = 1/√(ν² + ε) and ν² the mean of x² over an image's pixels, for each channel.
+def filter_response_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Returns max(γ x̂ + β, τ) with x̂ = x r and r = 1/√(ν² + ε), for each channel.
 
-    x: [B, H, W, C]; scale γ, bias β and threshold τ: [C]. Returns [B, H, W, C] in the precision of x.
-    Its gradient is written out, as sums for each image from which all others follow: of one image and channel it is
-    γ r (d − x̂ mean(d x̂)) by x, if d is that by γ x̂ + β. JAX's own takes more passes over the images, and a gradient of
-    ResNet-20 up to a tenth longer on CPUs.
+    The mean of x² over an image's pixels is ν². The gradient is written out: all parts follow from sums for each image.
+    Let d be the gradient with respect to γ x̂ + β. Then the gradient of one image and channel with respect to x is
+    γ r (d − x̂ mean(d x̂)). JAX's own gradient takes more passes over the images. On CPUs it makes a gradient of
+    ResNet-20 up to a tenth slower.
+
+    Args:
+        x: float [B, H, W, C].
+        scale: γ, float [C].
+        bias: β, float [C].
+        threshold: τ, float [C].
+
+    Returns:
+        The outputs [B, H, W, C] in the precision of x.
     """
     return _response_forward(x, scale, bias, threshold)[0]
 
@@ -84,7 +114,7 @@ def _response_backward(residuals, grads):
     x, r, scale, bias, threshold = residuals
     normalised = x * r
     y, lowest = _channels(scale) * normalised + _channels(bias), _channels(threshold)
-    above = jnp.where(y > lowest, 1, jnp.where(y == lowest, 0.5, 0)).astype(y.dtype)  # equal ones share, as in JAX
+    above = jnp.where(y > lowest, 1, jnp.where(y == lowest, 0.5, 0)).astype(y.dtype)  # ties share, as in JAX
     y_grads = above * grads
 
     def over_pixels(values):

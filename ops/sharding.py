@@ -1,18 +1,24 @@
-"""Arrays over the devices of a mesh: copies on each, or shares of a batch.
+"""Arrays on the devices of a mesh: replicated, or batches that are sharded.
 
-Weights and images are on every device; under `jax.set_mesh(mesh)` training and evaluation shard their batches. The same
-seeds give the same batches, perturbations and noise on any number of devices, and results that are equal to rounding.
+Weights and images are on every device. Under `jax.set_mesh(mesh)` training and evaluation shard their batches. The same
+seeds give the same batches, perturbations and noise on any number of devices. Results are equal up to rounding.
+
+The current mesh is the one of `jax.set_mesh`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = 'batch'
 
 
-def replicate(arrays, mesh):
-    """A pytree of arrays, the same in all processes, on every device of a mesh."""
+def replicate(arrays: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Returns a pytree of arrays on every device of a mesh. All processes must pass the same arrays."""
     everywhere = NamedSharding(mesh, P())
     if jax.process_count() > 1:
         return jax.jit(_same, out_shardings=everywhere)(arrays)
@@ -23,10 +29,18 @@ def _same(arrays):
     return arrays
 
 
-def place_rows(arrays, indices, mesh):
-    """The rows of host arrays [N, ...] that are at `indices`, int [B], shared out over a mesh if they can be equally.
+def place_rows(arrays: Any, indices: np.ndarray, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the rows of host arrays at some indices, sharded over a mesh if the shards are equal.
 
-    Each process reads those rows only that its devices hold.
+    Each process reads only the rows that the devices of this process hold.
+
+    Args:
+        arrays: a pytree of np.ndarray [N, ...].
+        indices: int [B].
+        mesh: the devices. Each holds all rows if B is not divisible by the number of devices.
+
+    Returns:
+        A pytree of jax.Array [B, ...].
     """
     shares = NamedSharding(mesh, P() if len(indices) % mesh.size else P(AXIS))
 
@@ -37,20 +51,20 @@ def place_rows(arrays, indices, mesh):
     return jax.tree.map(place, arrays)
 
 
-def send(arrays):
-    """A pytree of arrays, the same in all processes, on every device of the mesh that is set."""
+def send(arrays: Any) -> Any:
+    """Returns a pytree of arrays on every device of the current mesh. All processes must pass the same arrays."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(arrays) if mesh.empty else replicate(arrays, mesh)
 
 
-def num_devices():
-    """How many devices the mesh has that is set; 1 if none is, and for what `on_each` runs on one of them."""
+def num_devices() -> int:
+    """Returns the number of devices of the current mesh. It is 1 without a mesh, and inside a function of `on_each`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else mesh.size
 
 
-def shareable(number_of_images):
-    """The next number that the devices of the mesh that is set can share out equally."""
+def shareable(number_of_images: int) -> int:
+    """Returns the next number, from `number_of_images` on, that is divisible by the number of devices."""
     return -(-number_of_images // num_devices()) * num_devices()
 
 
@@ -58,23 +72,26 @@ def _can_share(number):
     return num_devices() > 1 and number % num_devices() == 0
 
 
-def shard(x, axis=0):
-    """In a jitted function: lets the devices of the mesh that is set share out an axis of x, if they can equally."""
+def shard(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Shards an axis of x over the current mesh if the shards are equal. To be called in a jitted function."""
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS)) if _can_share(x.shape[axis]) else x
 
 
-def over_shares(function, x):
-    """In a jitted function: function(x) of x [B, ...], whose row i, of [B, ...], depends on row i of x only.
+def over_shares(function: Callable, x: jax.Array) -> jax.Array:
+    """Returns function(x) of x [B, ...], sharded over the current mesh if the shards are equal.
 
-    The devices of the mesh that is set each compute their share of rows, if they can share them out equally.
+    Row i of the result [B, ...] must depend on row i of x only. To be called in a jitted function.
     """
     if not _can_share(len(x)):
         return function(x)
     return jax.shard_map(function, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)(x)
 
 
-def sum_over_shares(function, *arrays):
-    """In a jitted function: function(*arrays), which is a sum over the rows of arrays [B, ...], shared out likewise."""
+def sum_over_shares(function: Callable, *arrays: jax.Array) -> jax.Array:
+    """Returns function(*arrays), a sum over the rows of arrays [B, ...], sharded as in over_shares.
+
+    To be called in a jitted function.
+    """
     if not _can_share(len(arrays[0])):
         return function(*arrays)
 
@@ -84,21 +101,28 @@ def sum_over_shares(function, *arrays):
     return jax.shard_map(sum_over_devices, in_specs=P(AXIS), out_specs=P(), check_vma=False)(*arrays)
 
 
-def gather(arrays):
-    """In a jitted function: gives all of a pytree of arrays to every device of the mesh that is set."""
+def gather(arrays: Any) -> Any:
+    """Returns a pytree of arrays, replicated on every device of the current mesh. To be called in a jitted function."""
     return arrays if num_devices() == 1 else jax.lax.with_sharding_constraint(arrays, P())
 
 
-def on_all(function, arrays):
-    """In a jitted function: a function of arrays on all devices, which share what it shards; see on_each."""
+def on_all(function: Callable, arrays: Any) -> Any:
+    """Returns function(arrays), computed by all devices together. The function may shard arrays; see also on_each.
+
+    To be called in a jitted function.
+    """
     return function(arrays)
 
 
-def on_each(function, arrays):
-    """In a jitted function: on each of the D devices a function of its own part of arrays [D, ...].
+def on_each(function: Callable, arrays: Any) -> Any:
+    """Calls a function on each of the D devices, with one part of arrays [D, ...]. To be called in a jitted function.
 
-    function: a jax.tree_util.Partial of all other arrays that it needs. Returns the D results, arrays [D, ...] whose
-    parts stay where they were computed.
+    Args:
+        function: a jax.tree_util.Partial of all other arrays that the function needs.
+        arrays: a pytree of arrays [D, ...].
+
+    Returns:
+        The D results, a pytree of arrays [D, ...]. Each part stays on the device that computed it.
     """
 
     def on_one(function, parts):
@@ -108,13 +132,13 @@ def on_each(function, arrays):
     return jax.shard_map(on_one, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)(function, arrays)
 
 
-def key_data(x):
-    """An array, or the numbers of a key."""
+def key_data(x: jax.Array) -> jax.Array:
+    """Returns the numbers of a key, or any other array unchanged."""
     return jax.random.key_data(x) if _is_key(x) else x
 
 
-def like_key(x, like):
-    """An array, or a key of the numbers x if `like` is one and x is not."""
+def like_key(x: jax.Array | np.ndarray, like: Any) -> jax.Array | np.ndarray:
+    """Returns a key of the numbers x if `like`, an array or its jax.ShapeDtypeStruct, is a key. Otherwise returns x."""
     return jax.random.wrap_key_data(x, impl='threefry2x32') if _is_key(like) and not _is_key(x) else x
 
 

@@ -1,8 +1,10 @@
-"""The devices of this run: a mesh of all of them or some, and what is wrong with them."""
+"""The devices of a run: a mesh of all devices or some, and checks of the devices."""
 
+import argparse
 import collections
 import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,8 @@ class DeviceError(errors.UserError):
     """Devices that are missing, or that cannot share a batch equally."""
 
 
-def create_mesh(number=None):
-    """A mesh of all devices, or of the first `number` of them. Raises DeviceError."""
+def create_mesh(number: int | None = None) -> jax.sharding.Mesh:
+    """Returns a mesh of the first N devices, or of all devices without a number. Raises DeviceError."""
     devices = jax.devices()
     if number is not None and jax.process_count() > 1:
         raise DeviceError(f'--devices {number} is for a run of one process: start fewer processes')
@@ -28,8 +30,11 @@ def create_mesh(number=None):
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def require():
-    """Raises a DeviceError if JAX finds no device, or not as many in each process."""
+def require() -> None:
+    """Raises a DeviceError if JAX finds no device, or if processes have different numbers of devices.
+
+    Also raises it if this jaxlib computes wrong numbers, see require_right_numbers.
+    """
     try:
         found = jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -41,10 +46,10 @@ def require():
         raise DeviceError(f'some processes have {numbers[0]} devices and some {numbers[-1]}: give each as many')
 
 
-def require_right_numbers():
+def require_right_numbers() -> None:
     """Raises a DeviceError if this jaxlib miscompiles a sum over products on CPUs, as 0.10.2 and 0.11.0 do.
 
-    The program is the one of JAX's issue 39103; its last value is 2³⁰.
+    Runs the program of JAX's issue 39103, whose last value must be 2³⁰.
     """
     if jax.default_backend() != 'cpu':
         return
@@ -63,10 +68,12 @@ def _squared_norms(rows):
     return jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2))(rows)
 
 
-def mesh_of_training(args, flags_hold: bool = False) -> jax.sharding.Mesh:
+def mesh_of_training(args: argparse.Namespace, flags_hold: bool = False) -> jax.sharding.Mesh:
     """Returns the mesh of the devices that the flags of a run name. Raises DeviceError if they cannot share a batch.
 
-    flags_hold: the run is resumed, so that the error offers no other flags than --devices.
+    Args:
+        args: the flags of train.py.
+        flags_hold: whether the run is resumed. The error then suggests no other flag than --devices.
     """
     mesh = create_mesh(args.devices)
     if isinstance(args.checkpointevery, str) and jax.process_count() > 1:
@@ -83,7 +90,7 @@ def mesh_of_training(args, flags_hold: bool = False) -> jax.sharding.Mesh:
 
 
 def _shareable(batch_size, batchsplit, num_devices):
-    """Returns flags with the nearest batches that N devices can share, or sub-batches of optimizers that have them."""
+    """Returns flags with the nearest batch sizes that N devices can share, or with the nearest --batchsplit."""
     multiples = range(num_devices, batch_size + num_devices + 1, num_devices)
     if batchsplit is None:
         return [f'--batchsize {size}' for size in _nearest(batch_size, multiples)]
@@ -98,13 +105,13 @@ def _shareable(batch_size, batchsplit, num_devices):
 
 
 def _nearest(number, possible):
-    """Returns the nearest of rising numbers below and above a number that is none of them."""
+    """Returns the neighbours of a number, below and above, among rising numbers without this number."""
     return [n for n in possible if n < number][-1:] + [n for n in possible if n > number][:1]
 
 
 @contextlib.contextmanager
-def enough_memory(advice):
-    """Raises a DeviceError where the memory of a device is exhausted. advice: what takes less."""
+def enough_memory(advice: str) -> Iterator[None]:
+    """Raises a DeviceError if the memory of a device is exhausted. advice: what takes less memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -1,15 +1,15 @@
 """Run folders: configuration, log, metrics; `checkpoints` has the states of training.
 
     RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K/
-        config.json     all flags, the data set's properties, versions, git commit, device
-        log.jsonl       a line an epoch
-        checkpoints/    the last two states, and that of best accuracy with --keepbest
-        metrics.json    what test.py measured
-        predictions.npz what it was measured from
+        config.json     format, all flags, the data set's properties, versions, git commit, device
+        log.jsonl       one line per epoch
+        checkpoints/    the last two states, and with --keepbest the state of best accuracy
+        metrics.json    the metrics of test.py
+        predictions.npz the predictions behind the metrics
         plots/          pictures of test.py --plots
         lock            held by the process that trains
 
-Nothing in it is a pickle.
+No file is a pickle.
 """
 
 import contextlib
@@ -21,17 +21,20 @@ import os
 import re
 import socket
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import errors
 from runs import hosts, json_files
 from runs.json_files import RunError
 
+FORMAT = 1  # of run folders, to be raised when older versions can no longer read new runs
 LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # what a process was writing or removing
 
 
-def create(results_folder, dataset, model, optim):
-    """A new folder run_K with the first free K, made by this process and no other. Raises RunError."""
+def create(results_folder: str | Path, dataset: str, model: str, optim: str) -> Path:
+    """Makes a folder run_K with the first free K and returns it. No other process gets the same K. Raises RunError."""
     parent = parent_of(results_folder, dataset, model, optim)
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -46,22 +49,22 @@ def create(results_folder, dataset, model, optim):
         raise RunError(f'no run folder can be made in {parent}: {error.strerror}') from error
 
 
-def require_place(results_folder, dataset, model, optim):
-    """Raises a RunError if `create` would, as far as the nearest folder that exists tells."""
+def require_place(results_folder: str | Path, dataset: str, model: str, optim: str) -> None:
+    """Raises a RunError if `create` would fail. Checks only the nearest folder that exists, and writes nothing."""
     parent = parent_of(results_folder, dataset, model, optim)
     nearest = next(path for path in (parent.absolute(), *parent.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError(f'no run folder can be made in {parent}: {nearest} is no folder, or read-only')
 
 
-def parent_of(results_folder, dataset, model, optim):
+def parent_of(results_folder: str | Path, dataset: str, model: str, optim: str) -> Path:
     """Returns the folder of all runs of a data set, a model and an optimizer."""
     return Path(results_folder) / f'{dataset}_{model}'.replace('/', '_') / optim
 
 
 @contextlib.contextmanager
-def locked(run):
-    """Keeps a run folder for this process. Raises RunError if another one has it, or it cannot be written."""
+def locked(run: str | Path) -> Iterator[None]:
+    """Locks a run folder until the context ends. Raises RunError if another process holds it or writing fails."""
     path = Path(run) / 'lock'
     try:
         if not path.parent.is_dir():
@@ -72,7 +75,7 @@ def locked(run):
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise RunError(f'{path} is no regular file: remove it')
-        with contextlib.suppress(OSError):  # of a file system without locks
+        with contextlib.suppress(OSError):  # a file system without locks
             _lock(descriptor, run)
         yield
     finally:
@@ -80,7 +83,7 @@ def locked(run):
 
 
 def _lock(descriptor, run):
-    """The system frees the lock when its process ends, however it ends; the file names the process for people."""
+    """Locks a file and writes the process into it for people. The system frees the lock however the process ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -90,8 +93,8 @@ def _lock(descriptor, run):
     os.pwrite(descriptor, _holder(os.getpid()).encode(), 0)
 
 
-def locked_by(parent, process):
-    """Returns the run folders in a folder that a process of this host was the last to lock."""
+def locked_by(parent: str | Path, process: int | None) -> list[Path]:
+    """Returns the run folders in `parent` whose last lock was by the process with this number on this host."""
     holder = _holder(process)
     return [path.parent for path in Path(parent).glob('run_*/lock') if path.is_file() and path.read_text() == holder]
 
@@ -100,26 +103,32 @@ def _holder(process):
     return f'process {process} on {socket.gethostname()}\n'
 
 
-def has_checkpoint(run):
+def has_checkpoint(run: str | Path) -> bool:
     """Returns whether a run has a checkpoint to resume from."""
     return any(path.name.isdecimal() for path in Path(run).glob('checkpoints/*'))
 
 
-def write_log(run, records):
-    """Writes log.jsonl, a line an epoch, whole. Raises RunError; the old log stays then."""
+def write_log(run: str | Path, records: list[dict]) -> None:
+    """Writes log.jsonl whole, one line per epoch. If it raises a RunError, the old log stays."""
     json_files.write_text(
         Path(run) / 'log.jsonl', ''.join(json.dumps(json_files.finite(record)) + '\n' for record in records)
     )
 
 
 class Log:
-    """The log of a run that is trained, which the first process writes. Reports a failure once and tries again."""
+    """The log of a run in training. Only the first process writes it.
 
-    def __init__(self, run, warn):
+    A failure is reported once by warn(text), and the log is tried again after the next epoch.
+
+    Attributes:
+        failed: whether the last write failed.
+    """
+
+    def __init__(self, run: str | Path, warn: Callable) -> None:
         self._run, self._warn, self._records = run, warn, None
         self.failed = False
 
-    def write(self, records):
+    def write(self, records: list[dict]) -> None:
         """Writes all records."""
         self._records = records
         if not hosts.is_first():
@@ -132,14 +141,14 @@ class Log:
                 self._warn(f'{error}; training goes on, and the log is tried again after the next epoch')
             self.failed = True
 
-    def retry(self):
-        """Writes the log again if it could not be written."""
+    def retry(self) -> None:
+        """Writes the log again if the last write failed."""
         if self.failed:
             self.write(self._records)
 
 
-def read_log(run):
-    """The records of log.jsonl, an empty list if there is none; RunError if it is damaged."""
+def read_log(run: str | Path) -> list[dict]:
+    """Returns the records of log.jsonl, or an empty list without a log. Raises RunError if the log is damaged."""
     path = Path(run) / 'log.jsonl'
     if not path.exists():
         return []
@@ -152,8 +161,8 @@ def read_log(run):
         raise RunError(f'{path} is damaged or cannot be read: {errors.reason(error)}') from error
 
 
-def require_record_of_epoch(record):
-    """Raises a ValueError unless a line of the log is what train.py writes: null stands for what is not finite."""
+def require_record_of_epoch(record: Any) -> None:
+    """Raises a ValueError if a parsed line of the log is not what train.py writes. None stands for NaN or infinity."""
     accuracies = {'test_accuracy', 'validation_accuracy'} & record.keys() if isinstance(record, dict) else ()
     numbers = ('loss', 'learning_rate', *accuracies)
     if not accuracies or type(record.get('epoch')) is not int or record['epoch'] < 0:
@@ -161,14 +170,14 @@ def require_record_of_epoch(record):
     json_files.require_numbers(record, numbers)
 
 
-def write_config(run, content):
-    """Writes config.json with a checksum of itself. Raises RunError."""
-    content = json.loads(json.dumps(json_files.finite(content)))
+def write_config(run: str | Path, content: dict) -> None:
+    """Writes config.json with the format of the run folder and a checksum of the content. Raises RunError."""
+    content = json.loads(json.dumps(json_files.finite(content | {'format': FORMAT})))
     json_files.write_json(Path(run) / 'config.json', content | {'sha256': _digest(content)})
 
 
-def read_config(run):
-    """The configuration that train.py wrote, a dict. Raises RunError."""
+def read_config(run: str | Path) -> dict:
+    """Returns the configuration that train.py wrote. Raises RunError."""
     path = Path(run) / 'config.json'
     if not os.path.lexists(path):
         raise RunError(
@@ -180,6 +189,11 @@ def read_config(run):
         raise RunError(f'{path} lacks its checksum: it is incomplete, or of another version of train.py')
     if sha256 != _digest(config):
         raise RunError(f'{path} is damaged: its SHA-256 is {_digest(config)}, not {sha256} as it was written')
+    found = config.get('format', FORMAT)  # runs from before the first release have no number
+    if type(found) is not int or found > FORMAT:
+        raise RunError(
+            f'{path} has format {found}, and this version reads formats up to {FORMAT}: take a newer version'
+        )
     return config
 
 
@@ -187,11 +201,8 @@ def _digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def end_of_training(config, epochs):
-    """Returns what metrics.json says as 'trained' for a run with this configuration that is complete.
-
-    Raises RunError.
-    """
+def end_of_training(config: dict, epochs: int) -> dict:
+    """Returns the entry 'trained' of metrics.json for a complete run with this configuration. Raises RunError."""
     try:
         return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
     except (KeyError, TypeError, ZeroDivisionError) as error:

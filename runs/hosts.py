@@ -1,7 +1,7 @@
-"""Processes, on one host or many, that `join` makes one run of.
+"""Processes, on one host or several, that train or evaluate one run together after `join`.
 
-All of them run the same program. The first process reads and writes the run folder, except for checkpoints, which all
-processes may write together.
+All processes run the same program. The first process reads and writes the run folder. Only checkpoints may be written
+by all processes together.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import sys
 import threading
 import traceback
 import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,15 +24,27 @@ from runs import signals
 from runs.devices import DeviceError
 
 
-def join(script, coordinator, processes, process_id, timeout=None, stops_by_step=False):
-    """Makes the processes that call it one run: jax.devices() are those of all of them. Raises DeviceError.
+def join(
+    script: str, coordinator: str, processes: int | None, process_id: int | None, timeout: int | None = None,
+    stops_by_step: bool = False,
+) -> None:  # fmt: skip
+    """Joins the processes that call this function. Then jax.devices() lists the devices of all processes.
 
-    coordinator: 'HOST:PORT' of process 0, or 'auto' to take all from Slurm, Open MPI or Kubernetes. Where not all have
-    joined after `timeout` seconds, 60 if it is None, each ends with a line from `script` and status 2; a process that
-    is not heard of for half a minute later on ends the others. With stops_by_step, reached_stop tells of the signals
-    of signals.STOPPING; else they end the process.
+    A process that is silent for half a minute later on ends the others.
+
+    Args:
+        script: the name of the script, for messages.
+        coordinator: 'HOST:PORT' of process 0, or 'auto' to ask Slurm, Open MPI or Kubernetes for everything.
+        processes: the number of processes, None with 'auto'.
+        process_id: the index of this process, None with 'auto'.
+        timeout: seconds until all processes must have joined, None for 60. Otherwise each ends with a message and
+            status 2.
+        stops_by_step: whether reached_stop reports the signals of signals.STOPPING. Otherwise they end the process.
+
+    Raises:
+        DeviceError: the processes cannot be joined.
     """
-    if jax.__version_info__ < (0, 10, 2):  # whose cached collectives never return: another process waits for them
+    if jax.__version_info__ < (0, 10, 2):  # cached collectives never return there, and other processes wait for them
         jax.config.update('jax_enable_compilation_cache', False)
     jax.config.update('jax_enable_preemption_service', stops_by_step)
     address = {'coordinator_address': coordinator, 'cluster_detection_method': 'deactivate'}
@@ -61,21 +75,21 @@ def join(script, coordinator, processes, process_id, timeout=None, stops_by_step
 
 
 def _give_up(script, coordinator, timeout):
-    """Ends the process, which JAX would do with an abort and without saying why."""
+    """Ends the process with a message, because JAX would abort without saying why."""
     what = f'--coordinator {coordinator}: not all processes joined within {timeout} s'
     print(f'{script}: error: {what}; see what those say that ended, or give a longer --jointimeout', file=sys.stderr)
     _leave(2)
 
 
 def _terminate(number, frame):
-    """Does at another signal what SIGTERM does; a second one ends the process at once."""
+    """Sends SIGTERM to this process on another signal. A second signal ends the process at once."""
     del frame
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def require_same(held):
-    """Raises a DeviceError if a process holds other values than the first, {name: what JSON can hold}."""
+def require_same(held: dict) -> None:
+    """Raises a DeviceError if a process holds other values {name: value} than the first. JSON must hold the values."""
     held = json.loads(json.dumps(held))
     for name, value in from_first(lambda: held).items():
         if held.get(name) != value:
@@ -83,21 +97,21 @@ def require_same(held):
             raise DeviceError(f'{where} has other {name} than process 0: start all with the same flags and data')
 
 
-def require_same_arrays(name, *arrays):
-    """Raises a DeviceError if a process holds other arrays than the first."""
+def require_same_arrays(name: str, *arrays: np.ndarray) -> None:
+    """Raises a DeviceError if a process holds other arrays than the first. name: of the arrays, for the message."""
     if jax.process_count() > 1:
         require_same({name: [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]})
 
 
-def is_first():
-    """Whether this is the first process, which has the run folder."""
+def is_first() -> bool:
+    """Returns whether this is the first process, which reads and writes the run folder."""
     return jax.process_index() == 0
 
 
-def from_first(function):
-    """What a function of no arguments returns in the first process, in all of them; it is called there only.
+def from_first(function: Callable) -> Any:
+    """Calls function() in the first process only, and returns the result in every process. JSON must hold the result.
 
-    It is a value that JSON can hold.
+    All processes must call from_first.
     """
     if jax.process_count() == 1:
         return function()
@@ -107,18 +121,21 @@ def from_first(function):
     return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
 
 
-def wait_for_all():
-    """Returns when all processes are here."""
+def wait_for_all() -> None:
+    """Waits until all processes have called this function."""
     from_first(lambda: None)
 
 
-def in_any_process(condition):
-    """Whether a condition holds in any process, each of which has to call it."""
+def in_any_process(condition: bool) -> bool:
+    """Returns whether a condition holds in any process. All processes must call this function."""
     return bool(np.any(multihost_utils.process_allgather(np.bool_(condition))))
 
 
-def arrays_from_first(arrays):
-    """A pytree of arrays of the first process, keys among them, in all; the others have its jax.ShapeDtypeStructs."""
+def arrays_from_first(arrays: Any) -> Any:
+    """Returns the first process's pytree of arrays in every process. Arrays may be keys.
+
+    The other processes pass jax.ShapeDtypeStructs of the arrays.
+    """
     if jax.process_count() == 1:
         return arrays
     types = jax.eval_shape(lambda held: jax.tree.map(sharding.key_data, held), arrays)
@@ -131,17 +148,20 @@ def arrays_from_first(arrays):
 _SHARE = 0.4  # of a device's memory that images may take
 
 
-def must_stream(images):
-    """Returns, in all processes, whether images would fill a device of the first process."""
+def must_stream(images: np.ndarray) -> bool:
+    """Returns, in all processes, whether images would take too much memory of a device of the first process.
+
+    images: uint8 [N, H, W, C].
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
     return from_first(lambda: limit is not None and images.nbytes > _SHARE * limit)
 
 
-def reached_stop(stop):
-    """Returns whether training is to end after a step. All processes end after the same step.
+def reached_stop(stop: signals.Stop) -> bool:
+    """Returns whether training must end after a step. All processes end after the same step.
 
-    To be called once a step, with a signals.Stop. JAX's service for preemption tells all processes of the SIGTERM of
-    any. It wants the number of the call, from 1 on, and tells of an earlier signal at number 1.
+    To be called once a step. JAX's preemption service reports a SIGTERM of any process to all processes. The service
+    takes the number of the call, from 1 on, and reports an earlier signal at number 1.
     """
     stop.calls += 1
     if not jax.distributed.is_initialized():
@@ -152,10 +172,14 @@ def reached_stop(stop):
 
 
 @contextlib.contextmanager
-def ended_together(script, advice):
-    """Ends this process at once if an error or another process's end does, as each would wait for the other.
+def ended_together(script: str, advice: str) -> Iterator[None]:
+    """Ends this process at once after an error, or after the end of another process.
 
-    advice: what to do after another process's end. In a run of one process it does nothing.
+    Otherwise the processes would wait for each other. A run of one process is left alone.
+
+    Args:
+        script: the name of the script, for messages.
+        advice: what to do after the end of another process.
     """
     try:
         yield

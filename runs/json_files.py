@@ -1,7 +1,10 @@
-"""JSON that is written whole, and read with care: it may be damaged, or somebody else's."""
+"""JSON files that are written whole, and read with care, because they may be damaged or somebody else's."""
 
 import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import errors
 
@@ -10,48 +13,55 @@ class RunError(errors.UserError):
     """A run folder that cannot be made, or is not what it should be."""
 
 
-def write_json(path, content):
-    """Writes JSON, whole. Raises RunError."""
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole. Raises RunError."""
     write_text(path, json.dumps(finite(content), indent=2) + '\n')
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8 whole. Raises RunError."""
     write_bytes(path, text.encode())
 
 
-def require_numbers(record, names):
-    """Raises a ValueError unless a dict has numbers of these names: null stands for what is not finite."""
+def require_numbers(record: dict, names: Iterable[str]) -> None:
+    """Raises a ValueError if a dict lacks a number under one of these names. None stands for NaN or infinity."""
     for name in names:
         if name not in record or not isinstance(record[name], int | float | None) or isinstance(record[name], bool):
             raise ValueError(f'{name} is {str(record.get(name))[:50]}, no number')
 
 
-def write_bytes(path, content):
-    """Writes a file so that a reader sees the old one or the new one, never a part. Raises RunError."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old file or the new one, never a part. Raises RunError."""
     try:
         errors.write_bytes(path, content)
     except OSError as error:
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
 
 
-def read_json(path):
-    """The object of a JSON file of ours. Raises OSError, and ValueError for anything else or what is far too large."""
+def read_json(path: Path) -> dict:
+    """Returns the object of a JSON file that these scripts wrote.
+
+    Raises OSError, or ValueError for other content and for files that are far too large.
+    """
     content = parse(read_text(path))
     if not isinstance(content, dict):
         raise ValueError('it holds no object')
     return content
 
 
-def read_record(path):
-    """The object of a JSON file of measured figures. Raises RunError."""
+def read_record(path: Path) -> dict:
+    """Returns the object of a JSON file, as `read_json` does. Raises RunError if the file is damaged or unreadable."""
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f'{path} is damaged or cannot be read: {errors.reason(error)}') from error
 
 
-def read_text(path, limit=1 << 24):
-    """Returns the text of a regular file in UTF-8, with or without a byte order mark. Raises OSError and ValueError."""
+def read_text(path: Path, limit: int = 1 << 24) -> str:
+    """Returns the text of a regular UTF-8 file, with or without a byte-order mark. Raises OSError.
+
+    Raises ValueError for other encodings, and for more than `limit` bytes.
+    """
     with errors.opened(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -59,8 +69,8 @@ def read_text(path, limit=1 << 24):
     return content.decode('utf-8-sig')
 
 
-def parse(text):
-    """Parses JSON without NaN, infinity or numbers that no float64 holds. Raises ValueError."""
+def parse(text: str) -> Any:
+    """Returns the content of JSON. Raises ValueError, also for NaN, infinity and numbers that no float64 holds."""
     try:
         content = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole_number)
     except RecursionError as error:
@@ -70,7 +80,7 @@ def parse(text):
 
 
 def _require_shallow(content, depth=50):
-    """Raises a ValueError for what is nested so deeply that a function which calls itself might not get to its end."""
+    """Raises a ValueError for content that is nested so deeply that a recursive function might fail."""
     if isinstance(content, dict | list):
         if not depth:
             raise ValueError('it is nested too deeply')
@@ -90,8 +100,8 @@ def _whole_number(text):
     return int(text)
 
 
-def finite(content):
-    """NaN and infinity as null: JSON has no numbers for them."""
+def finite(content: Any) -> Any:
+    """Returns content with None for NaN and infinity, because JSON has no such numbers."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""How every script starts: imports JAX, configured as scripts need it, and ends mistakes in one line.
+"""The start of every script: imports JAX, configures it as scripts need, and reports errors in one line.
 
 Scripts import this module before anything that imports JAX.
 """
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 
 import errors
@@ -20,15 +21,15 @@ def _version(package):
     return tuple(int(part) for part in metadata.version(package).split('.')[:3] if part.isdecimal())
 
 
-if _version('jaxlib') < (0, 10, 2):  # logs an error for each cached function, because it misreads the CPU's features
+if _version('jaxlib') < (0, 10, 2):  # logs an error for each cached function, because it misreads CPU features
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 try:
     import jax
-except ValueError as error:  # of a variable that JAX does not understand
+except ValueError as error:  # an environment variable that JAX does not understand
     print(f'{os.path.basename(sys.argv[0])}: error: JAX cannot start: {errors.first_line(error)}', file=sys.stderr)
     sys.exit(2)
 
-# The part of JAX's configuration that changes a run's numbers, or that the scripts cannot work with otherwise.
+# The part of JAX's configuration that changes a run's numbers, or that the scripts depend on.
 _CONFIGURATION = {
     'jax_default_prng_impl': 'threefry2x32',
     'jax_threefry_partitionable': True,
@@ -52,7 +53,7 @@ for _name, _value in _CONFIGURATION.items():  # whatever the environment says
 
 
 def use_compilecache(folder: str) -> None:
-    """Turns JAX's persistent compilation cache on, unless folder is 'off'. Warns if it cannot be written, once."""
+    """Turns on JAX's persistent compilation cache, unless folder is 'off'. Warns once if the folder is not writable."""
     if folder != 'off':
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
@@ -68,7 +69,7 @@ def use_compilecache(folder: str) -> None:
 
 
 def _remove_empty_entries(folder):
-    """Removes entries that a full disk left empty. JAX would warn of each at every start, and never replace it."""
+    """Removes entries that a full disk left empty, because JAX would warn at every start and never replace them."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if entry.name.endswith('-cache') and entry.is_file(follow_symlinks=False):
@@ -78,11 +79,11 @@ def _remove_empty_entries(folder):
 
 
 @contextlib.contextmanager
-def script(name):
-    """Wraps a script's main: no UserError, Ctrl-C or output that cannot be written ends in a traceback.
+def script(name: str) -> Iterator[None]:
+    """Wraps a script's main, so that UserErrors, Ctrl-C and output that cannot be written end without a traceback.
 
-    Once a stream cannot be written, as a pipe that nobody reads or a file on a full disk, the rest goes nowhere, and
-    the script goes on.
+    A stream fails if nobody reads the pipe, or if the disk is full. Then the rest of the output is dropped, and the
+    script goes on.
     """
 
     def warn(error):
@@ -117,7 +118,7 @@ def _require_working_folder():
 
 
 class _BreakableStream:
-    """A text stream that goes to the null device, after one call of on_break(error), once it cannot be written."""
+    """A text stream that goes to the null device after the first failed write. Calls on_break(error) once."""
 
     def __init__(self, stream, on_break):
         self._stream, self._on_break = stream, on_break
@@ -136,16 +137,16 @@ class _BreakableStream:
         try:
             return function(*args)
         except OSError as error:
-            if self._broken.acquire(blocking=False):  # by the first of several threads
+            if self._broken.acquire(blocking=False):  # only the first of several threads
                 null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())  # what is buffered is written again at the end of the process
+                os.dup2(null, self._stream.fileno())  # the buffer is written again at the end of the process
                 os.close(null)
                 self._on_break(error)
 
 
 @contextlib.contextmanager
-def one_line_errors(script):
-    """Ends the script with the message and the exit status of a UserError, or with the file of an OSError."""
+def one_line_errors(script: str) -> Iterator[None]:
+    """Ends the script with the message and the exit status of a UserError, or the file and reason of an OSError."""
     try:
         yield
     except errors.UserError as error:

@@ -6,6 +6,8 @@ import difflib
 import math
 import os
 import pathlib
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
 
 import errors
 
@@ -13,75 +15,54 @@ import errors
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that explains defaults in --help and reports an error in one line.
 
-    description: its first line is shown; None, as docstrings are under `python -OO`, shows none.
+    Args:
+        description: the text whose first line --help shows. None shows no line, as docstrings are None under
+            `python -OO`.
+        exits: whether an error ends the script with status 2. Otherwise an error raises a ValueError.
     """
 
-    def __init__(self, description):
-        super().__init__(
-            description=(description or '').split('\n')[0], formatter_class=_HelpFormatter, allow_abbrev=False
-        )
+    def __init__(self, description: str | None, exits: bool = True) -> None:
+        description = (description or '').split('\n')[0]
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self._exits = exits
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
+        """Ends the script with a message and status 2, or raises a ValueError."""
+        if not self._exits:
+            raise ValueError(message)
         self.exit(2, f'{self.prog}: error: {errors.printable(message)} (see --help)\n')
 
-    def add_choice(self, flag, names, also=None, **options):
-        """Adds a flag of type `choice`."""
+    def add_choice(self, flag: str, names: Collection[str], also: str | None = None, **options: Any) -> None:
+        """Adds a flag of type `choice`. Takes the options of add_argument."""
         type = choice(names, also)
         self.add_argument(flag, type=type, metavar=type.metavar, **options)
 
-    def parse(self, argv=None) -> tuple[argparse.Namespace, dict]:
-        """Returns all flags of a command line, and {name: value} of the flags that it gives."""
+    def parse(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+        """Returns all flags of a command line, and {name: value} of the flags that the command line gives."""
         unset = object()
         actions = [action for action in self._actions if action.dest != 'help']
         args = self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in actions}))
         given = {name: value for name, value in vars(args).items() if value is not unset}
         return argparse.Namespace(**{action.dest: action.default for action in actions} | given), given
 
-    def is_switch(self, name):
+    def is_switch(self, name: str) -> bool:
         """Returns whether a flag takes no value."""
         return any(action.dest == name and action.nargs == 0 for action in self._actions)
 
-    def takes_whole_numbers(self, name):
-        """Whether a flag's type is one of `integer`."""
+    def takes_whole_numbers(self, name: str) -> bool:
+        """Returns whether a flag has a type from `integer`."""
         return any(action.dest == name and hasattr(action.type, 'whole') for action in self._actions)
-
-    def from_values(self, values, without=()):
-        """A Namespace of all flags but those named, from plain values held to the bounds of each. Raises ValueError.
-
-        A flag that is not among the values is one that there was not yet when they were written: it has its default.
-        """
-        actions = [action for action in self._actions if action.dest not in ('help', *without)]
-        unknown = sorted(set(values) - {action.dest for action in actions})
-        if unknown:
-            raise ValueError(f'there is no --{unknown[0]}')
-        return argparse.Namespace(**{action.dest: _checked_value(action, values) for action in actions})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for flags that have none."""
+    """Shows the defaults of flags that have one."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
-def _checked_value(action, values):
-    if action.dest not in values:
-        return action.default
-    value = values[action.dest]
-    if value is None and action.default is None:
-        return None
-    if action.nargs == 0 and isinstance(value, bool):
-        return value
-    if action.nargs == 0 or isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f'--{action.dest} is {value!r}')
-    try:
-        return action.type(str(value)) if action.type else str(value)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f'--{action.dest}: {error}') from error
-
-
-def choice(names, also=None):
-    """A flag type: one of `names` in any case, or a name that begins with `also`."""
+def choice(names: Collection[str], also: str | None = None) -> Callable[[str], str]:
+    """Returns a flag type: one of `names` in upper or lower case, or a name that begins with `also`."""
 
     def choose(text):
         if text.lower() in names or (also and text.startswith(also) and text != also):
@@ -95,14 +76,14 @@ def choice(names, also=None):
     return choose
 
 
-def add_compilecache(parser):
-    """Adds --compilecache, the folder where XLA keeps what it compiled for the next start."""
+def add_compilecache(parser: Parser) -> None:
+    """Adds --compilecache, the folder where XLA keeps compiled functions for the next start."""
     help = 'folder of compiled functions, which make the next start fast; "off" for none'
     parser.add_argument('--compilecache', type=_folder_or_off, default=_default_compilecache(), help=help)
 
 
 def _default_compilecache():
-    """Returns the folder that JAX's own variables name, or one in the user's cache; 'off' without a home folder."""
+    """Returns the folder that JAX's own variables name, or a folder in the user's cache. 'off' without a home."""
     if os.environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'f', 'no', 'n', 'off'):
         return 'off'
     if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
@@ -112,14 +93,14 @@ def _default_compilecache():
 
 
 def _folder_or_off(text):
-    """A flag type: 'off', or the absolute path of a folder."""
+    """Reads a flag's value: 'off', or the path of a folder, which is returned as an absolute path."""
     if not text:
         raise argparse.ArgumentTypeError("'' is no folder: name one, or give off")
     return text if text == 'off' else os.path.abspath(folder(text))
 
 
-def folder(text):
-    """A flag type: the path of a folder or file as a str, in which ~ stands for the home folder."""
+def folder(text: str) -> str:
+    """Reads a flag's value: the path of a folder or file. Replaces ~ by the home folder."""
     if not text:
         raise argparse.ArgumentTypeError("'' is no path: name a folder or file")
     if '\0' in text:
@@ -130,13 +111,13 @@ def folder(text):
     return expanded
 
 
-def path(text):
-    """A flag type: as `folder`, a pathlib.Path."""
+def path(text: str) -> pathlib.Path:
+    """Reads a flag's value as `folder` does, and returns a pathlib.Path."""
     return pathlib.Path(folder(text))
 
 
-def add_coordinator(parser):
-    """--coordinator, --processes, --processid and --jointimeout, which join processes on several hosts."""
+def add_coordinator(parser: Parser) -> None:
+    """Adds --coordinator, --processes, --processid and --jointimeout, which join processes on several hosts."""
     add = parser.add_argument
     help = 'run on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
     add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
@@ -146,21 +127,21 @@ def add_coordinator(parser):
     add('--jointimeout', type=integer(1), metavar='SECONDS', help=help)
 
 
-def add_jobs(parser):
-    """--jobs, how many runs are made at once."""
+def add_jobs(parser: Parser) -> None:
+    """Adds --jobs, the number of runs at once."""
     parser.add_argument('--jobs', type=integer(1), help='runs at once; by default one per GPU, or one without any')
 
 
 def _address(text):
-    """A flag type: HOST:PORT or auto."""
+    """Reads a flag's value: HOST:PORT or auto."""
     host, _, port = text.rpartition(':')
     if text != 'auto' and not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise argparse.ArgumentTypeError(f'{text!r} is neither HOST:PORT nor auto')
     return text
 
 
-def require_whole_address(parser, args):
-    """Ends the script if the flags of add_coordinator do not go together."""
+def require_whole_address(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends the script if the flags of add_coordinator cannot be combined."""
     numbers = (args.processes, args.processid)
     if args.jointimeout and not args.coordinator:
         parser.error('--jointimeout goes with --coordinator')
@@ -171,8 +152,8 @@ def require_whole_address(parser, args):
         parser.error('--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1')
 
 
-def integer(minimum, below=2**31):
-    """A flag type: whole numbers from `minimum` on and less than `below`, by default those that fit in an int32."""
+def integer(minimum: int, below: int = 2**31) -> Callable[[str], int]:
+    """Returns a flag type: whole numbers >= `minimum` and < `below`, by default numbers that an int32 holds."""
 
     def parse(text):
         value = None
@@ -187,8 +168,10 @@ def integer(minimum, below=2**31):
     return parse
 
 
-def number(above=None, minimum=None, below=None):
-    """A flag type: numbers that float32 holds, > `above`, >= `minimum` and < `below`, of those that are given."""
+def number(
+    above: float | None = None, minimum: float | None = None, below: float | None = None
+) -> Callable[[str], float]:
+    """Returns a flag type: numbers that float32 holds, > `above`, >= `minimum` and < `below`. None sets no bound."""
 
     def parse(text):
         value = math.nan
@@ -211,12 +194,12 @@ def number(above=None, minimum=None, below=None):
 
 
 def _in_float32(value):
-    """Whether a number is 0 or neither overflows nor underflows, which would make it 0, in float32."""
+    """Returns whether a number is 0, or neither overflows nor underflows to 0 in float32."""
     return value == 0 or 2.0**-126 <= abs(value) < 2.0**128
 
 
-def steps_or_minutes(text):
-    """A flag type: steps, a whole number like 500, as an int, or minutes like 30min, as a str."""
+def steps_or_minutes(text: str) -> int | str:
+    """Reads a flag's value: a number of steps like 500, returned as an int, or minutes like 30min, as a str."""
     if text.endswith('min'):
         number(above=0)(text.removesuffix('min'))
         return text
@@ -228,8 +211,8 @@ def steps_or_minutes(text):
         ) from error
 
 
-def new_file(text):
-    """A flag type: the path of a file that can be written, as far as its folder tells."""
+def new_file(text: str) -> pathlib.Path:
+    """Reads a flag's value: the path of a file to write. Checks that the folder exists and is writable."""
     name = path(text)
     if os.path.isdir(name):
         raise argparse.ArgumentTypeError(f'{name} is a folder: give the path of a file')

@@ -1,4 +1,4 @@
-"""Processes of train.py and test.py side by side: one a GPU, or one at a time where there is none."""
+"""Runs processes of train.py and test.py side by side: one per GPU, or one at a time without GPUs."""
 
 import math
 import os
@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -17,22 +18,19 @@ from runs import folders, json_files, signals, training_flags
 SCRIPTS = Path(__file__).parent.parent
 
 
-def arguments(values):
-    """Flags as on the command line, of {name: value}; a switch is given where it is true."""
-    parser = training_flags.create_parser()
-    given = {name: value for name, value in values.items() if value is not False or not parser.is_switch(name)}
-    return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
+def on_devices(tasks: Sequence[Callable], number: int | None = None) -> list:
+    """Calls task(run) for each task, N at once.
 
+    `run(command, write)` runs a process on a separate GPU or share of the cores. It calls write(line) with each line
+    that the process prints, and returns the exit status of the process. The signals of signals.STOPPING are passed on
+    to the running processes. Then no further processes start, and this process ends after the running processes.
 
-def on_devices(tasks, number=None):
-    """Calls task(run) of each, `number` at once, by default one per GPU, or one where there is none.
+    Args:
+        tasks: functions of `run`.
+        number: N, how many tasks run at once. None means one per GPU, or one without GPUs.
 
-    Returns their results; None for a task that raises a RunError, whose message is printed.
-
-    run(command, write) runs a process on a GPU or a share of the cores of its own, calls write(line) with each line
-    that it prints, and returns its exit status.
-    The signals of signals.STOPPING are passed on to the processes that run; no others are started, and when those have
-    ended, this one ends too.
+    Returns:
+        The results of the tasks. A task that raises a RunError has the result None, and the message is printed.
     """
     gpus = _gpus()
     number = number or len(gpus) or 1
@@ -56,7 +54,7 @@ def on_devices(tasks, number=None):
 
     with _Processes() as processes, ThreadPoolExecutor(number) as pool:
         futures = [pool.submit(call, task) for task in tasks]
-        while wait(futures, timeout=0.2).not_done:  # a signal that another thread gets does not wake this one
+        while wait(futures, timeout=0.2).not_done:  # a signal to another thread does not wake this one
             pass
         results = [future.result() for future in futures]
     if processes.signal:
@@ -65,14 +63,14 @@ def on_devices(tasks, number=None):
 
 
 class _StoppedError(Exception):
-    """A signal came, and the process with this number, or None, has ended."""
+    """A signal came, and the process with this number has ended. The number is None if no process was started."""
 
     def __init__(self, number=None):
         self.number = number
 
 
 class _Processes:
-    """Processes that get the signals of signals.STOPPING which this one gets while it is entered."""
+    """Starts processes, and passes signals of signals.STOPPING on to them while the context is entered."""
 
     def __init__(self):
         self.signal = None
@@ -87,7 +85,7 @@ class _Processes:
         signals.restore(self._before)
 
     def run(self, environment, command, write):
-        """Runs a process to its end; returns its exit status. Raises _StoppedError after a signal."""
+        """Runs a process to the end and returns its exit status. Raises _StoppedError after a signal."""
         if self.signal:
             raise _StoppedError
         with _start(environment, command) as process:
@@ -110,7 +108,7 @@ class _Processes:
 
 
 def _start(environment, command):
-    """Begins a process, whose errors are lines among its output."""
+    """Starts a process. Its stderr goes to its stdout."""
     return subprocess.Popen(
         list(map(str, command)),
         env=environment,
@@ -118,18 +116,24 @@ def _start(environment, command):
         stderr=subprocess.STDOUT,
         text=True,
         errors='replace',
-        start_new_session=True,  # else Ctrl-C would reach it twice
+        start_new_session=True,  # because Ctrl-C would reach it twice
     )
 
 
-def share_of_cores(number):
-    """What lets XLA start threads for one of so many processes side by side; with more they hinder each other."""
+def share_of_cores(number: int) -> dict[str, str]:
+    """Returns environment variables that limit XLA's threads in each of N processes side by side.
+
+    With more threads the processes hinder each other.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return {'PJRT_NPROC': str(max(1, cores // number))}
 
 
 def _share_of_gpus(gpus, job, number):
-    """What gives one of so many processes side by side a GPU, or its part of one: JAX reserves most of it."""
+    """Returns environment variables that give process `job` of N a GPU, or a part of its memory.
+
+    JAX would reserve most of the memory otherwise.
+    """
     if not gpus:
         return {}
     on_one = math.ceil(number / len(gpus))
@@ -138,7 +142,7 @@ def _share_of_gpus(gpus, job, number):
 
 
 def _gpus():
-    """The ids of the GPUs that CUDA_VISIBLE_DEVICES names, or all that nvidia-smi lists."""
+    """Returns the ids of the GPUs that CUDA_VISIBLE_DEVICES names, or of all that nvidia-smi lists."""
     if 'CUDA_VISIBLE_DEVICES' in os.environ:
         return [gpu for gpu in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if gpu]
     if shutil.which('nvidia-smi') is None:
@@ -147,9 +151,12 @@ def _gpus():
     return [str(i) for i, _ in enumerate(line for line in listed.splitlines() if line.startswith('GPU '))]
 
 
-def train_seeds(values, seeds):
-    """Trains with the flags {name: value} and each seed, in processes whose lines it prints; returns an exit status."""
-    args = training_flags.parse_args(arguments(values))
+def train_seeds(values: dict, seeds: Sequence[int]) -> int:
+    """Trains with the flags {name: value} and each seed, one process per seed. Prints the lines of all processes.
+
+    Returns an exit status: the highest of all processes, 0 if all succeed. A process that signal N ends has 128 + N.
+    """
+    args = training_flags.parse_args(training_flags.arguments(values))
     left = set(seeds)
 
     def train(seed, run):
@@ -157,7 +164,9 @@ def train_seeds(values, seeds):
             print(f'seed {seed}: {line}', end='', flush=True)
 
         try:
-            status = run([sys.executable, SCRIPTS / 'train.py', *arguments(values | {'randomseed': seed})], write)
+            status = run(
+                [sys.executable, SCRIPTS / 'train.py', *training_flags.arguments(values | {'randomseed': seed})], write
+            )
         except _StoppedError as stopped:
             parent = folders.parent_of(args.resultsfolder, args.dataset, args.model, args.optim)
             if any(folders.has_checkpoint(path) for path in folders.locked_by(parent, stopped.number)):
@@ -176,17 +185,17 @@ def train_seeds(values, seeds):
     return max(128 - status if status < 0 else status for status in statuses)
 
 
-def trained_and_tested(run, folder, values, requests):
-    """Trains one run, or resumes it, and evaluates it. What is printed goes to folder/output.txt.
+def trained_and_tested(run: Callable, folder: Path, values: dict, requests: Sequence) -> tuple[Path, list[dict]]:
+    """Trains or resumes one run and evaluates it. The scripts print to folder/output.txt.
 
     Args:
-        run: what on_devices gives a task.
-        folder: has the run folder below it.
+        run: the function that on_devices passes to a task.
+        folder: a folder for this run. The run folder is made below it.
         values: flags of train.py, {name: value}.
         requests: an evaluation.request.Request for each call of test.py.
 
     Returns:
-        The run folder, and a list of what each call measured.
+        The run folder, and a list with the metrics of each call.
 
     Raises:
         RunError: a script failed, or the folder holds another run.
@@ -210,7 +219,7 @@ def _call(run, folder, output, script, given):
 
 
 def _is_of_a_start(path):
-    """Returns whether train.py writes a file or folder of a run before its first checkpoint is whole."""
+    """Returns whether train.py writes this file or folder before the first checkpoint of the run is whole."""
     if path.name == 'checkpoints' and path.is_dir():
         return all(folders.LEFTOVER_CHECKPOINT.fullmatch(inner.name) for inner in path.iterdir())
     return re.fullmatch(r'lock|(config\.json|log\.jsonl)(\..+\.partial)?', path.name)
@@ -221,7 +230,7 @@ def _trained(call, folder, values):
     begun = begun_run(folder)
     if begun:
         may_change = {name: value for name, value in values.items() if name in training_flags.MAY_CHANGE}
-        call('train.py', [f'--resume={begun}', *arguments(may_change)])
+        call('train.py', [f'--resume={begun}', *training_flags.arguments(may_change)])
         return begun
     for left in folder.glob('*/*/run_*'):
         others = sorted(path.name for path in left.iterdir() if not _is_of_a_start(path))
@@ -229,22 +238,25 @@ def _trained(call, folder, values):
             raise folders.RunError(f'{left} holds no checkpoint, but {others[0]}: move it away, and begin anew')
         with folders.locked(left):
             pass
-        shutil.rmtree(left)  # not while its lock is open, which NFS would keep in the folder
-    call('train.py', [*arguments(values), f'--resultsfolder={folder}'])
+        shutil.rmtree(left)  # after the lock is closed, because NFS keeps open files in the folder
+    call('train.py', [*training_flags.arguments(values), f'--resultsfolder={folder}'])
     return next(folder.glob('*/*/run_*'))
 
 
 def _tested(call, trained, values, request):
     folders_given = {name: value for name, value in values.items() if name in ('datasetfolder', 'compilecache')}
-    call('test.py', [f'--resultsfolder={trained}', *arguments(folders_given), *request.arguments()])
+    call('test.py', [f'--resultsfolder={trained}', *training_flags.arguments(folders_given), *request.arguments()])
     return json_files.read_json(request.metrics_file(trained))
 
 
-def require_same_flags(folder, values):
-    """Raises a RunError if the run below `folder` was begun with other flags, but for those that may change."""
+def require_same_flags(folder: Path, values: dict) -> None:
+    """Raises a RunError if the run below `folder` was begun with other flags {name: value}.
+
+    The flags that may change when a run is resumed are not compared, except --epochs.
+    """
     exempt = {*training_flags.OF_START, *training_flags.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
     for path in folder.glob('*/*/run_*/config.json'):
-        given = vars(training_flags.parse_args(arguments(values)))
+        given = vars(training_flags.parse_args(training_flags.arguments(values)))
         held = training_flags.checked_config(path.parent)['flags']
         for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
             if held[name] != given[name]:
@@ -254,6 +266,6 @@ def require_same_flags(folder, values):
                 )
 
 
-def begun_run(folder):
-    """Returns the run folder below `folder` that has a checkpoint to resume from, None if there is none."""
+def begun_run(folder: Path) -> Path | None:
+    """Returns the run folder below `folder` that has a checkpoint to resume from, or None."""
     return next((run for run in folder.glob('*/*/run_*') if folders.has_checkpoint(run)), None)

@@ -1,4 +1,4 @@
-"""How a figure came about: command, versions, commit, device."""
+"""The provenance of results: command, versions, git commit, device."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ import errors
 from runs import folders, hosts
 
 
-def environment():
-    """Versions, git commit and device of this process, for the record."""
+def environment() -> dict:
+    """Returns the versions, the git commit and the device of this process."""
     from importlib import metadata
 
-    import jax  # takes most of a second
+    import jax  # imported late because JAX takes most of a second
 
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     device = jax.devices()[0]
@@ -33,7 +33,11 @@ def environment():
 def require_same_precision(run: Path, before: dict) -> None:
     """Raises a RunError if matrices are multiplied in another precision than before. Warns of other XLA_FLAGS.
 
-    before: the run's configuration; one from before these were recorded is taken for the same.
+    An entry that the configuration lacks counts as the same.
+
+    Args:
+        run: the run folder, for the messages.
+        before: the run's configuration.
     """
     now = environment()
     precision, flags = before.get('matmul_precision'), before.get('xla_flags', now['xla_flags'])
@@ -46,7 +50,7 @@ def require_same_precision(run: Path, before: dict) -> None:
 
 
 def _cpu_name():
-    """Where Linux tells it; else the architecture."""
+    """Returns the name of the CPU from Linux, or the architecture on other systems."""
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith('model name'):
@@ -54,14 +58,14 @@ def _cpu_name():
     return platform.machine()
 
 
-def of_command(script, argv=None):
-    """How the figures of a script come about: its command, argv or that of this process, and the environment."""
+def of_command(script: str, argv: list[str] | None = None) -> dict:
+    """Returns the command and the environment of a script's results. argv: None for this process's arguments."""
     command = ' '.join(['python', script, *(sys.argv[1:] if argv is None else argv)])
     return {'command': command, 'environment': environment()}
 
 
 def _git_commit():
-    """Returns the commit of the repository that this file is in, None if there is none."""
+    """Returns the commit of the repository that this file is in, or None without a repository."""
     top = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     if _git(top, 'rev-parse', '--show-prefix') != '':  # the folder lies inside another repository
         return None
@@ -69,7 +73,7 @@ def _git_commit():
 
 
 def _git(folder, *arguments):
-    """Returns what a command of git says of a folder, None if it fails."""
+    """Returns the output of a git command in a folder, or None if the command fails."""
     elsewhere = ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_COMMON_DIR', 'GIT_OBJECT_DIRECTORY')
     environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
     try:

@@ -116,21 +116,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parse(argv)[0]
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+def parse(argv: list[str] | None = None, exits: bool = True) -> tuple[argparse.Namespace, dict]:
     """Returns all flags of a command line, and {name: value} of those that it gives.
 
     Flags of the reference have its defaults. With --resume the optimizer's flags stay unset, because the run has them.
-    Ends the script with status 2 for flags that cannot be.
+    Ends the script with status 2 for flags that cannot be, or raises a ValueError.
     """
-    parser = create_parser()
+    parser = create_parser(exits)
     args, given = parser.parse(argv)
     if args.checkpoint is not None and args.resume is None:
         parser.error('--checkpoint goes with --resume')
     parsing.require_whole_address(parser, args)
     _require_own_seeds(parser, args, given)
     if args.resume is None:
-        _choose_own_flags(parser, args)
         try:
+            _choose_own_flags(args)
             _require_consistency(args)
         except ValueError as error:
             parser.error(str(error))
@@ -163,20 +163,21 @@ def _require_consistency(args):
         raise ValueError(f'swag needs two epochs or more after --swagstart {args.swagstart} of {args.epochs + 1}')
 
 
-def _choose_own_flags(parser, args):
-    """Sets the optimizer's defaults where no flag was given; an error for flags of other optimizers."""
+def _choose_own_flags(args):
+    """Sets the optimizer's defaults where no flag was given. Raises a ValueError for flags of other optimizers."""
     for row in OPTIMIZER_FLAGS:
         if args.optim not in row.defaults and getattr(args, row.name) is not None:
             takes = ', '.join(f'--{other.name}' for other in rows_of(args.optim))
-            parser.error(f'--{row.name} is no flag of {args.optim}, which takes {takes}')
-    _set_defaults(args)
-
-
-def _set_defaults(args):
-    """Sets the optimizer's defaults where there is no value, and None for flags of other optimizers."""
-    for row in OPTIMIZER_FLAGS:
-        if args.optim not in row.defaults or getattr(args, row.name) is None:
+            raise ValueError(f'--{row.name} is no flag of {args.optim}, which takes {takes}')
+        if getattr(args, row.name) is None:
             setattr(args, row.name, row.defaults.get(args.optim))
+
+
+def arguments(values: dict) -> list[str]:
+    """Returns the flags {name: value} as on a command line. A switch is given if it is true."""
+    parser = create_parser()
+    given = {name: value for name, value in values.items() if value is not False or not parser.is_switch(name)}
+    return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
 
 
 def flags_of(config: dict, run: Path) -> argparse.Namespace:
@@ -184,15 +185,16 @@ def flags_of(config: dict, run: Path) -> argparse.Namespace:
 
     Raises RunError.
     """
-    if not isinstance(config.get('flags'), dict):
-        raise folders.RunError(f'{run}/config.json holds no flags')
+    defaults = vars(create_parser().parse_args([]))
+    held = config.get('flags')
     try:
-        args = create_parser().from_values(config['flags'], without=OF_START)
-        _set_defaults(args)
-        _require_consistency(args)
-    except (ValueError, KeyError, TypeError) as error:
+        values = {name: value for name, value in held.items() if value is not None or defaults.get(name) is not None}
+        for name in values.keys() - (defaults.keys() - {*OF_START}):
+            raise ValueError(f'there is no --{name}')
+        args, _ = parse(arguments(values), exits=False)
+    except (AttributeError, ValueError) as error:
         raise folders.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
-    return args
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in OF_START})
 
 
 def checked_config(run: Path) -> dict:
@@ -228,9 +230,9 @@ def continued(args: argparse.Namespace, given: dict, run: Path) -> argparse.Name
     return argparse.Namespace(**vars(args) | {'datasetfolder': folder_there(args.datasetfolder)} | given)
 
 
-def create_parser() -> parsing.Parser:
+def create_parser(exits: bool = True) -> parsing.Parser:
     """Returns the parser of train.py."""
-    parser = parsing.Parser('Train an image classifier and leave a run folder for test.py.')
+    parser = parsing.Parser('Train an image classifier and leave a run folder for test.py.', exits)
     add = parser.add_argument
     help = 'go on with the run in this folder; its flags hold, but for --epochs and some others'
     add('--resume', type=parsing.path, metavar='RUN', help=help)

@@ -45,7 +45,9 @@ def main(argv=None):
     drawn = [(optim, values) for optim in args.optimizers for values in draws(RANGES[optim], args.draws)]
     for draw in drawn:
         for values in (tuning_flags(args, *draw), final_flags(args, *draw, seed=0)):
-            training_flags.parse_args(processes.arguments(values))  # ends the script if train.py would not take them
+            training_flags.parse_args(
+                training_flags.arguments(values)
+            )  # ends the script if train.py would not take them
     nlls = complete(args, [partial(tune, args, number, *draw) for number, draw in enumerate(drawn)])
     tried = {optim: [] for optim in args.optimizers}
     for (optim, values), nll in zip(drawn, nlls, strict=True):
@@ -128,14 +130,14 @@ def train(args, optim, chosen, seed, run):
 
 
 def tuning_flags(args, optim, drawn):
-    return flags_of(args, optim, drawn) | {'validation': args.validation, 'epochs': args.tuneepochs - 1}
+    return common_flags(args, optim, drawn) | {'validation': args.validation, 'epochs': args.tuneepochs - 1}
 
 
 def final_flags(args, optim, chosen, seed):
-    return flags_of(args, optim, chosen) | {'epochs': args.epochs - 1, 'randomseed': seed}
+    return common_flags(args, optim, chosen) | {'epochs': args.epochs - 1, 'randomseed': seed}
 
 
-def flags_of(args, optim, chosen):
+def common_flags(args, optim, chosen):
     values = {name: getattr(args, name) for name in ('dataset', 'model', 'datasetfolder', 'batchsize')}
     if any(row.name == 'rho' for row in training_flags.rows_of(optim)):
         values['batchsplit'] = args.batchsplit

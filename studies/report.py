@@ -20,7 +20,7 @@ import experiment
 import metrics
 from benchmarks import loading, run, throughput
 from evaluation import comparison, measures, plots, tables
-from runs import json_files, launch, parsing, processes, training_flags
+from runs import json_files, launch, parsing, training_flags
 from studies import study
 
 ROOT = Path(__file__).parent.parent
@@ -314,7 +314,7 @@ def published_table(found):
             ', '.join(cells(found[run], at, metrics.SHORT)) if run in found else ''
             for run in (name, f'{name}_bfloat16')
         ]
-        command = ' '.join(processes.arguments(flags)).replace('=', ' ')
+        command = ' '.join(training_flags.arguments(flags)).replace('=', ' ')
         rows.append([f'`{command}`', ', '.join(numbers), *ours])
     return tables.markdown(['ResNet-18: `python train.py` …', 'published', 'here', 'here, bfloat16'], rows)
 

@@ -214,14 +214,14 @@ def records(name):
     ]
 
 
-def flags_of(study, variant, seed):
+def flags_of_run(study, variant, seed):
     return study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed, 'keepgoing': True}
 
 
 def keep(args, name, variant, seed, path, run):
     """Trains and evaluates one run and keeps its record, unless there is one. Returns True, or raises a RunError."""
     study = STUDIES[name]
-    flags = flags_of(study, variant, seed)
+    flags = flags_of_run(study, variant, seed)
     evaluations = evaluations_of(study, flags)
     if path.exists():
         require_record(path, flags, evaluations)
@@ -247,7 +247,7 @@ def require_record(path, flags, evaluations):
 
 
 def command_of(flags):
-    return ' '.join(['python train.py', *processes.arguments(flags)])
+    return ' '.join(['python train.py', *training_flags.arguments(flags)])
 
 
 def compare(args, name, run):

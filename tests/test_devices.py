@@ -45,7 +45,7 @@ SCRIPT = """if True:
         with jax.set_mesh(mesh):
             state, one, key = sharding.replicate((start, jnp.float32(1), jax.random.key(1)), mesh)
             feeds = [
-                data.Feed(images, labels, 16, key, mesh, augmented=False, streamed=streamed)
+                data.Feed(images, labels, 16, key, mesh, functions.normalise, augmented=False, streamed=streamed)
                 for streamed in (False, True)
             ]
             of_kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
@@ -209,7 +209,7 @@ def test_a_step_on_one_device_is_that_without_a_mesh(optim):
     functions = experiment.create({'flags': of_run, 'dataset': dataset})
 
     def operations():
-        batch = jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8), jax.ShapeDtypeStruct((16,), jnp.int32)
+        batch = jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.int32)
         arguments = functions.state_shapes(), batch, jax.ShapeDtypeStruct((), jnp.float32)
         compiled = functions.step.lower(*arguments).compile().as_text()
         lines = [re.sub(r', metadata=\{[^}]*\}', '', line) for line in compiled.splitlines() if ' = ' in line]

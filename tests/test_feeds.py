@@ -20,6 +20,10 @@ def weights(run):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(restore(run)[1].params)])
 
 
+def as_read(images):
+    return images
+
+
 @pytest.mark.parametrize('done', [0, 3])
 def test_streamed_batches_are_the_resident_ones(done, tmp_path):
     """From a file that is mapped, each image once an epoch, also where an epoch goes on after some steps."""
@@ -27,10 +31,11 @@ def test_streamed_batches_are_the_resident_ones(done, tmp_path):
     np.save(tmp_path / 'images.npy', images)
     labels = np.arange(30, dtype=np.int32)
     mesh = devices.create_mesh(1)
-    key = sharding.replicate(jax.random.key(0), mesh)
+    key = jax.random.key(0)
     sources = images, np.load(tmp_path / 'images.npy', mmap_mode='r')
     resident, streamed = (
-        data.Feed(source, labels, 5, key, mesh, augmented=False, streamed=source is not images) for source in sources
+        data.Feed(source, labels, 5, key, mesh, as_read, augmented=False, streamed=source is not images)
+        for source in sources
     )
     seen = []
     for expected, found in zip(resident.batches(2, done), streamed.batches(2, done), strict=True):
@@ -45,16 +50,16 @@ def test_streamed_batches_are_the_resident_ones(done, tmp_path):
 def test_batches_are_augmented_alike_wherever_an_epoch_begins():
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
     mesh = devices.create_mesh(1)
-    key = sharding.replicate(jax.random.key(0), mesh)
+    key = jax.random.key(0)
     plain, resident, streamed = (
-        data.Feed(images, np.arange(12), 4, key, mesh, augmented=augmented, streamed=streamed)
+        data.Feed(images, np.arange(12), 4, key, mesh, as_read, augmented=augmented, streamed=streamed)
         for augmented, streamed in ((False, False), (True, False), (True, True))
     )
     all_three = list(zip(plain.batches(1), resident.batches(1), streamed.batches(1), strict=True))
-    for (as_read, _), (augmented, labels), (sent, _) in all_three:
+    for (plain_images, _), (augmented, labels), (sent, _) in all_three:
         np.testing.assert_array_equal(sent, augmented)
-        np.testing.assert_array_equal(as_read, images[np.asarray(labels)])
-        assert not np.array_equal(augmented, as_read)
+        np.testing.assert_array_equal(plain_images, images[np.asarray(labels)])
+        assert not np.array_equal(augmented, plain_images)
     for feed in (resident, streamed):
         ((last, _),) = feed.batches(1, done=2)
         np.testing.assert_array_equal(last, all_three[2][1][0])

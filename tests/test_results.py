@@ -16,7 +16,7 @@ def test_records_are_what_the_studies_ask_for():
     study = report.study
     for name, of_name in study.STUDIES.items():
         for variant, seed, path in study.records(name):
-            flags = study.flags_of(of_name, variant, seed)
+            flags = study.flags_of_run(of_name, variant, seed)
             if path.exists():
                 study.require_record(path, flags, study.evaluations_of(of_name, flags))
 

@@ -11,7 +11,7 @@ import pytest
 
 import sweep
 import test as evaluate
-from runs import folders, processes
+from runs import folders, processes, training_flags
 
 pytestmark = pytest.mark.usefixtures('forked_jobs')
 
@@ -66,7 +66,7 @@ def test_runs_of_a_sweep(toml):
     alphas = [run['alpha'] for run in runs]
     assert alphas[:2] == alphas[2:] and len(set(alphas)) == 2 and all(0.001 <= a <= 0.1 for a in alphas)
     assert sweep.read(toml)[1] == runs
-    assert '--noaugment' in processes.arguments(fixed) and '--validation=0.25' in processes.arguments(fixed)
+    assert '--noaugment' in training_flags.arguments(fixed) and '--validation=0.25' in training_flags.arguments(fixed)
 
 
 def test_whole_numbers_are_drawn_whole(toml):

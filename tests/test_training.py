@@ -21,7 +21,7 @@ def create(optim, num_images=40, more=()):
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
     functions = experiment.create({'flags': flags, 'dataset': dataset})
     state = jax.jit(functions.init)(jax.random.key(0))
-    batch = jnp.zeros((8, 32, 32, 3), jnp.uint8), jnp.zeros(8, jnp.int32)
+    batch = jnp.zeros((8, 32, 32, 3)), jnp.zeros(8, jnp.int32)
     return functions.step, (state, batch, jnp.float32(1))
 
 

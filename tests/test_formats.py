@@ -1,0 +1,54 @@
+"""Runs of every released format stay readable: they can be evaluated, to the same figures, and resumed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import models
+import record_format
+import test as evaluate
+import train
+from conftest import read_log
+from runs import folders
+
+
+@pytest.fixture(params=sorted(path.name for path in record_format.RUNS.iterdir()))
+def run(request, tmp_path, monkeypatch):
+    """A copy of a run that was recorded, in a format of then."""
+    monkeypatch.setitem(models.MODELS, 'mlp', record_format.FourFeatures)
+    return shutil.copytree(record_format.RUNS / request.param, tmp_path / 'run_0')
+
+
+def test_a_run_of_the_format_of_now_is_recorded():
+    assert (record_format.RUNS / f'format_{folders.FORMAT}').is_dir()
+
+
+def test_evaluation_of_an_older_run(run, capsys):
+    before = json.loads((run / 'metrics.json').read_text())
+    (run / 'metrics.json').unlink()
+    evaluate.main([f'--resultsfolder={run}', '--testmc=3', '--testimages=40'])
+    after = json.loads((run / 'metrics.json').read_text())
+    for at in ('mean', 'average'):
+        for name in ('accuracy', 'nll', 'ece'):
+            np.testing.assert_allclose(after[at][name], before[at][name], rtol=1e-4)
+
+
+def test_an_older_run_is_resumed(run):
+    before = read_log(run)
+    train.main([f'--resume={run}', '--epochs=8'])
+    assert read_log(run)[: len(before)] == before and len(read_log(run)) == len(before) + 1
+    assert folders.read_config(run)['format'] == folders.FORMAT
+
+
+def test_a_run_of_a_later_format_is_refused(run, capsys):
+    folders.write_config(run, folders.read_config(run))
+    config = json.loads((run / 'config.json').read_text())
+    del config['sha256']
+    config['format'] = folders.FORMAT + 1
+    (run / 'config.json').write_text(json.dumps(config | {'sha256': folders._digest(config)}))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([f'--resultsfolder={run}'])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f'has format {folders.FORMAT + 1}, and this version reads' in error
