@@ -22,9 +22,10 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,25 +58,20 @@ class Progress(NamedTuple):
 
 
 class Writer:
-    """Saves a run's checkpoints in the background, one at a time.
+    """Saves the checkpoints of a run in the background, one at a time; a context manager that waits for the last.
 
-    A context manager that waits for the last; after an error it does not wait for other processes. The newest two are
-    kept, and with `keep_best` the one of the epoch of best accuracy. Those later than `progress`, from which training
-    goes on, are removed when the first new one is there. What cannot be saved is reported once and tried again at the
-    next checkpoint; `failed` tells whether the last attempt did not succeed.
+    The newest two are kept, and with `keep_best` the checkpoint of the epoch of best accuracy. Checkpoints later than
+    `progress`, from which training resumes, are removed when the first new one is there. A failure is reported once and
+    the next checkpoint is another try. `failed` tells whether the last try failed.
 
-    All processes of a run make a Writer and call it at the same steps. Where all of them can write in the run folder
-    they write a checkpoint together, each a part of the state, and the first puts it in its place when all parts are
-    there. Else, or once that has failed, the first writes all of the state, which is the same in every process.
+    All processes of a run make a Writer. The first one writes, because the state is the same in every process.
     """
 
-    def __init__(self, run, steps_per_epoch, progress, keep_best, warn):
+    def __init__(
+        self, run: Path, steps_per_epoch: int, progress: Progress, keep_best: bool, warn: Callable[[str], None]
+    ) -> None:
         self.folder = Path(run).absolute() / 'checkpoints'
-        self.steps_per_epoch = steps_per_epoch
-        self.keep_best = keep_best
-        self.warn = warn
-        self.failed = False
-        self._together = jax.process_count() > 1 and _all_can_write(run)
+        self.steps_per_epoch, self.keep_best, self.warn, self.failed = steps_per_epoch, keep_best, warn, False
         with _literal(self.folder):  # raises a RunError now, and not when the first is written
             self._steps = []
         if hosts.is_first():
@@ -84,78 +80,44 @@ class Writer:
         self._saving = None
         self._thread = ThreadPoolExecutor(1)
 
-    def __enter__(self):
+    def __enter__(self) -> 'Writer':
         return self
 
-    def __exit__(self, error, *traceback):
-        if error is None:
-            self.wait()
-        elif self._saving and not self._together:  # else others, which may have ended, would have to write their parts
-            self._end_save()
-        self._thread.shutdown(wait=error is None or not self._together)
-
-    def save(self, state, progress):
-        """Copies the state, so that it may be donated at once, and writes it while training goes on."""
+    def __exit__(self, *exception: object) -> None:
         self.wait()
-        partial = self.folder / f'{self._step(progress)}.partial'
-        arrays = _copy(state)
-        problem = hosts.from_first(lambda: self._problem_of_making(partial, arrays)) if self._together else None
-        if problem is None:
-            self._saving = self._thread.submit(self._write, partial, arrays, progress)
-            return
-        if hosts.is_first():
-            self._report(problem)
-        self.failed = True
+        self._thread.shutdown()
 
-    def wait(self):
-        """Waits until the last save has ended in all processes."""
+    def save(self, state: Any, progress: Progress) -> None:
+        """Copies a state, so that it may be donated at once. The first process writes it while training goes on."""
+        self.wait()
+        copied = _copy(state)  # in all processes, because they have to run the same programs
+        if hosts.is_first():
+            self._saving = self._thread.submit(self._write, copied, progress)
+
+    def wait(self) -> None:
+        """Waits until the last save has ended. Warns if it failed and the save before had not."""
         if self._saving is None:
             return
-        self.failed = hosts.in_any_process(self._end_save())
-        self._together = self._together and not self.failed
-
-    def _end_save(self):
-        """Waits for this process's part of the last save; returns whether it failed."""
         error, self._saving = self._saving.exception(), None
-        if error:
-            self._report(errors.reason(error))
-        return error is not None
+        if error and not self.failed:
+            what = f'a checkpoint could not be saved in {self.folder} ({errors.reason(error)})'
+            self.warn(f'{what}; training goes on to the next one')
+        self.failed = error is not None
 
-    def _report(self, reason):
-        """Warns of the first failure after a save that did not fail."""
-        if not self.failed:
-            self.warn(f'a checkpoint could not be saved in {self.folder} ({reason}); training goes on to the next one')
-
-    def _problem_of_making(self, partial, arrays):
+    def _write(self, state, progress):
+        arrays = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)
+        partial = self.folder / f'{self._step(progress)}.partial'
         try:
-            self._make(partial, arrays)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            return errors.reason(error)
-        return None
-
-    def _make(self, partial, arrays):
-        self.folder.mkdir(exist_ok=True)
-        _discard_leftovers(self.folder)
-        partial.mkdir()
-        _require_room(partial, arrays)
-
-    def _write(self, partial, arrays, progress):
-        processes = set(range(jax.process_count())) if self._together else {0}
-        if jax.process_index() not in processes:
-            return
-        try:
-            if not self._together:
-                arrays = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), arrays)
-                self._make(partial, arrays)
-            with _checkpointer(processes) as checkpointer, _literal(partial) as folder:
+            self.folder.mkdir(exist_ok=True)
+            _discard_leftovers(self.folder)
+            partial.mkdir()
+            _require_room(partial, arrays)
+            with _checkpointer() as checkpointer, _literal(partial) as folder:
                 checkpointer.save(folder / 'state', args=ocp.args.StandardSave(arrays))
-            if hosts.is_first():
-                _require_same_arrays(_held_arrays(partial), arrays)
-                self._complete(partial, progress)
+            _require_same_arrays(_held_arrays(partial), arrays)
+            self._complete(partial, progress)
         except BaseException:
-            if hosts.is_first():
-                shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _complete(self, partial, progress):
@@ -250,9 +212,9 @@ def _locked(checkpoint, how):
         yield checkpoint.exists()
 
 
-def _checkpointer(processes):
-    """Returns a checkpointer of Orbax for these processes; all of them must make the same calls."""
-    options = ocp.options.MultiprocessingOptions(active_processes=processes)
+def _checkpointer():
+    """Returns a checkpointer of Orbax for the first process."""
+    options = ocp.options.MultiprocessingOptions(active_processes={0})
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
@@ -279,24 +241,6 @@ def _require_room(folder, state):
 @jax.jit
 def _copy(state):
     return jax.tree.map(lambda x: jnp.copy(sharding.key_data(x)), state)
-
-
-def _all_can_write(run):
-    """Whether all processes see the run folder of the first, and may write in it.
-
-    It is the same where a file of it has the same number and was changed at the same moment.
-    """
-
-    def stamp():
-        try:
-            with open(Path(run) / 'config.json', 'rb') as file, tempfile.TemporaryFile(dir=run):
-                status = os.fstat(file.fileno())
-        except OSError:
-            return None
-        return [status.st_ino, status.st_mtime_ns]
-
-    of_first = hosts.from_first(stamp)
-    return not hosts.in_any_process(of_first is None or stamp() != of_first)
 
 
 def all_steps(folder):
@@ -413,7 +357,7 @@ def _read_state(checkpoint, like):
     types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), types)
     try:
         _require_same_arrays(_held_arrays(checkpoint), types)
-        with _checkpointer({0}) as checkpointer, _literal(checkpoint) as folder:
+        with _checkpointer() as checkpointer, _literal(checkpoint) as folder:
             held = checkpointer.restore(folder / 'state', args=ocp.args.StandardRestore(types))
             return jax.tree.map(sharding.like_key, held, like)
     except Exception as error:  # what Orbax raises for files that it does not understand is not documented
@@ -423,7 +367,7 @@ def _read_state(checkpoint, like):
 
 def _held_arrays(checkpoint):
     """Returns what a checkpoint's metadata say of its arrays."""
-    with _checkpointer({0}) as checkpointer, _literal(checkpoint) as folder:
+    with _checkpointer() as checkpointer, _literal(checkpoint) as folder:
         return checkpointer.metadata(folder / 'state').item_metadata.tree
 
 

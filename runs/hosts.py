@@ -1,7 +1,6 @@
 """Processes, on one host or several, that train or evaluate one run together after `join`.
 
-All processes run the same program. The first process reads and writes the run folder. Only checkpoints may be written
-by all processes together.
+All processes run the same program. The first process reads and writes the run folder.
 """
 
 import contextlib
@@ -124,11 +123,6 @@ def from_first(function: Callable) -> Any:
 def wait_for_all() -> None:
     """Waits until all processes have called this function."""
     from_first(lambda: None)
-
-
-def in_any_process(condition: bool) -> bool:
-    """Returns whether a condition holds in any process. All processes must call this function."""
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(condition))))
 
 
 def arrays_from_first(arrays: Any) -> Any:
