@@ -55,9 +55,10 @@ def create(config: dict) -> Experiment:
     """
     flags, dataset = config['flags'], config['dataset']
     model = models.create(flags['model'], dataset['num_classes'])
+    num_data = dataset['num_train'] * flags['dafactor']
     arguments = tuple(optimizer_arguments(flags, dataset['num_train']).items())
     shape, mean, std = (tuple(dataset[name]) for name in ('image_shape', 'mean', 'std'))
-    return _create(model, flags['precision'], flags['optim'], arguments, _num_data(flags, dataset), shape, mean, std)
+    return _create(model, flags['precision'], flags['optim'], arguments, num_data, shape, mean, std)
 
 
 @cache
@@ -114,12 +115,9 @@ def optimizer_arguments(flags: dict, num_train: int) -> dict:
         arguments['clip'] = math.inf
     if flags['optim'] == 'swag':
         steps = num_train // flags['batchsize']
-        arguments |= {'swagstart': steps * (_first_constant_epoch(flags) + 1), 'swagevery': steps}
+        first = training_flags.first_constant_epoch(flags['epochs'], flags['swagstart'])
+        arguments |= {'swagstart': steps * (first + 1), 'swagevery': steps}
     return arguments
-
-
-def _num_data(flags, dataset):
-    return dataset['num_train'] * flags['dafactor']
 
 
 def is_point(optim: str) -> bool:
@@ -136,13 +134,9 @@ def at_once(flags: dict) -> int:
 
 def relative_rate(flags: dict, epoch: int) -> float:
     """Returns the learning rate of an epoch, relative to alpha. SWAG's is constant in its last epochs."""
-    if flags['swagstart'] is not None and epoch >= _first_constant_epoch(flags):
+    if flags['optim'] == 'swag' and epoch >= training_flags.first_constant_epoch(flags['epochs'], flags['swagstart']):
         return flags['swagrate']
     return optimizers.lr_factor(epoch, flags['epochs'], flags['warmup'])
-
-
-def _first_constant_epoch(flags):
-    return training_flags.first_constant_epoch(flags['epochs'], flags['swagstart'] or 0)
 
 
 class Keys(NamedTuple):

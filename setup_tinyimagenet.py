@@ -6,12 +6,9 @@ It may be interrupted at any point and run again.
 """
 
 import os
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from runs import launch
 

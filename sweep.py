@@ -24,12 +24,9 @@ python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TAS
 """
 
 import os
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from runs import launch
 
@@ -99,29 +96,26 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         sweep = tomllib.loads(json_files.read_text(path, limit=1 << 20))
     except (OSError, ValueError, RecursionError) as error:
         raise SweepError(f'{path} cannot be read: {errors.first_line(error)}') from error
-    unknown = sweep.keys() - {'flags', 'grid', 'random'}
     fixed, grid, ranges = (sweep.get(name, {}) for name in ('flags', 'grid', 'random'))
     if not all(isinstance(table, dict) for table in (fixed, grid, ranges)):
         raise SweepError(f'{path}: flags, grid and random are tables, [flags], [grid] and [random]')
-    draws = ranges.pop('draws', 1)
-    if unknown:
-        raise SweepError(f'{path} has a table [{min(unknown)}]; there are [flags], [grid] and [random]')
-    reserved = {*training_flags.OF_START, 'resultsfolder', 'devices', 'help'} & {*fixed, *grid, *ranges}
-    if reserved:
-        raise SweepError(f'{path}: --{min(reserved)} is not for the runs of a sweep: leave it out')
-    for name in {*fixed, *grid, *ranges}:
-        if not name.isidentifier():  # which could end a flag and begin its value
-            raise SweepError(f'{path}: train.py has no flag {name!r}')
-    if grid.keys() & ranges.keys():
-        raise SweepError(f'{path}: {min(grid.keys() & ranges.keys())} is in [grid] and in [random]: leave one out')
-    if not fixed.get('validation'):
-        raise SweepError(f'{path} keeps no images out to choose by: set validation = 0.1 in [flags]')
-    if not all(isinstance(values, list) and values for values in grid.values()):
-        raise SweepError(f'{path}: each flag in [grid] has a list of values')
-    if type(draws) is not int or not 0 < draws < 2**31 or not all(map(_is_range, ranges.values())):
-        raise SweepError(f'{path}: [random] has a number of draws, and of each flag two numbers, 0 < low < high')
-    if 'random' in sweep and not ranges:
-        raise SweepError(f'{path}: [random] draws nothing: give it flags, each with two numbers')
+    draws, names = ranges.pop('draws', 1), {*fixed, *grid, *ranges}
+    unknown, twice = sweep.keys() - {'flags', 'grid', 'random'}, grid.keys() & ranges.keys()
+    reserved = {*training_flags.OF_START, 'resultsfolder', 'devices', 'help'} & names
+    odd = {name for name in names if not name.isidentifier()}  # which could end a flag and begin its value
+    has_ranges = type(draws) is int and 0 < draws < 2**31 and all(map(_is_range, ranges.values()))
+    for wrong, what in (
+        (unknown, f' has a table [{min(unknown, default="")}]; there are [flags], [grid] and [random]'),
+        (reserved, f': --{min(reserved, default="")} is not for the runs of a sweep: leave it out'),
+        (odd, f': train.py has no flag {min(odd, default="")!r}'),
+        (twice, f': {min(twice, default="")} is in [grid] and in [random]: leave one out'),
+        (not fixed.get('validation'), ' keeps no images out to choose by: set validation = 0.1 in [flags]'),
+        (not all(isinstance(v, list) and v for v in grid.values()), ': each flag in [grid] has a list of values'),
+        (not has_ranges, ': [random] has a number of draws, and of each flag two numbers, 0 < low < high'),
+        ('random' in sweep and not ranges, ': [random] draws nothing: give it flags, each with two numbers'),
+    ):
+        if wrong:
+            raise SweepError(f'{path}{what}')
     num_runs = draws * math.prod(len(values) for values in grid.values())
     if num_runs > _MOST_RUNS:
         raise SweepError(f'{path} asks for {num_runs} runs: {_MOST_RUNS} are the most')

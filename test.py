@@ -5,17 +5,13 @@ python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
 """
 
 import os
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from runs import launch
 
 # isort: split
-import contextlib
 import glob
 from pathlib import Path
 
@@ -36,16 +32,8 @@ OF_PROCESS = (
 def main(argv=None):
     args = parse_args(argv)
     launch.use_compilecache(args.compilecache)
-    with contextlib.ExitStack() as held:
-        held.enter_context(hosts.ended_together('test.py', 'start them again'))
-        held.enter_context(launch.one_line_errors('test.py'))
-        held.enter_context(devices.enough_memory('a smaller --testbatchsize takes less'))
-        if args.coordinator:
-            hosts.join('test.py', args.coordinator, args.processes, args.processid, args.jointimeout)
-        devices.require()
-        hosts.wait_for_all()  # before they read data: it may take one of them longer than the others would wait
-        if not hosts.is_first():
-            held.enter_context(contextlib.redirect_stdout(None))
+    advice = {'after_an_end': 'start them again', 'less_memory': 'a smaller --testbatchsize takes less'}
+    with hosts.joined('test.py', args, **advice):
         same = {name: value for name, value in vars(args).items() if name not in OF_PROCESS}
         same['corruptions'] = args.corruptions is not None
         hosts.require_same({'flags': same, 'number of runs': len(args.resultsfolder)})

@@ -5,12 +5,9 @@ python train.py --resume results/cifar10_resnet18/bsam/run_0
 """
 
 import os
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from runs import launch
 
@@ -51,25 +48,16 @@ def main(argv=None):
     if args.seeds:
         sys.exit(processes.train_seeds({name: given[name] for name in given if name != 'seeds'}, args.seeds))
     launch.use_compilecache(args.compilecache)
-    with signals.Stop() as stop, contextlib.ExitStack() as held:
-        held.enter_context(hosts.ended_together('train.py', 'go on with --resume when all are back'))
-        held.enter_context(launch.one_line_errors('train.py'))
-        held.enter_context(devices.enough_memory(LESS_MEMORY))
-        of_start = argparse.Namespace(**{name: vars(args).pop(name) for name in training_flags.OF_START})
-        if of_start.coordinator:
-            address = of_start.coordinator, of_start.processes, of_start.processid, of_start.jointimeout
-            hosts.join('train.py', *address, stops_by_step=True)
-        devices.require()
-        hosts.wait_for_all()  # before they read data: it may take one of them longer than the others would wait
-        if not hosts.is_first():
-            held.enter_context(contextlib.redirect_stdout(None))
+    start = argparse.Namespace(**{name: vars(args).pop(name) for name in training_flags.OF_START})
+    advice = {'after_an_end': 'go on with --resume when all are back', 'less_memory': LESS_MEMORY}
+    with signals.Stop() as stop, hosts.joined('train.py', start, **advice, stops_by_step=True) as held:
         args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
-        if of_start.resume:
+        if start.resume:
             given['compilecache'] = args.compilecache  # the run's own may be anybody's: machine code is run from there
-            training = resume(of_start.resume, of_start.checkpoint, given, held)
+            training = resume(start.resume, start.checkpoint, given, held)
         else:
             training = begin(args, held)
-        announce(training, with_devices=bool(of_start.coordinator))
+        announce(training, with_devices=bool(start.coordinator))
         with Report(training) as report:
             stop.begin()
             all_saved = train(training, stop, report)

@@ -189,11 +189,6 @@ class Posterior:
         self._mean = params, _refreshed(params, self._refresh, sharding.on_all)
         self._batch_stats = {}
 
-    @property
-    def has_batch_stats(self) -> bool:
-        """Returns whether the network has batch statistics."""
-        return bool(jax.tree.leaves(self._mean[1]))
-
     def predict(self, images: np.ndarray, numbers: Sequence[int]) -> Iterator[Prediction]:
         """Yields the Prediction for images uint8 [N, H, W, C] after each number of samples. The numbers must rise."""
         hosts.require_same_arrays('images', images)

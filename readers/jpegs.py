@@ -11,7 +11,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -55,17 +54,12 @@ def decoded_blocks(shape: tuple[int, int, int], paths: Sequence[str]) -> Iterato
 
     Raises DamagedError, and BrokenExecutor if a process that decodes ends.
     """
-    yield from in_blocks(partial(decode_with_checksum, shape), paths)
-
-
-def in_blocks(function: Callable, paths: Sequence[str]) -> Iterator:
-    """Yields function(block) for blocks of paths, in order."""
     blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
     pending = deque()
     with decoders(len(blocks)) as pool:
         try:
             for block in blocks:
-                pending.append(submit(pool, function, block))
+                pending.append(submit(pool, decode_with_checksum, shape, block))
                 if len(pending) > 2 * os.cpu_count():
                     yield pending.popleft().result()
             while pending:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, and checked when they are read.
 
     RUN/checkpoints/STEP/       after STEP training steps
-        state/                  weights and the optimizer's other arrays (Orbax)
+        state.npz               weights and the optimizer's other arrays, by name
         progress.json           how far training was, and its log up to there
         checksums.json          SHA-256 of the other files
 
@@ -11,16 +11,13 @@ remove it meanwhile.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,13 +27,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 import errors
 from ops import sharding
+from readers import npy
 from runs import folders, hosts, json_files
-
-logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it also raises, with tracebacks
 
 
 class Progress(NamedTuple):
@@ -72,8 +67,7 @@ class Writer:
     ) -> None:
         self.folder = Path(run).absolute() / 'checkpoints'
         self.steps_per_epoch, self.keep_best, self.warn, self.failed = steps_per_epoch, keep_best, warn, False
-        with _literal(self.folder):  # raises a RunError now, and not when the first is written
-            self._steps = []
+        self._steps = []
         if hosts.is_first():
             _discard_leftovers(self.folder)
             self._steps = [step for step in all_steps(self.folder) if step <= self._step(progress)]
@@ -105,16 +99,16 @@ class Writer:
         self.failed = error is not None
 
     def _write(self, state, progress):
-        arrays = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)
+        arrays = {name: np.asarray(x.addressable_data(0)) for name, x in _named(state).items()}
         partial = self.folder / f'{self._step(progress)}.partial'
         try:
             self.folder.mkdir(exist_ok=True)
             _discard_leftovers(self.folder)
             partial.mkdir()
-            _require_room(partial, arrays)
-            with _checkpointer() as checkpointer, _literal(partial) as folder:
-                checkpointer.save(folder / 'state', args=ocp.args.StandardSave(arrays))
-            _require_same_arrays(_held_arrays(partial), arrays)
+            np.savez(partial / 'state.npz', **arrays)
+            held = npy.load_npz(partial / 'state.npz')
+            if any(held[name].tobytes() != array.tobytes() for name, array in arrays.items()):
+                raise OSError('it cannot be read back')
             self._complete(partial, progress)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -164,33 +158,6 @@ class Due:
 
 
 @contextlib.contextmanager
-def _literal(folder):
-    """Yields a path of a folder that Orbax takes literally: it globs paths, and TensorStore wants them in UTF-8."""
-    if _is_literal(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix='bayesian-sam-', dir=_literal_place(folder)) as beside:
-        link = Path(beside) / folder.name
-        link.symlink_to(folder)
-        yield link
-
-
-def _is_literal(path):
-    return re.fullmatch(r'[\w/.,:+=@%~ -]+', str(path))
-
-
-def _literal_place(folder):
-    """Returns a folder for temporary links that Orbax takes literally. Raises folders.RunError."""
-    for place in (os.environ.get('TMPDIR', '/tmp'), '/tmp', '/var/tmp'):
-        if _is_literal(place) and os.access(place, os.W_OK | os.X_OK):
-            return place
-    raise folders.RunError(
-        f'checkpoints cannot be kept in {folder}: Orbax does not take its path, and no link to it can be made in /tmp: '
-        'take another --resultsfolder'
-    )
-
-
-@contextlib.contextmanager
 def _locked(checkpoint, how):
     """Locks a checkpoint until the context ends, where the file system has locks. Yields whether it is there and free.
 
@@ -212,30 +179,10 @@ def _locked(checkpoint, how):
         yield checkpoint.exists()
 
 
-def _checkpointer():
-    """Returns a checkpointer of Orbax for the first process."""
-    options = ocp.options.MultiprocessingOptions(active_processes={0})
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
-
-
 def _accuracy(record):
     """An epoch's accuracy, the lowest of all if it is no number, as after a divergence."""
     accuracy = record['validation_accuracy'] if 'validation_accuracy' in record else record['test_accuracy']
     return -1.0 if accuracy is None or math.isnan(accuracy) else accuracy
-
-
-def _require_room(folder, state):
-    """Raises the OSError of a full disk, a quota or a limit of file sizes; Orbax would not report it in one line."""
-    if not hasattr(os, 'posix_fallocate'):
-        return
-    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes + num_bytes // 20 + (1 << 18))
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network shares answer
-                raise
 
 
 @jax.jit
@@ -250,29 +197,22 @@ def all_steps(folder):
     return sorted(int(name) for name in names if re.fullmatch('0|[1-9][0-9]*', name))
 
 
-def restore(run, like, step=None):
-    """A checkpoint, the newest or that of `step`, as (step, state, Progress).
+def restore(run: Path, like: Any, step: int | None = None) -> tuple[int, Any, Progress]:
+    """Returns a checkpoint, the newest or the checkpoint of `step`, as (step, state, progress).
 
-    Of several processes the first alone reads it. The state's arrays are on this machine's first device, of several
-    processes on the host. like: their jax.ShapeDtypeStructs. Raises folders.RunError; for a damaged checkpoint it names
-    the newest whole one before it.
+    Only the first process reads the checkpoint. The arrays are on the first device of the process, or on the host if
+    there are several processes. like: the jax.ShapeDtypeStructs of the state. Raises a RunError, which names the newest
+    whole checkpoint before a damaged one.
     """
     state = like
 
-    def read():
-        nonlocal state
-        found, state, progress = _read(run, like, step)
-        return found, progress._asdict()
-
-    found, progress = hosts.from_first(read)
-    return found, hosts.arrays_from_first(state), Progress(**progress)
-
-
-def _read(run, like, step):
     def read(checkpoint):
-        return int(checkpoint.name), _read_state(checkpoint, like), _read_progress(checkpoint)
+        nonlocal state
+        state = _read_state(checkpoint, like)
+        return int(checkpoint.name), _read_progress(checkpoint)._asdict()
 
-    return _of_whole(run, step, read)
+    found, progress = hosts.from_first(lambda: _of_whole(run, step, read))
+    return found, hosts.arrays_from_first(state), Progress(**progress)
 
 
 def require_whole(run, step=None):
@@ -352,38 +292,27 @@ def _checksums(checkpoint):
 
 
 def _read_state(checkpoint, like):
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    types = jax.eval_shape(lambda state: jax.tree.map(sharding.key_data, state), like)
-    types = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), types)
+    needed = _named(jax.eval_shape(lambda state: jax.tree.map(sharding.key_data, state), like))
     try:
-        _require_same_arrays(_held_arrays(checkpoint), types)
-        with _checkpointer() as checkpointer, _literal(checkpoint) as folder:
-            held = checkpointer.restore(folder / 'state', args=ocp.args.StandardRestore(types))
-            return jax.tree.map(sharding.like_key, held, like)
-    except Exception as error:  # what Orbax raises for files that it does not understand is not documented
-        reason = errors.first_line(error)
-        raise folders.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {reason}') from error
+        held = npy.load_npz(checkpoint / 'state.npz')
+        for name in sorted({*held, *needed}):
+            is_there, should_be = _type(held.get(name)), _type(needed.get(name))
+            if is_there != should_be:
+                raise errors.UserError(f'{name} is {is_there} and should be {should_be}')
+    except errors.UserError as error:
+        raise folders.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {error}') from error
+    leaves = jax.device_put([held[name] for name in needed], jax.local_devices()[0])
+    return jax.tree.map(sharding.like_key, jax.tree.unflatten(jax.tree.structure(like), leaves), like)
 
 
-def _held_arrays(checkpoint):
-    """Returns what a checkpoint's metadata say of its arrays."""
-    with _checkpointer() as checkpointer, _literal(checkpoint) as folder:
-        return checkpointer.metadata(folder / 'state').item_metadata.tree
+def _named(arrays):
+    """Returns the leaves of a pytree by name, such as params.head.kernel, in order."""
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
 
 
-def _require_same_arrays(held, like):
-    """Raises a ValueError if a checkpoint's arrays are not those of `like`."""
-    held, needed = _array_types(held), _array_types(like)
-    for name in sorted({*held, *needed}):
-        if held.get(name) != needed.get(name):
-            raise ValueError(f'{name} is {held.get(name, "missing")} and should be {needed.get(name, "missing")}')
-
-
-def _array_types(arrays):
-    types = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        types[jax.tree_util.keystr(path, simple=True, separator='.')] = f'{leaf.dtype} {list(leaf.shape)}'
-    return types
+def _type(array):
+    return 'missing' if array is None else f'{array.dtype} {list(array.shape)}'
 
 
 def _read_progress(checkpoint):

@@ -3,6 +3,7 @@
 All processes run the same program. The first process reads and writes the run folder.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -19,8 +20,36 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ops import sharding
-from runs import signals
+from runs import devices, launch, signals
 from runs.devices import DeviceError
+
+
+@contextlib.contextmanager
+def joined(
+    script: str, start: argparse.Namespace, *, after_an_end: str, less_memory: str, stops_by_step: bool = False
+) -> Iterator[contextlib.ExitStack]:
+    """Joins the processes that --coordinator names, and checks the devices. Yields a stack that closes at the end.
+
+    Only the first process prints. Errors end the script in one line, and all processes together.
+
+    Args:
+        script: the name of the script, for messages.
+        start: the flags `coordinator`, `processes`, `processid` and `jointimeout`.
+        after_an_end: what to do after the end of another process.
+        less_memory: what takes less memory of a device.
+        stops_by_step: as for `join`.
+    """
+    with contextlib.ExitStack() as held:
+        held.enter_context(ended_together(script, after_an_end))
+        held.enter_context(launch.one_line_errors(script))
+        held.enter_context(devices.enough_memory(less_memory))
+        if start.coordinator:
+            join(script, start.coordinator, start.processes, start.processid, start.jointimeout, stops_by_step)
+        devices.require()
+        wait_for_all()  # before they read data: it may take one of them longer than the others would wait
+        if not is_first():
+            held.enter_context(contextlib.redirect_stdout(None))
+        yield held
 
 
 def join(

@@ -13,8 +13,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import errors
+
+_ROOT = Path(__file__).resolve().parent.parent
+_script = Path(getattr(sys.modules['__main__'], '__file__', None) or '').resolve()
+if _script.parent in (_ROOT, _ROOT / 'benchmarks', _ROOT / 'studies'):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 
 def _version(package):

@@ -168,25 +168,19 @@ def integer(minimum: int, below: int = 2**31) -> Callable[[str], int]:
     return parse
 
 
-def number(
-    above: float | None = None, minimum: float | None = None, below: float | None = None
-) -> Callable[[str], float]:
-    """Returns a flag type: numbers that float32 holds, > `above`, >= `minimum` and < `below`. None sets no bound."""
+def number(above: float = -math.inf, minimum: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:
+    """Returns a flag type: numbers that float32 holds, > `above`, >= `minimum` and < `below`."""
+    bounds = [
+        f'{sign} {bound:g}' for sign, bound in (('>', above), ('>=', minimum), ('<', below)) if math.isfinite(bound)
+    ]
 
     def parse(text):
         value = math.nan
         with contextlib.suppress(ValueError):
             value = float(text)
-        inside = (
-            (above is None or value > above)
-            and (minimum is None or value >= minimum)
-            and (below is None or value < below)
-        )
+        inside = above < value < below and value >= minimum
         if inside and _in_float32(value):
             return value
-        bounds = [
-            f'{sign} {bound:g}' for sign, bound in (('>', above), ('>=', minimum), ('<', below)) if bound is not None
-        ]
         held = ' that float32 holds' if inside else ''
         raise argparse.ArgumentTypeError(f'{text!r} is not a number {" and ".join(bounds)}{held}')
 

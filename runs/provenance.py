@@ -17,7 +17,7 @@ def environment() -> dict:
 
     import jax  # imported late because JAX takes most of a second
 
-    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
     device = jax.devices()[0]
     return {
         'python': platform.python_version(),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['flax.linen', 'jax', 'optax', 'orbax.checkpoint', 'PIL.Image', 'tqdm'])
+FORKS.set_forkserver_preload(['flax.linen', 'jax', 'optax', 'PIL.Image', 'tqdm'])
 
 # multiprocessing takes the exit statuses of all processes where one starts or ends, which two threads must not at once.
 _LOCK = threading.Lock()

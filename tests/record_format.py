@@ -1,6 +1,5 @@
 """Records a run of the format of now in runs/, for test_formats.py: PYTHONPATH=. python tests/record_format.py"""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from flax import linen as nn
 import models
 import test as evaluate
 import train
-from runs import checkpoints, folders
+from runs import folders
 
 RUNS = Path(__file__).parent / 'runs'
 
@@ -40,9 +39,6 @@ def main():
         config = folders.read_config(run)
         folders.write_config(run, config | {'flags': config['flags'] | {'resultsfolder': 'results'}})
         (run / 'lock').unlink()
-        for checkpoint in (run / 'checkpoints').iterdir():
-            (checkpoint / 'state' / 'commit_success.txt').write_text('')  # Orbax writes the path of the folder
-            (checkpoint / 'checksums.json').write_text(json.dumps(checkpoints._checksums(checkpoint), indent=0))
         shutil.copytree(run, RUNS / f'format_{folders.FORMAT}')
 
 

@@ -68,7 +68,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-@pytest.mark.parametrize('name', ['state/manifest.ocdbt', 'state/_METADATA', 'progress.json', 'checksums.json'])
+@pytest.mark.parametrize('name', ['state.npz', 'progress.json', 'checksums.json'])
 def test_damaged_checkpoint_is_named_and_the_one_before_offered(name, damage, run, capsys):
     DAMAGES[damage](run / 'checkpoints' / '6' / name, 20)
     for main, arguments in ((evaluate.main, [f'--resultsfolder={run}']), (train.main, [f'--resume={run}'])):

@@ -152,18 +152,18 @@ def test_signal_before_the_first_step_that_is_resumed(short, tmp_path):
 
 
 # The first process cannot write its checkpoints.
-FAILS_IN_ORBAX = f"""if True:
+CANNOT_SAVE = f"""if True:
     import sys
-    import orbax.checkpoint
+    import numpy
     from unittest import mock
     if '--processid=0' in sys.argv:
-        orbax.checkpoint.Checkpointer.save = mock.Mock(side_effect=OSError(5, 'Input/output error'))
+        numpy.savez = mock.Mock(side_effect=OSError(5, 'Input/output error'))
 {SCRIPT.removeprefix('if True:')}"""
 
 
 def test_checkpoints_that_are_not_written(short, tmp_path):
     """The first process says so once. All processes end with status 1."""
-    processes = start(2, *short, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}', code=FAILS_IN_ORBAX)
+    processes = start(2, *short, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}', code=CANNOT_SAVE)
     (first, _, said), (second, _, other) = ended(processes)
     assert (first, second) == (1, 1)
     assert said.count('could not be saved in') == 1 and 'Input/output error' in said and 'saved in' not in other

@@ -349,7 +349,6 @@ def test_signal_before_the_first_step_ends_without_a_traceback(flags_of):
 
 @pytest.mark.parametrize('name', ['a[2024]', 'a\\b', 'a*?{}', b'caf\xe9', 'line\nbreak'])
 def test_checkpoints_below_any_path(name, flags_of, tmp_path):
-    """Orbax takes brackets and backslashes for patterns, and TensorStore wants UTF-8."""
     folder = tmp_path / os.fsdecode(name)
     run = train.main(flags_of(resultsfolder=folder, epochs=0))
     train.main([f'--resume={run}', '--epochs=1'])
@@ -362,12 +361,12 @@ def test_checkpoints_below_any_path(name, flags_of, tmp_path):
 def test_a_checkpoint_that_cannot_be_read_back_is_not_kept(flags_of, monkeypatch, capsys):
     """Whatever the reason: the one before stays, and the exit status tells."""
     run = train.main(flags_of())
-    save = checkpoints.ocp.Checkpointer.save
+    savez = np.savez
 
-    def lose_an_array(self, path, args):
-        save(self, path, args=checkpoints.ocp.args.StandardSave({'params': args.item.params}))
+    def change_a_bit(path, **arrays):
+        savez(path, **arrays | {'key': arrays['key'] ^ 1})
 
-    monkeypatch.setattr(checkpoints.ocp.Checkpointer, 'save', lose_an_array)
+    monkeypatch.setattr(np, 'savez', change_a_bit)
     with pytest.raises(SystemExit) as stop:
         train.main([f'--resume={run}', '--epochs=2'])
     error = capsys.readouterr().err
@@ -412,24 +411,6 @@ def test_leftovers_of_a_killed_process_go_at_the_next_start(flags_of):
     kept = ['3', '4', '6', '9', '008', 'notes.partial', '٩']
     assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == sorted(kept)
     assert restore(run)[0] == 6
-
-
-@pytest.mark.parametrize('place', ['t[2]', b't\xe9', 'missing'])
-def test_temporary_folders_that_cannot_hold_links(place, flags_of, tmp_path, monkeypatch):
-    folder = tmp_path / os.fsdecode(place)
-    if place != 'missing':
-        folder.mkdir()
-    monkeypatch.setenv('TMPDIR', str(folder))
-    run = train.main(flags_of(resultsfolder=tmp_path / 'a[1]', epochs=0))
-    assert restore(run)[0] == 2
-
-
-def test_a_path_that_cannot_hold_checkpoints_is_refused_before_training(flags_of, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoints, '_is_literal', lambda path: False)
-    with pytest.raises(SystemExit) as stop:
-        train.main(flags_of())
-    assert stop.value.code == 2 and 'checkpoints cannot be kept in' in capsys.readouterr().err
-    assert not list(tmp_path.glob('**/log.jsonl'))
 
 
 def test_a_lock_that_leads_elsewhere(flags_of, tmp_path, capsys):

@@ -185,7 +185,7 @@ def test_ctrl_c_while_a_script_imports(script):
     code = f"""if True:
         import builtins, os, runpy, signal, sys
         def interrupted(name, *rest, imported=builtins.__import__):
-            if name == 'runs':
+            if name == 'jax':
                 os.kill(os.getpid(), signal.SIGINT)
             return imported(name, *rest)
         builtins.__import__ = interrupted
