@@ -62,7 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     discard_leftovers(path)
-    partial = _partial_path(path)
+    partial = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
     try:
         yield partial
         if not partial.is_dir():
@@ -88,10 +88,6 @@ def discard_leftovers(path: Path) -> None:
 
 
 _PARTIAL = re.compile(r'\.(?P<host>.+)\.(?P<process>\d+)\.partial')
-
-
-def _partial_path(path):
-    return path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
 
 
 def _is_abandoned(entry, found):

@@ -113,17 +113,17 @@ class IVONState(NamedTuple):
     key: jax.Array
 
 
-def lr_factor(epoch, epochs, warmup):
-    """The learning rate of an epoch relative to `learning_rate`: linear warm-up, then half a cosine down to almost 0.
+def lr_factor(epoch: int, epochs: int, warmup: int) -> float:
+    """Returns the learning rate of an epoch over `learning_rate`: linear warm-up, then half a cosine to almost 0.
 
-    epoch: 0, 1, ..., epochs (the reference runs epochs + 1 of them); warmup: epochs of warm-up.
+    epoch: 0, 1, ..., epochs, because the reference runs epochs + 1 of them. warmup: epochs of warm-up.
     """
     if epoch < warmup:
         return (epoch + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs + 1 - warmup)))
 
 
-def sgd(loss, *, learning_rate, beta1, weight_decay):
+def sgd(loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float) -> Optimizer:
     """Stochastic gradient descent with heavy-ball momentum and coupled weight decay.
 
     m ← β₁m + g + δw;  w ← w − αm. The momentum is a sum of gradients, not their average.
@@ -138,7 +138,10 @@ def sgd(loss, *, learning_rate, beta1, weight_decay):
     return Optimizer(_init_momentum, step, _mean)
 
 
-def sam(loss, *, learning_rate, beta1, weight_decay, rho, num_sub_batches, bnupdate='both', atonce=1):
+def sam(
+    loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, rho: float, num_sub_batches: int,
+    bnupdate: str = 'both', atonce: int = 1,
+) -> Optimizer:  # fmt: skip
     """Sharpness-aware minimisation (Foret et al., 2021) with m-sharpness over `num_sub_batches` sub-batches.
 
     For each sub-batch g = ∇ℓ(w), g' = ∇ℓ(w + ρ g/‖g‖) with the norm over all parameters; then SGD's
@@ -155,9 +158,10 @@ def sam(loss, *, learning_rate, beta1, weight_decay, rho, num_sub_batches, bnupd
 
 
 def bsam(
-    loss, *, learning_rate, beta1, beta2, weight_decay, rho, num_sub_batches, num_data, initial_precision=1.0,
-    damping=0.1, bnupdate='both', atonce=1,
-):  # fmt: skip
+    loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, rho: float,
+    num_sub_batches: int, num_data: float, initial_precision: float = 1.0, damping: float = 0.1,
+    bnupdate: str = 'both', atonce: int = 1,
+) -> Optimizer:  # fmt: skip
     """Bayesian SAM (Möllenhoff & Khan, 2023, Algorithm 1) with a diagonal Gaussian posterior N(w, 1/(N s)).
 
     For each sub-batch, with noise ε ~ N(0, I) of its own: g = ∇ℓ(w + ε/√(N s)), g' = ∇ℓ(w + ρ g/s).
@@ -210,7 +214,7 @@ def bsam(
     return Optimizer(init, step, sample)
 
 
-def adam(loss, *, learning_rate, beta1, beta2, weight_decay):
+def adam(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float) -> Optimizer:
     """Adam (Kingma & Ba, 2015) with coupled weight decay, as the paper compares with.
 
     g ← g + δw;  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸).
@@ -218,12 +222,15 @@ def adam(loss, *, learning_rate, beta1, beta2, weight_decay):
     return _adam(loss, learning_rate, beta1, beta2, coupled=weight_decay)
 
 
-def adamw(loss, *, learning_rate, beta1, beta2, weight_decay):
+def adamw(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float) -> Optimizer:
     """AdamW (Loshchilov & Hutter, 2019): Adam whose weight decay, α δ w, is taken from the weights directly."""
     return _adam(loss, learning_rate, beta1, beta2, decoupled=weight_decay)
 
 
-def samadam(loss, *, learning_rate, beta1, beta2, weight_decay, rho, num_sub_batches, bnupdate='both', atonce=1):
+def samadam(
+    loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, rho: float,
+    num_sub_batches: int, bnupdate: str = 'both', atonce: int = 1,
+) -> Optimizer:  # fmt: skip
     """SAM's gradient in Adam's update, with coupled weight decay (SAM-Adam in Möllenhoff & Khan, 2023)."""
     gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), num_sub_batches, bnupdate, atonce)
 
@@ -234,7 +241,10 @@ def samadam(loss, *, learning_rate, beta1, beta2, weight_decay, rho, num_sub_bat
     return Optimizer(_init_adam, step, _mean)
 
 
-def asam(loss, *, learning_rate, beta1, weight_decay, rho, eta, num_sub_batches, bnupdate='both', atonce=1):
+def asam(
+    loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, rho: float, eta: float,
+    num_sub_batches: int, bnupdate: str = 'both', atonce: int = 1,
+) -> Optimizer:  # fmt: skip
     """Adaptive SAM (Kwon et al., 2021): SAM in weights that are measured by their own size, T = |w| + η.
 
     For each sub-batch g' = ∇ℓ(w + ρ T²g/‖Tg‖) with the norm over all parameters. As published, T is 1 for biases; a
@@ -256,7 +266,10 @@ def asam(loss, *, learning_rate, beta1, weight_decay, rho, eta, num_sub_batches,
     return Optimizer(_init_momentum, step, _mean)
 
 
-def swag(loss, *, learning_rate, beta1, weight_decay, swagstart, swagevery, swagrank=20):
+def swag(
+    loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, swagstart: int, swagevery: int,
+    swagrank: int = 20,
+) -> Optimizer:  # fmt: skip
     """SWAG (Maddox et al., 2019): SGD, and the Gaussian of the weights that it passes.
 
     After step `swagstart` and every `swagevery` steps from there the weights θ are recorded: their mean θ̄ (SWA), their
@@ -314,9 +327,9 @@ def swag(loss, *, learning_rate, beta1, weight_decay, swagstart, swagevery, swag
 
 
 def ivon(
-    loss, *, learning_rate, beta1, beta2, weight_decay, num_data, initial_hessian, clip=math.inf, num_sub_batches=1,
-    num_samples=1, atonce=1,
-):  # fmt: skip
+    loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, num_data: float,
+    initial_hessian: float, clip: float = math.inf, num_sub_batches: int = 1, num_samples: int = 1, atonce: int = 1,
+) -> Optimizer:  # fmt: skip
     """IVON (Shen et al., 2024, Algorithm 1), variational inference with a posterior N(w, 1/(N (h + δ))).
 
     For each sub-batch and each of `num_samples` samples, with ε ~ N(0, I): θ = w + ε/√(N (h + δ)), ĝ = ∇ℓ(θ),
@@ -443,7 +456,7 @@ def _in_direction_of_gradient(rho):
 
 
 def _over(rho, norm):
-    """Their quotient, and 0 where the norm is."""
+    """Returns rho / norm, or 0 for a zero gradient."""
     return jnp.where(norm > 0, rho / norm, 0)
 
 
@@ -552,7 +565,9 @@ def _deviation(noise, num_data, precision):
     return jnp.copysign(jnp.sqrt(jnp.square(noise) / precision * (1 / num_data)), noise)
 
 
-def over_sub_batches(gradient, state, batch, num_sub_batches, key, repeats=1, atonce=1):
+def over_sub_batches(
+    gradient: Callable, state: Any, batch: Any, num_sub_batches: int, key: jax.Array, repeats: int = 1, atonce: int = 1
+) -> tuple[Any, jax.Array, Any]:
     """Calls gradient(state, sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches.
 
     Each is taken `repeats` times, with another key. Returns the averages of grads and value, and the batch statistics

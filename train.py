@@ -58,7 +58,7 @@ def main(argv=None):
         else:
             training = begin(args, held)
         announce(training, with_devices=bool(start.coordinator))
-        with Report(training) as report:
+        with contextlib.closing(Report(training)) as report:
             stop.begin()
             all_saved = train(training, stop, report)
         exit_unless_complete(training.run, stop, all_saved)
@@ -103,7 +103,7 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
     state, progress = sharding.replicate(training.state, training.mesh), training.progress
     log = folders.Log(training.run, report.warn)
     writer = checkpoints.Writer(training.run, training.steps, progress, args.keepbest, report.warn)
-    with jax.set_mesh(training.mesh), writer:
+    with jax.set_mesh(training.mesh), contextlib.closing(writer):
         feed = data.Feed(
             *training.train, args.batchsize, experiment.keys(args.randomseed).batches, training.mesh,
             training.experiment.normalise, augmented=training.augmented,
@@ -112,7 +112,7 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
         held_out = posteriors.parts(training.held_out[0], args.testbatchsize, args.stream)
         stopped = False
         while progress.epoch <= args.epochs and not stopped:
-            epoch = Epoch(training, progress, writer)
+            epoch = Epoch(training, progress)
             for batch in feed.batches(progress.epoch, progress.step):
                 state, loss = step(state, batch, epoch.lr_factor)
                 epoch.add(loss)
@@ -128,17 +128,18 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
                 progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
                 log.write(progress.log)
                 report.epoch(record)
-    log.retry()  # as long as a checkpoint was being written, the disk may have been fuller than it is now
+    if log.failed:  # as long as a checkpoint was being written, the disk may have been fuller than it is now
+        log.write(progress.log)
     return hosts.from_first(lambda: not (writer.failed or log.failed))
 
 
 class Epoch:
     """An epoch under way: its learning rate, its time, and the losses of its steps, which devices still compute."""
 
-    def __init__(self, training, progress, writer):
+    def __init__(self, training, progress):
         if progress.lr_factor is None:
             progress = progress._replace(lr_factor=experiment.relative_rate(vars(training.args), progress.epoch))
-        self._training, self._progress, self._writer = training, progress, writer
+        self._training, self._progress = training, progress
         self._began = time.perf_counter() - progress.seconds
         self._in_flight = collections.deque()
         self.lr_factor = sharding.replicate(np.float32(progress.lr_factor), training.mesh)
@@ -177,7 +178,6 @@ class Epoch:
         args, progress = self._training.args, self._progress
         if args.keepgoing:
             return
-        self._writer.wait()  # in all processes, as all of them diverge
         saved = 'checkpoints before it stay' if progress.epoch or progress.step else 'there is no checkpoint'
         smaller = '--alpha' if args.rho is None else '--alpha or --rho'
         raise DivergenceError(

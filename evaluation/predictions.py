@@ -26,11 +26,13 @@ def write(
         num_samples: the number of samples of the Prediction.
         progress: how far the training of the run was.
     """
+    with np.errstate(divide='ignore'):
+        log_probs = np.log(prediction.probs)
     arrays = {
         'labels': labels.astype(np.int32),
         'logits': prediction.logits.astype(np.float32),
         'probs': prediction.probs.astype(np.float32),
-        'log_probs': _log(prediction.probs).astype(np.float32),
+        'log_probs': log_probs.astype(np.float32),
         'entropy': prediction.entropy.astype(np.float32),
         'expected_entropy': prediction.expected_entropy.astype(np.float32),
         'votes': prediction.votes,
@@ -40,11 +42,6 @@ def write(
     with io.BytesIO() as file:
         np.savez_compressed(file, **arrays)
         json_files.write_bytes(path, file.getvalue())
-
-
-def _log(probs):
-    with np.errstate(divide='ignore'):
-        return np.log(probs)
 
 
 def read(path: Path) -> tuple[np.ndarray, posteriors.Prediction, int, checkpoints.Progress]:

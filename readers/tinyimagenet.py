@@ -69,13 +69,9 @@ def _list_image_folders(folder, classes):
 # The cache: an .npy file of all images, and behind its array the CRC-32 of every block as little-endian uint32.
 
 
-def _num_blocks(num_images):
-    return -(-num_images // jpegs.BLOCK)
-
-
 def _read_cache(path: Path, num_images: int) -> np.ndarray:
     """Returns the images of a cache, mapped. Reads all of it once to compare checksums. Raises DataError."""
-    images = npy.load(path, tail=4 * _num_blocks(num_images))
+    images = npy.load(path, tail=4 * -(-num_images // jpegs.BLOCK))
     if images.shape != (num_images, *SHAPE) or images.dtype != np.uint8 or not images.flags.c_contiguous:
         raise DataError(f'{path} holds other images')
     with files.opened(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -35,9 +35,15 @@ from runs import folders, hosts, json_files
 
 
 class Progress(NamedTuple):
-    """How far training is: in epoch `epoch` (from 0) `step` steps are done, in `seconds`, with `loss` as their sum.
+    """How far training is.
 
-    `lr_factor` is the epoch's, once it has begun; `log` holds the records of the epochs before, as in log.jsonl.
+    Attributes:
+        epoch: from 0.
+        step: how many steps of the epoch are done.
+        loss: the sum of the losses of these steps.
+        seconds: the time that these steps took.
+        lr_factor: of the epoch, None before it begins.
+        log: the records of earlier epochs, as in log.jsonl.
     """
 
     epoch: int = 0
@@ -53,7 +59,7 @@ class Progress(NamedTuple):
 
 
 class Writer:
-    """Saves the checkpoints of a run in the background, one at a time; a context manager that waits for the last.
+    """Saves the checkpoints of a run in the background, one at a time.
 
     The newest two are kept, and with `keep_best` the checkpoint of the epoch of best accuracy. Checkpoints later than
     `progress`, from which training resumes, are removed when the first new one is there. A failure is reported once and
@@ -74,10 +80,8 @@ class Writer:
         self._saving = None
         self._thread = ThreadPoolExecutor(1)
 
-    def __enter__(self) -> 'Writer':
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Waits until the last save has ended."""
         self.wait()
         self._thread.shutdown()
 
@@ -117,7 +121,8 @@ class Writer:
     def _complete(self, partial, progress):
         (partial / 'progress.json').write_text(json.dumps(json_files.finite(progress._asdict())))
         (partial / 'checksums.json').write_text(json.dumps(_checksums(partial), indent=0))
-        _flush(partial)
+        for path in (*partial.iterdir(), partial):
+            errors.flush(path)
         checkpoint = partial.with_suffix('')
         if checkpoint.exists():  # a resumed run saves the same step again
             _discard(checkpoint)
@@ -134,21 +139,21 @@ class Writer:
         return progress.epoch * self.steps_per_epoch + progress.step
 
     def _best(self, log, steps):
-        """The step of the epoch of best accuracy, of those that have a checkpoint, in a list; empty without any."""
+        """Returns, in a list, the step of the most accurate epoch that has a checkpoint, [] without any."""
         accuracies = {(record['epoch'] + 1) * self.steps_per_epoch: _accuracy(record) for record in log}
         held = [step for step in accuracies if step in steps] if self.keep_best else []
         return [max(held, key=accuracies.get)] if held else []
 
 
 class Due:
-    """Whether it is time for a checkpoint within an epoch: every N steps, or every N minutes ('30min'), or never."""
+    """Tells when a checkpoint within an epoch is due: every N steps, every N minutes ('30min'), or never."""
 
-    def __init__(self, every):
+    def __init__(self, every: int | str | None) -> None:
         self.steps = every if isinstance(every, int) else None
         self.seconds = 60 * float(every.removesuffix('min')) if isinstance(every, str) else None
         self.last = time.monotonic()
 
-    def __call__(self, steps_done):
+    def __call__(self, steps_done: int) -> bool:
         if self.steps is not None:
             return steps_done % self.steps == 0
         if self.seconds is None or time.monotonic() - self.last < self.seconds:
@@ -180,7 +185,7 @@ def _locked(checkpoint, how):
 
 
 def _accuracy(record):
-    """An epoch's accuracy, the lowest of all if it is no number, as after a divergence."""
+    """Returns the accuracy of an epoch, −1 if it is no number, as after a divergence."""
     accuracy = record['validation_accuracy'] if 'validation_accuracy' in record else record['test_accuracy']
     return -1.0 if accuracy is None or math.isnan(accuracy) else accuracy
 
@@ -190,8 +195,8 @@ def _copy(state):
     return jax.tree.map(lambda x: jnp.copy(sharding.key_data(x)), state)
 
 
-def all_steps(folder):
-    """The steps of the checkpoints in a folder `checkpoints`, which need not be there, the newest last."""
+def all_steps(folder: str | Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder `checkpoints`, the newest last. The folder may be missing."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch('0|[1-9][0-9]*', name))
@@ -215,7 +220,7 @@ def restore(run: Path, like: Any, step: int | None = None) -> tuple[int, Any, Pr
     return found, hosts.arrays_from_first(state), Progress(**progress)
 
 
-def require_whole(run, step=None):
+def require_whole(run: Path, step: int | None = None) -> Path:
     """Returns the folder of a run's newest checkpoint, or of the checkpoint of `step`.
 
     Raises folders.RunError if there is none, or its files are not as they were written.
@@ -260,8 +265,8 @@ def _require_whole(checkpoint):
         raise folders.RunError(f'{checkpoint} is damaged: {damage}; {offer}')
 
 
-def find_damage(checkpoint):
-    """What is wrong with the files of a checkpoint, or None if they are as they were written."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Returns what is wrong with the files of a checkpoint, None if they are as they were written."""
     try:
         expected = json_files.read_json(checkpoint / 'checksums.json')
         found = _checksums(checkpoint)
@@ -280,14 +285,14 @@ def find_damage(checkpoint):
 
 
 def _checksums(checkpoint):
-    """SHA-256 of the files below a folder, by relative name, but for checksums.json itself."""
+    """Returns the SHA-256 of the files of a checkpoint, except checksums.json, by name."""
     checksums = {}
-    for path in sorted(checkpoint.rglob('*')):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise ValueError(f'{path.name} is neither a file nor a folder')
-        if path.is_file() and path != checkpoint / 'checksums.json':
-            with open(path, 'rb') as file:
-                checksums[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, 'sha256').hexdigest()
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f'{path.name} is no regular file')
+        if path.name != 'checksums.json':
+            with errors.opened(path) as file:
+                checksums[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
     return checksums
 
 
@@ -344,8 +349,3 @@ def _discard_leftovers(folder):
     for path in folder.iterdir() if folder.is_dir() else ():
         if folders.LEFTOVER_CHECKPOINT.fullmatch(path.name):
             errors.remove(path)
-
-
-def _flush(folder):
-    for path in (*folder.rglob('*'), folder):
-        errors.flush(path)

@@ -29,7 +29,8 @@ import errors
 from runs import hosts, json_files
 from runs.json_files import RunError
 
-FORMAT = 1  # of run folders, to be raised when older versions can no longer read new runs
+FORMAT = 1  # of run folders, to be raised when older versions could no longer read a new run
+READABLE = (1,)  # formats; tests/runs has a run of each
 LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # what a process was writing or removing
 
 
@@ -125,12 +126,10 @@ class Log:
     """
 
     def __init__(self, run: str | Path, warn: Callable) -> None:
-        self._run, self._warn, self._records = run, warn, None
-        self.failed = False
+        self._run, self._warn, self.failed = run, warn, False
 
     def write(self, records: list[dict]) -> None:
         """Writes all records."""
-        self._records = records
         if not hosts.is_first():
             return
         try:
@@ -140,11 +139,6 @@ class Log:
             if not self.failed:
                 self._warn(f'{error}; training goes on, and the log is tried again after the next epoch')
             self.failed = True
-
-    def retry(self) -> None:
-        """Writes the log again if the last write failed."""
-        if self.failed:
-            self.write(self._records)
 
 
 def read_log(run: str | Path) -> list[dict]:
@@ -189,10 +183,10 @@ def read_config(run: str | Path) -> dict:
         raise RunError(f'{path} lacks its checksum: it is incomplete, or of another version of train.py')
     if sha256 != _digest(config):
         raise RunError(f'{path} is damaged: its SHA-256 is {_digest(config)}, not {sha256} as it was written')
-    found = config.get('format', FORMAT)  # runs from before the first release have no number
-    if type(found) is not int or found > FORMAT:
+    if config.get('format') not in READABLE:
         raise RunError(
-            f'{path} has format {found}, and this version reads formats up to {FORMAT}: take a newer version'
+            f'{path} has format {config.get("format", 0)}, and this version reads {READABLE[-1]}: '
+            'take the version of train.py that wrote it, or train again'
         )
     return config
 

@@ -23,11 +23,7 @@ if _script.parent in (_ROOT, _ROOT / 'benchmarks', _ROOT / 'studies'):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 
-def _version(package):
-    return tuple(int(part) for part in metadata.version(package).split('.')[:3] if part.isdecimal())
-
-
-if _version('jaxlib') < (0, 10, 2):  # logs an error for each cached function, because it misreads CPU features
+if metadata.version('jaxlib') == '0.10.1':  # logs an error for each cached function, because it misreads CPU features
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 try:
     import jax

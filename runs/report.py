@@ -9,7 +9,7 @@ from runs import hosts
 
 
 class Report:
-    """Shows steps and epochs until the context ends."""
+    """Shows steps and epochs until it is closed."""
 
     def __init__(self, training):
         """training: has `args`, `steps` of an epoch, `split` and `progress`."""
@@ -22,10 +22,8 @@ class Report:
         self.bar = tqdm(total=total, initial=begun, unit=' images', disable=hidden, dynamic_ncols=True)
         self.accuracy, self.refreshed = '', time.monotonic()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
+    def close(self) -> None:
+        """Ends the bar."""
         self.bar.close()
 
     def step(self, steps_done: int, loss: float) -> None:

@@ -253,7 +253,7 @@ def _config():
     }
     dataset = {'num_train': 160, 'num_classes': 10, 'image_shape': [32, 32, 1], 'mean': [0.0], 'std': [1.0]}
     return {
-        'flags': flags, 'dataset': dataset | {'labels_crc32': 5}, 'num_data': 160.0, 'python': '3.11.7',
+        'format': 1, 'flags': flags, 'dataset': dataset | {'labels_crc32': 5}, 'num_data': 160.0, 'python': '3.11.7',
         'versions': {'jax': '0.10.1'}, 'matmul_precision': None, 'xla_flags': '', 'git_commit': None, 'device': 'cpu',
     }  # fmt: skip
 
@@ -349,7 +349,7 @@ def _make_progress():
 def _read_progress(folder, payload):
     from runs import checkpoints, folders
 
-    _write_checkpoint(folder, {'state/a': b'a', 'progress.json': payload})
+    _write_checkpoint(folder, {'state.npz': b'a', 'progress.json': payload})
     held = checkpoints._of_whole(folder, None, checkpoints._read_progress)
     assert all(type(number) is int and 0 <= number < 2**31 for number in (held.epoch, held.step))
     assert all(type(number) is float and math.isfinite(number) for number in (held.seconds, held.lr_factor))
@@ -359,7 +359,7 @@ def _read_progress(folder, payload):
     assert folders.read_log(folder) == list(held.log)
 
 
-_OF_CHECKPOINT = {'state/a': b'a', 'state/b/c': b'bc', 'progress.json': b'{}'}
+_OF_CHECKPOINT = {'state.npz': b'a', 'progress.json': b'{}'}
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def test_links_in_checkpoints_are_refused(run, tmp_path, capsys):
     progress = run / 'checkpoints' / '6' / 'progress.json'
     progress.rename(tmp_path / 'elsewhere')
     progress.symlink_to(tmp_path / 'elsewhere')
-    assert 'is neither a file nor a folder' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
+    assert 'progress.json is no regular file' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
 
 
 def test_checkpoint_of_another_network(run, flags_of, small_resnet18, capsys):

@@ -21,8 +21,9 @@ def run(request, tmp_path, monkeypatch):
     return shutil.copytree(record_format.RUNS / request.param, tmp_path / 'run_0')
 
 
-def test_a_run_of_the_format_of_now_is_recorded():
-    assert (record_format.RUNS / f'format_{folders.FORMAT}').is_dir()
+def test_a_run_of_every_readable_format_is_recorded():
+    recorded = {path.name for path in record_format.RUNS.iterdir()}
+    assert recorded == {f'format_{number}' for number in folders.READABLE} and folders.FORMAT in folders.READABLE
 
 
 def test_evaluation_of_an_older_run(run, capsys):
@@ -42,13 +43,11 @@ def test_an_older_run_is_resumed(run):
     assert folders.read_config(run)['format'] == folders.FORMAT
 
 
-def test_a_run_of_a_later_format_is_refused(run, capsys):
-    folders.write_config(run, folders.read_config(run))
-    config = json.loads((run / 'config.json').read_text())
-    del config['sha256']
-    config['format'] = folders.FORMAT + 1
+@pytest.mark.parametrize('number', [None, folders.FORMAT + 1])
+def test_a_run_of_another_format_is_refused(number, run, capsys):
+    config = folders.read_config(run) | {'format': number}
     (run / 'config.json').write_text(json.dumps(config | {'sha256': folders._digest(config)}))
     with pytest.raises(SystemExit) as stop:
         evaluate.main([f'--resultsfolder={run}'])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f'has format {folders.FORMAT + 1}, and this version reads' in error
+    assert stop.value.code == 2 and f'has format {number}, and this version reads {folders.FORMAT}' in error
