@@ -1,6 +1,6 @@
 """What a run's configuration means: its network, its loss, its optimizer, its jitted step.
 
-The flags of the reference are translated into the field's terms here.
+Flags are turned into the arguments of optimizers here: prior precision → weight decay, epochs → steps.
 """
 
 import math
@@ -31,7 +31,7 @@ class Experiment(NamedTuple):
         step: step(state, batch, lr_factor) -> (state, loss), jitted. Donates the state. A batch is what `data.Feed`
             yields, normalised images float32 [B, H, W, C] and labels int32 [B].
         apply: apply(params, batch_stats, images uint8 [B, H, W, C]) -> logits [B, K].
-        update: of the same arguments -> the batch statistics after this batch of training.
+        update: update(params, batch_stats, images uint8 [B, H, W, C]) -> the batch statistics after a training batch.
     """
 
     optimizer: optimizers.Optimizer
@@ -132,8 +132,8 @@ def at_once(flags: dict) -> int:
     return flags['atonce'] or (1 if jax.default_backend() == 'cpu' else sub_batches)
 
 
-def relative_rate(flags: dict, epoch: int) -> float:
-    """Returns the learning rate of an epoch, relative to alpha. SWAG's is constant in its last epochs."""
+def lr_factor_of(flags: dict, epoch: int) -> float:
+    """Returns the lr_factor of an epoch, the learning rate over alpha. SWAG's is constant in its last epochs."""
     if flags['optim'] == 'swag' and epoch >= training_flags.first_constant_epoch(flags['epochs'], flags['swagstart']):
         return flags['swagrate']
     return optimizers.lr_factor(epoch, flags['epochs'], flags['warmup'])
@@ -149,7 +149,7 @@ class Keys(NamedTuple):
 
 @partial(jax.jit, static_argnames='seed')
 def keys(seed: int) -> Keys:
-    """Returns the Keys of --randomseed. Jitted because no transfer to a device is to be implicit."""
+    """Returns the Keys of --randomseed. Jitted, so that it also runs where implicit transfers are disallowed."""
     return Keys(*jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3))
 
 

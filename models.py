@@ -242,11 +242,13 @@ def with_features(apply: Callable) -> Callable:
 def last_layer(apply: Callable, *args: Any) -> tuple[str, ...]:
     """Returns the path in `params` of the last nn.Dense that apply(*args) calls, such as ('head',).
 
-    Only traces `apply`, and computes nothing.
+    Only traces `apply`, and computes nothing. Raises a ModelError if the layer has no bias, or if there is none.
     """
     calls = []
     with _dense_calls(calls):
         jax.eval_shape(apply, *args)
+    if not calls or not calls[-1][2]:
+        raise ModelError('--laplace needs a network whose last layer is an nn.Dense with a bias')
     return calls[-1][0]
 
 
@@ -255,7 +257,7 @@ def _dense_calls(calls):
 
     def intercept(function, inputs, options, context):
         if isinstance(context.module, nn.Dense) and context.method_name == '__call__':
-            calls.append((context.module.path, inputs[0]))
+            calls.append((context.module.path, inputs[0], context.module.use_bias))
         return function(*inputs, **options)
 
     return nn.intercept_methods(intercept)

@@ -12,16 +12,18 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
 from runs import launch
 
 # isort: split
+import argparse
 import glob
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from evaluation import comparison, measures, predictions, request, tables, trained
+from evaluation import comparison, measures, posteriors, predictions, request, tables, trained
 from evaluation.request import Request
 from runs import checkpoints, devices, folders, hosts, json_files, parsing, provenance, training_flags
 
-# Flags that may differ between the processes of one evaluation.
+# Flags that may differ between the processes of one evaluation. Corruptions must be asked for in all or in none.
 OF_PROCESS = (
     'resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid',
     'jointimeout',
@@ -42,7 +44,7 @@ def main(argv=None):
         hosts.wait_for_all()  # the first process has written its files, and all may end
 
 
-def evaluate_all(args, asked: Request):
+def evaluate_all(args: argparse.Namespace, asked: Request) -> None:
     """Evaluates each run, or reads what was predicted before, and compares several. Raises UserErrors."""
     several = len(args.resultsfolder) > 1
     configs = hosts.from_first(lambda: [training_flags.checked_config(run) for run in args.resultsfolder])
@@ -60,7 +62,7 @@ def evaluate_all(args, asked: Request):
         compare(results, args, asked)
 
 
-def evaluate(run, config, args, asked: Request) -> comparison.Result:
+def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) -> comparison.Result:
     """Restores a run, predicts, measures part by part and prints all. Each part is written before the next begins."""
     restored = trained.restore(run, asked.checkpoint, config)
     warn(restored, asked)
@@ -74,7 +76,7 @@ def evaluate(run, config, args, asked: Request) -> comparison.Result:
             results |= part
             if hosts.is_first():
                 json_files.write_json(asked.metrics_file(run), results | provenance.environment())
-                if part.keys() >= {'mean'}:
+                if 'mean' in part:
                     predictions.write(
                         asked.predictions_file(run), prediction, images.labels, asked.num_samples, restored.progress
                     )
@@ -87,7 +89,9 @@ def evaluate(run, config, args, asked: Request) -> comparison.Result:
     return comparison.Result(restored.flags, images.labels, *probs, asked.num_samples, asked.laplace)
 
 
-def parts(posterior, images, predicted, asked: Request):
+def parts(
+    posterior: posteriors.Posterior, images: trained.Images, predicted: list[posteriors.Prediction], asked: Request
+) -> Iterator[dict]:
     """Measures what is asked for. Yields new entries of metrics.json."""
     prediction, samples, bins = predicted[-1], asked.num_samples, asked.bins
     yield prediction.metrics(images.labels, bins)
@@ -102,7 +106,7 @@ def parts(posterior, images, predicted, asked: Request):
         yield {'corruptions': measures.all_corrupted(posterior, images.corrupted, images.labels, samples, bins)}
 
 
-def require_possible(runs, args, asked: Request):
+def require_possible(runs: dict, args: argparse.Namespace, asked: Request) -> None:
     """Raises a UserError for runs that cannot be evaluated or compared as asked, before any of them is evaluated."""
     for run, config in runs.items():
         if args.reuse:
@@ -125,11 +129,12 @@ def require_possible(runs, args, asked: Request):
         hosts.from_first(lambda: [checkpoints.require_whole(run).name for run in runs])
 
 
-def folder_of_tables(args):
+def folder_of_tables(args: argparse.Namespace) -> Path:
+    """Returns --output, or the folder that all runs are in."""
     return args.output or Path(os.path.commonpath(map(os.path.realpath, args.resultsfolder)))
 
 
-def warn(restored: trained.Trained, asked: Request):
+def warn(restored: trained.Trained, asked: Request) -> None:
     """Warns, in the first process, of a run that is not complete, and of batch statistics of other weights."""
     if not hosts.is_first():
         return
@@ -140,14 +145,15 @@ def warn(restored: trained.Trained, asked: Request):
         print(f'test.py: warning: {what}: estimate them again with --bnrefresh 10 or more', file=sys.stderr)
 
 
-def warn_if_incomplete(run, config, progress):
+def warn_if_incomplete(run: Path, config: dict, progress: checkpoints.Progress) -> None:
+    """Warns of a run that was not trained to its end."""
     epochs = config['flags']['epochs']
     if progress.trained() != folders.end_of_training(config, epochs):
         where = f'epoch {progress.epoch + 1} of {epochs + 1}'
         print(f'test.py: warning: {run} is evaluated in {where}', file=sys.stderr)
 
 
-def compare(results, args, asked: Request):
+def compare(results: list[comparison.Result], args: argparse.Namespace, asked: Request) -> None:
     """Prints the tables of several runs, and writes them."""
     comparison.check_labels(results)
     text, rows, values = comparison.report(results, asked.bins, with_ensembles=args.ensemble)
@@ -157,7 +163,9 @@ def compare(results, args, asked: Request):
         print('written: ' + ', '.join(str(path) for path in written))
 
 
-def draw(restored, images, prediction, results, asked: Request) -> Path:
+def draw(
+    restored: trained.Trained, images: trained.Images, prediction: posteriors.Prediction, results: dict, asked: Request
+) -> Path:
     """Writes the pictures of a run and returns their folder. Raises RunError."""
     from evaluation import plots  # Matplotlib takes most of a second
 

@@ -50,13 +50,13 @@ def main(argv=None):
     launch.use_compilecache(args.compilecache)
     start = argparse.Namespace(**{name: vars(args).pop(name) for name in training_flags.OF_START})
     advice = {'after_an_end': 'go on with --resume when all are back', 'less_memory': LESS_MEMORY}
-    with signals.Stop() as stop, hosts.joined('train.py', start, **advice, stops_by_step=True) as held:
+    with signals.Stop() as stop, hosts.joined('train.py', start, **advice, stops_by_step=True) as stack:
         args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
         if start.resume:
             given['compilecache'] = args.compilecache  # the run's own may be anybody's: machine code is run from there
-            training = resume(start.resume, start.checkpoint, given, held)
+            training = resume(start.resume, start.checkpoint, given, stack)
         else:
-            training = begin(args, held)
+            training = begin(args, stack)
         announce(training, with_devices=bool(start.coordinator))
         with contextlib.closing(Report(training)) as report:
             stop.begin()
@@ -70,7 +70,7 @@ def main(argv=None):
 class Training(NamedTuple):
     """A run folder, the run's flags, and all that is needed to train from `progress` on.
 
-    train: images uint8 [N, H, W, C] and labels int32 [N]. held_out: likewise, what epochs are evaluated on.
+    train: images uint8 [N, H, W, C] and labels int32 [N]. evaluated: likewise, what epochs are evaluated on.
     """
 
     run: Path
@@ -78,7 +78,7 @@ class Training(NamedTuple):
     mesh: jax.sharding.Mesh
     experiment: experiment.Experiment
     train: tuple[np.ndarray, np.ndarray]
-    held_out: tuple[np.ndarray, np.ndarray]
+    evaluated: tuple[np.ndarray, np.ndarray]
     augmented: bool
     state: Any
     progress: checkpoints.Progress
@@ -109,9 +109,9 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
             training.experiment.normalise, augmented=training.augmented,
             streamed=args.stream or hosts.must_stream(training.train[0]),
         )  # fmt: skip
-        held_out = posteriors.parts(training.held_out[0], args.testbatchsize, args.stream)
+        evaluated = posteriors.parts(training.evaluated[0], args.testbatchsize, args.stream)
         stopped = False
-        while progress.epoch <= args.epochs and not stopped:
+        while progress.epoch <= args.epochs and not stopped:  # epochs + 1 of them, as in the reference
             epoch = Epoch(training, progress)
             for batch in feed.batches(progress.epoch, progress.step):
                 state, loss = step(state, batch, epoch.lr_factor)
@@ -119,16 +119,16 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
                 report.step(epoch.done, epoch.mean_loss)
                 stopped = hosts.reached_stop(stop)
                 if epoch.done == training.steps or stopped or epoch.due(epoch.done):
-                    progress = epoch.check(state)
+                    progress = epoch.checked_progress(state)
                     writer.save(state, progress)
                 if stopped:
                     break
             else:
-                record = evaluate(training, state, progress, held_out)
+                record = evaluate(training, state, progress, evaluated)
                 progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
                 log.write(progress.log)
                 report.epoch(record)
-    if log.failed:  # as long as a checkpoint was being written, the disk may have been fuller than it is now
+    if log.failed:  # once more, because a checkpoint that was being written may have filled the disk
         log.write(progress.log)
     return hosts.from_first(lambda: not (writer.failed or log.failed))
 
@@ -136,9 +136,9 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
 class Epoch:
     """An epoch under way: its learning rate, its time, and the losses of its steps, which devices still compute."""
 
-    def __init__(self, training, progress):
+    def __init__(self, training: Training, progress: checkpoints.Progress) -> None:
         if progress.lr_factor is None:
-            progress = progress._replace(lr_factor=experiment.relative_rate(vars(training.args), progress.epoch))
+            progress = progress._replace(lr_factor=experiment.lr_factor_of(vars(training.args), progress.epoch))
         self._training, self._progress = training, progress
         self._began = time.perf_counter() - progress.seconds
         self._in_flight = collections.deque()
@@ -151,14 +151,14 @@ class Epoch:
         """The mean loss of the steps that are known to be done."""
         return self.loss / max(1, self.done - len(self._in_flight))
 
-    def add(self, loss):
+    def add(self, loss: jax.Array) -> None:
         """Notes a step. Waits for the loss of an earlier one, so that two are under way at most when a signal comes."""
         self.done += 1
         self._in_flight.append((self.done, loss))
         if len(self._in_flight) > 2:
             self._take_loss()
 
-    def check(self, state) -> checkpoints.Progress:
+    def checked_progress(self, state: Any) -> checkpoints.Progress:
         """Waits for all steps so far. Returns the progress after them. Raises DivergenceError, unless --keepgoing."""
         while self._in_flight:
             self._take_loss()
@@ -178,7 +178,8 @@ class Epoch:
         args, progress = self._training.args, self._progress
         if args.keepgoing:
             return
-        saved = 'checkpoints before it stay' if progress.epoch or progress.step else 'there is no checkpoint'
+        has_saved = checkpoints.all_steps(self._training.run / 'checkpoints')
+        saved = 'checkpoints before it stay' if has_saved else 'there is no checkpoint'
         smaller = '--alpha' if args.rho is None else '--alpha or --rho'
         raise DivergenceError(
             f'{what} after step {progress.epoch * self._training.steps + step} (epoch {progress.epoch + 1}), learning '
@@ -187,24 +188,24 @@ class Epoch:
         )
 
 
-def evaluate(training: Training, state, progress: checkpoints.Progress, held_out: list) -> dict:
+def evaluate(training: Training, state, progress: checkpoints.Progress, evaluated: list) -> dict:
     """Returns the log's record of an epoch."""
     args = training.args
     probs = posteriors.probs_at(
-        training.experiment.apply, state.params, state.batch_stats, held_out, args.testbatchsize
+        training.experiment.apply, state.params, state.batch_stats, evaluated, args.testbatchsize
     )
     return {
         'epoch': progress.epoch,
         'loss': progress.loss / training.steps,
-        f'{training.split}_accuracy': metrics.accuracy(probs, training.held_out[1]),
+        f'{training.split}_accuracy': metrics.accuracy(probs, training.evaluated[1]),
         'learning_rate': args.alpha * progress.lr_factor,
         'seconds': round(progress.seconds, 3),
         'images_per_second': round(training.steps * args.batchsize / progress.seconds, 1),
     }
 
 
-def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Training:
-    """Returns a Training in a new run folder, which is locked until `held` is closed.
+def begin(args: argparse.Namespace, stack: contextlib.ExitStack) -> Training:
+    """Returns a Training in a new run folder, which is locked until `stack` is closed.
 
     Raises DataError, DeviceError, ModelError and RunError.
     """
@@ -217,7 +218,7 @@ def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Training:
 
     def create():
         run = folders.create(args.resultsfolder, args.dataset, args.model, args.optim)
-        held.enter_context(folders.locked(run))
+        stack.enter_context(folders.locked(run))
         folders.write_config(run, config | {'num_data': functions.num_data} | provenance.environment())
         return str(run)
 
@@ -225,7 +226,7 @@ def begin(args: argparse.Namespace, held: contextlib.ExitStack) -> Training:
     return Training(run, args, mesh, functions, *images, augmented, state, checkpoints.Progress())
 
 
-def resume(run: Path, step: int | None, given: dict, held: contextlib.ExitStack) -> Training:
+def resume(run: Path, step: int | None, given: dict, stack: contextlib.ExitStack) -> Training:
     """Returns a Training from a run's newest checkpoint, or from the checkpoint of `step`; locked as by `begin`.
 
     given: flags of now, {name: value}, such as other paths and other epochs.
@@ -236,14 +237,15 @@ def resume(run: Path, step: int | None, given: dict, held: contextlib.ExitStack)
         given.setdefault('devices', None)
     args = training_flags.continued(argparse.Namespace(**before['flags']), given, run)
     if hosts.is_first():
-        held.enter_context(folders.locked(run))
+        stack.enter_context(folders.locked(run))
     mesh = devices.mesh_of_training(args, flags_hold=True)
     provenance.require_same_precision(run, before)
     config, augmented, *images = read(args)
     data.require_images_of_run(config['dataset'], before['dataset'], args.datasetfolder, run)
     functions = experiment.create(config)
     _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
-    least = progress.epoch if step is None else before['flags']['epochs']  # later checkpoints may be there
+    # From an older checkpoint a shorter run would leave later checkpoints behind.
+    least = progress.epoch if step is None else before['flags']['epochs']
     if args.epochs < least:
         raise folders.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')
     if hosts.is_first():
@@ -253,27 +255,28 @@ def resume(run: Path, step: int | None, given: dict, held: contextlib.ExitStack)
 
 
 def read(args: argparse.Namespace) -> tuple[dict, bool, tuple, tuple]:
-    """Returns the configuration of a run, whether it augments images, and its `train` and `held_out`.
+    """Returns the configuration of a run, whether it augments images, and its `train` and `evaluated`.
 
     Raises DataError and DeviceError.
     """
     dataset = data.dataset(args.dataset, args.datasetfolder)
     train, held_out = data.read_train(dataset, vars(args))
-    held_out = held_out or dataset.read('test')
+    evaluated = held_out or dataset.read('test')
     images, labels = train
     if args.batchsize > len(images):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images)} training images')
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images, labels)}
     same = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
     hosts.require_same({'flags': same, 'data set': config['dataset']})
-    hosts.require_same_arrays('images', images[:: len(images) // 16 + 1], labels, held_out[1])
-    return config, dataset.augment and not args.noaugment, train, held_out
+    some = images[:: len(images) // 16 + 1]  # about 16 of them, because all would take long
+    hosts.require_same_arrays('images', some, labels, evaluated[1])
+    return config, dataset.augment and not args.noaugment, train, evaluated
 
 
 def announce(training: Training, with_devices: bool) -> None:
     """Prints the sizes of a run. Warns if the whole run is warm-up."""
     args = training.args
-    sizes = f'{len(training.train[0])} training and {len(training.held_out[0])} {training.split} images'
+    sizes = f'{len(training.train[0])} training and {len(training.evaluated[0])} {training.split} images'
     if with_devices:
         sizes += f', {training.mesh.size} devices'
     print(f'{training.run}: {sizes}', flush=True)

@@ -48,8 +48,8 @@ class Images(NamedTuple):
 
     Attributes:
         images, labels: of the split, or a part of it.
-        train: images and labels that the run was trained on, None if they are not needed.
-        held_out: images and labels that the run held out, None if there are none or they are not needed.
+        train, held_out: images and labels that the run was trained on and held out, None if no part of the request
+            needs them.
         augmented: whether the run augmented its images.
         ood: {name: (images in the run's shape, the shape that they had)}.
         corrupted: {name: function(severity) -> images}.
@@ -67,7 +67,7 @@ class Images(NamedTuple):
 def read_images(trained: Trained, request: Request, dataset_folder: str | None) -> Images:
     """Reads all images that a request is about. Raises DataError, also if they are not the images of the run."""
     flags, described = trained.flags, trained.config['dataset']
-    folder = dataset_folder or training_flags.folder_there(flags['datasetfolder'])
+    folder = dataset_folder or training_flags.folder_or_default(flags['datasetfolder'])
     dataset = data.dataset(flags['dataset'], folder)
     train = held_out = None
     if request.temperature or request.split == 'validation' or request.bnrefresh or request.laplace:

@@ -39,17 +39,17 @@ def joined(
         less_memory: what takes less memory of a device.
         stops_by_step: as for `join`.
     """
-    with contextlib.ExitStack() as held:
-        held.enter_context(ended_together(script, after_an_end))
-        held.enter_context(launch.one_line_errors(script))
-        held.enter_context(devices.enough_memory(less_memory))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ended_together(script, after_an_end))
+        stack.enter_context(launch.one_line_errors(script))
+        stack.enter_context(devices.enough_memory(less_memory))
         if start.coordinator:
             join(script, start.coordinator, start.processes, start.processid, start.jointimeout, stops_by_step)
         devices.require()
         wait_for_all()  # before they read data: it may take one of them longer than the others would wait
         if not is_first():
-            held.enter_context(contextlib.redirect_stdout(None))
-        yield held
+            stack.enter_context(contextlib.redirect_stdout(None))
+        yield stack
 
 
 def join(

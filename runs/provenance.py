@@ -5,7 +5,10 @@ import os
 import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+
+import jax
 
 import errors
 from runs import folders, hosts
@@ -13,10 +16,6 @@ from runs import folders, hosts
 
 def environment() -> dict:
     """Returns the versions, the git commit and the device of this process."""
-    from importlib import metadata
-
-    import jax  # imported late because JAX takes most of a second
-
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
     device = jax.devices()[0]
     return {

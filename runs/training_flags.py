@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def parse(argv: list[str] | None = None, exits: bool = True) -> tuple[argparse.Namespace, dict]:
     """Returns all flags of a command line, and {name: value} of those that it gives.
 
-    Flags of the reference have its defaults. With --resume the optimizer's flags stay unset, because the run has them.
+    With --resume the optimizer's flags stay unset, because the run has them.
     Ends the script with status 2 for flags that cannot be, or raises a ValueError.
     """
     parser = create_parser(exits)
@@ -127,7 +127,7 @@ def parse(argv: list[str] | None = None, exits: bool = True) -> tuple[argparse.N
     if args.checkpoint is not None and args.resume is None:
         parser.error('--checkpoint goes with --resume')
     parsing.require_whole_address(parser, args)
-    _require_own_seeds(parser, args, given)
+    _require_seeds_alone(parser, args, given)
     if args.resume is None:
         try:
             _choose_own_flags(args)
@@ -137,7 +137,7 @@ def parse(argv: list[str] | None = None, exits: bool = True) -> tuple[argparse.N
     return args, given
 
 
-def _require_own_seeds(parser, args, given):
+def _require_seeds_alone(parser, args, given):
     for name in ('resume', 'randomseed', 'coordinator', 'devices'):
         if args.seeds and name in given:
             parser.error(f'--seeds does not go with --{name}')
@@ -188,11 +188,14 @@ def flags_of(config: dict, run: Path) -> argparse.Namespace:
     defaults = vars(create_parser().parse_args([]))
     held = config.get('flags')
     try:
+        if not isinstance(held, dict):
+            raise ValueError('they are no object')
+        # None stands for a flag that was not given, unless the flag has a default.
         values = {name: value for name, value in held.items() if value is not None or defaults.get(name) is not None}
         for name in values.keys() - (defaults.keys() - {*OF_START}):
             raise ValueError(f'there is no --{name}')
         args, _ = parse(arguments(values), exits=False)
-    except (AttributeError, ValueError) as error:
+    except ValueError as error:
         raise folders.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
     return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in OF_START})
 
@@ -207,7 +210,7 @@ def checked_config(run: Path) -> dict:
     return config | {'flags': vars(flags_of(config, run))}
 
 
-def folder_there(dataset_folder: str) -> str:
+def folder_or_default(dataset_folder: str) -> str:
     """Returns the folder of a run's data sets, or the default one if that is not there, as on another machine."""
     return dataset_folder if os.path.isdir(dataset_folder) else os.path.abspath('datasets')
 
@@ -227,7 +230,7 @@ def continued(args: argparse.Namespace, given: dict, run: Path) -> argparse.Name
             raise folders.RunError(
                 f'--epochs {value}: {run} records weights by a schedule of {held}; begin another run'
             )
-    return argparse.Namespace(**vars(args) | {'datasetfolder': folder_there(args.datasetfolder)} | given)
+    return argparse.Namespace(**vars(args) | {'datasetfolder': folder_or_default(args.datasetfolder)} | given)
 
 
 def create_parser(exits: bool = True) -> parsing.Parser:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.tree_util import Partial
 
 import models
@@ -68,3 +69,12 @@ def test_features_enter_the_last_layer(name, small_resnet18):
     logits, features = jax.jit(apply)(images)
     head = variables['params'][layer]
     np.testing.assert_allclose(features @ head['kernel'] + head['bias'][None], logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('layers', [0, 1])
+def test_networks_without_a_last_layer_that_has_a_bias(layers):
+    dense = nn.Dense(2, use_bias=False)
+    variables = dense.init(jax.random.key(0), jnp.ones((1, 3)))
+    run = (lambda x: dense.apply(variables, x)) if layers else (lambda x: x)
+    with pytest.raises(models.ModelError, match=r'last layer is an nn\.Dense with a bias'):
+        models.last_layer(run, jnp.ones((1, 3)))

@@ -279,6 +279,14 @@ def test_divergence_before_the_first_checkpoint(flags_of, capsys):
     assert stop.value.code == 1 and 'there is no checkpoint in' in capsys.readouterr().err
 
 
+def test_divergence_after_a_checkpoint_of_the_same_epoch(flags_of, monkeypatch, capsys):
+    """The rate is finite for the first step only."""
+    monkeypatch.setattr('optimizers.lr_factor', lambda epoch, epochs, warmup: 1e30)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags_of(optim='sgd', alpha=1e-29, checkpointevery=1, batchsize=5))
+    assert stop.value.code == 1 and 'checkpoints before it stay' in capsys.readouterr().err
+
+
 def test_state_that_is_not_finite_is_not_saved(flags_of, monkeypatch, capsys):
     """The rate of the second epoch is infinite; the loss of its first step is that of the weights before."""
     monkeypatch.setattr('optimizers.lr_factor', lambda epoch, epochs, warmup: 1 if epoch == 0 else math.inf)
