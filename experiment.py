@@ -21,7 +21,7 @@ from runs import training_flags
 
 
 class Experiment(NamedTuple):
-    """The functions of a run.
+    """The functions of a run. `step` takes what `data.Feed` yields, the others take images uint8 as they are read.
 
     Attributes:
         optimizer: with `init`, `step` and `sample`.
@@ -31,7 +31,8 @@ class Experiment(NamedTuple):
         step: step(state, batch, lr_factor) -> (state, loss), jitted. Donates the state. A batch is what `data.Feed`
             yields, normalised images float32 [B, H, W, C] and labels int32 [B].
         apply: apply(params, batch_stats, images uint8 [B, H, W, C]) -> logits [B, K].
-        update: update(params, batch_stats, images uint8 [B, H, W, C]) -> the batch statistics after a training batch.
+        update_batch_stats: of params, batch_stats, images uint8 [B, H, W, C] -> the batch statistics after a batch of
+            training.
     """
 
     optimizer: optimizers.Optimizer
@@ -40,7 +41,7 @@ class Experiment(NamedTuple):
     normalise: Callable
     step: Callable
     apply: Callable
-    update: Callable
+    update_batch_stats: Callable
 
     def state_shapes(self) -> Any:
         """Returns the shapes of the optimizer's state, as jax.ShapeDtypeStructs."""
@@ -81,11 +82,11 @@ def _create(model, precision, optim, arguments, num_data, image_shape, mean, std
         logits, _ = models.apply(model, params, batch_stats, normalise(images), train=False, dtype=dtype)
         return logits
 
-    def update(params, batch_stats, images):
+    def update_batch_stats(params, batch_stats, images):
         _, batch_stats = models.apply(model, params, batch_stats, normalise(images), train=True, dtype=dtype)
         return batch_stats
 
-    return Experiment(optimizer, num_data, init, normalise, step, apply, update)
+    return Experiment(optimizer, num_data, init, normalise, step, apply, update_batch_stats)
 
 
 def loss_function(model, dtype) -> Callable:

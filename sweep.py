@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     sweep = [fixed | values for values in varied]
     chosen = [] if args.summary else range(args.part[0], len(sweep), args.part[1])
     for values in sweep:
-        training_flags.parse_args(training_flags.arguments(values))
+        training_flags.parse_args(training_flags.command_line(values))
     _require_folder(args.output)
     for number, values in enumerate(sweep):
         processes.require_same_flags(_folder(args, number), values)
@@ -177,7 +177,7 @@ def _measured(args, number, values):
             continue
         except (OSError, ValueError) as error:
             raise folders.RunError(f'{trained}: its metrics cannot be read: {error}') from error
-        epochs = training_flags.parse_args(training_flags.arguments(values)).epochs
+        epochs = training_flags.parse_args(training_flags.command_line(values)).epochs
         end = folders.end_of_training(folders.read_config(trained), epochs)
         if all(found.get(name) == value for name, value in (request.recorded() | {'trained': end}).items()):
             return average

@@ -72,7 +72,7 @@ def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) 
     prediction, results = predicted[-1], {'trained': restored.progress.trained(), 'num_images': len(images.labels)}
     results |= asked.recorded()
     try:
-        for part in parts(posterior, images, predicted, asked):
+        for part in measurements(posterior, images, predicted, asked):
             results |= part
             if hosts.is_first():
                 json_files.write_json(asked.metrics_file(run), results | provenance.environment())
@@ -89,12 +89,12 @@ def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) 
     return comparison.Result(restored.flags, images.labels, *probs, asked.num_samples, asked.laplace)
 
 
-def parts(
+def measurements(
     posterior: posteriors.Posterior, images: trained.Images, predicted: list[posteriors.Prediction], asked: Request
 ) -> Iterator[dict]:
     """Measures what is asked for. Yields new entries of metrics.json."""
     prediction, samples, bins = predicted[-1], asked.num_samples, asked.bins
-    yield prediction.metrics(images.labels, bins)
+    yield prediction.measure(images.labels, bins)
     if len(predicted) > 1:
         yield {'samples': measures.curve(predicted, asked.testmc, images.labels, bins)}
     if asked.temperature:

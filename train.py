@@ -189,7 +189,7 @@ class Epoch:
 
 
 def evaluate(training: Training, state, progress: checkpoints.Progress, evaluated: list) -> dict:
-    """Returns the log's record of an epoch."""
+    """Returns the log's record of an epoch. `state.params` is the mean of the posterior."""
     args = training.args
     probs = posteriors.probs_at(
         training.experiment.apply, state.params, state.batch_stats, evaluated, args.testbatchsize
@@ -212,7 +212,7 @@ def begin(args: argparse.Namespace, stack: contextlib.ExitStack) -> Training:
     mesh = devices.mesh_of_training(args)
     if hosts.is_first():
         folders.require_place(args.resultsfolder, args.dataset, args.model, args.optim)
-    config, augmented, *images = read(args)
+    config, augmented, *images = configure(args)
     functions = experiment.create(config)
     state = jax.jit(functions.init)(experiment.keys(args.randomseed).init)
 
@@ -240,7 +240,7 @@ def resume(run: Path, step: int | None, given: dict, stack: contextlib.ExitStack
         stack.enter_context(folders.locked(run))
     mesh = devices.mesh_of_training(args, flags_hold=True)
     provenance.require_same_precision(run, before)
-    config, augmented, *images = read(args)
+    config, augmented, *images = configure(args)
     data.require_images_of_run(config['dataset'], before['dataset'], args.datasetfolder, run)
     functions = experiment.create(config)
     _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
@@ -254,7 +254,7 @@ def resume(run: Path, step: int | None, given: dict, stack: contextlib.ExitStack
     return Training(run, args, mesh, functions, *images, augmented, state, progress)
 
 
-def read(args: argparse.Namespace) -> tuple[dict, bool, tuple, tuple]:
+def configure(args: argparse.Namespace) -> tuple[dict, bool, tuple, tuple]:
     """Returns the configuration of a run, whether it augments images, and its `train` and `evaluated`.
 
     Raises DataError and DeviceError.

@@ -324,7 +324,7 @@ def evaluation_times(model, precision, turns, num_images, num_samples):
     def samples_then_metrics():
         for prediction in posterior.predict(images, range(1, num_samples + 1)):
             yield prediction
-        yield prediction.metrics(labels, num_bins=20)
+        yield prediction.measure(labels, num_bins=20)
 
     plain = partial(logits, images=images)
     next(samples_then_metrics()), plain()  # compiles

@@ -90,7 +90,7 @@ def probs_at(apply: Callable, params: Any, batch_stats: Any, parts: list, batch_
 
 
 @partial(jax.jit, static_argnames='where')
-def _samples_at(index, draw, key, where):
+def _draw_samples(index, draw, key, where):
     return where(Partial(_draw_at, draw, key), index)
 
 
@@ -138,7 +138,7 @@ class Prediction(NamedTuple):
         """Returns the share of pairs of samples that predict different classes, float64 [N]."""
         return metrics.disagreement(self.votes)
 
-    def metrics(self, labels: np.ndarray, num_bins: int) -> dict[str, dict]:
+    def measure(self, labels: np.ndarray, num_bins: int) -> dict[str, dict]:
         """Returns all metrics at the mean and of the average over samples.
 
         Args:
@@ -183,7 +183,7 @@ class Posterior:
         self, apply: Callable, sample: Callable, params: Any, batch_stats: Any, key: jax.Array, batch_size: int,
         *, is_point: bool, refresh: Callable | None = None,
     ) -> None:  # fmt: skip
-        self._apply, self._draw, self._batch_size, self._is_point = apply, sample, batch_size, is_point
+        self._apply, self._sample, self._batch_size, self._is_point = apply, sample, batch_size, is_point
         self._refresh = refresh or Partial(_same_for_all, batch_stats)
         self._key = sharding.send(key)
         self._mean = params, _refreshed(params, self._refresh, sharding.on_all)
@@ -194,7 +194,7 @@ class Posterior:
         hosts.require_same_arrays('images', images)
         sent = parts(images, self._batch_size)
         logits_at_mean = self._logits(self._mean, sent, sharding.on_all)
-        samples = itertools.repeat(logits_at_mean) if self._is_point else self._samples(sent, numbers[-1])
+        samples = itertools.repeat(logits_at_mean) if self._is_point else self._logits_of_samples(sent, numbers[-1])
         total, entropy, votes = 0, 0, np.zeros(logits_at_mean.shape, np.int32)
         for i, sampled in enumerate(itertools.islice(samples, numbers[-1]), start=1):
             probs = metrics.softmax(sampled)
@@ -203,7 +203,7 @@ class Posterior:
             if i in numbers:
                 yield Prediction(logits_at_mean, total / i, entropy / i, votes.copy())
 
-    def _samples(self, parts, num_samples):
+    def _logits_of_samples(self, parts, num_samples):
         """Yields the logits of each sample.
 
         Samples run in groups, one sample on each device. The samples of an incomplete group run on all devices each.
@@ -211,18 +211,18 @@ class Posterior:
         size = sharding.num_devices()
         left = num_samples if size == 1 else num_samples % size
         for first in range(0, num_samples - left, size):
-            weights = self._weights(np.arange(first, first + size, dtype=np.int32), sharding.on_each)
+            weights = self._sampled_weights(np.arange(first, first + size, dtype=np.int32), sharding.on_each)
             yield from self._logits(weights, parts, sharding.on_each)
         for i in range(num_samples - left, num_samples):
-            yield self._logits(self._weights(np.int32(i), sharding.on_all), parts, sharding.on_all)
+            yield self._logits(self._sampled_weights(np.int32(i), sharding.on_all), parts, sharding.on_all)
 
     def _logits(self, weights, parts, where):
         """Returns the logits of the images of all parts, float32 [N, K], or [D, N, K] for weights on each device."""
         return over_parts(lambda part: logits(self._apply, *weights, part, self._batch_size, where), parts)
 
-    def _weights(self, index, where):
+    def _sampled_weights(self, index, where):
         """Returns the sample at an index, or the samples at int [D] on each device, with their batch statistics."""
-        params = _samples_at(index, self._draw, self._key, where)
+        params = _draw_samples(index, self._sample, self._key, where)
         held = where, int(np.min(index))
         if held not in self._batch_stats:
             self._batch_stats[held] = _refreshed(params, self._refresh, where)

@@ -29,7 +29,8 @@ import errors
 from runs import hosts, json_files
 from runs.json_files import RunError
 
-FORMAT = 1  # of run folders, to be raised when older versions could no longer read a new run
+# The format of run folders, to be raised when older versions would misread a new run. A new flag they refuse by name.
+FORMAT = 1
 READABLE = (1,)  # formats; tests/runs has a run of each
 LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # what a process was writing or removing
 

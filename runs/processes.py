@@ -156,7 +156,7 @@ def train_seeds(values: dict, seeds: Sequence[int]) -> int:
 
     Returns an exit status: the highest of all processes, 0 if all succeed. A process that signal N ends has 128 + N.
     """
-    args = training_flags.parse_args(training_flags.arguments(values))
+    args = training_flags.parse_args(training_flags.command_line(values))
     left = set(seeds)
 
     def train(seed, run):
@@ -165,7 +165,8 @@ def train_seeds(values: dict, seeds: Sequence[int]) -> int:
 
         try:
             status = run(
-                [sys.executable, SCRIPTS / 'train.py', *training_flags.arguments(values | {'randomseed': seed})], write
+                [sys.executable, SCRIPTS / 'train.py', *training_flags.command_line(values | {'randomseed': seed})],
+                write,
             )
         except _StoppedError as stopped:
             parent = folders.parent_of(args.resultsfolder, args.dataset, args.model, args.optim)
@@ -230,7 +231,7 @@ def _trained(call, folder, values):
     begun = begun_run(folder)
     if begun:
         may_change = {name: value for name, value in values.items() if name in training_flags.MAY_CHANGE}
-        call('train.py', [f'--resume={begun}', *training_flags.arguments(may_change)])
+        call('train.py', [f'--resume={begun}', *training_flags.command_line(may_change)])
         return begun
     for left in folder.glob('*/*/run_*'):
         others = sorted(path.name for path in left.iterdir() if not _is_of_a_start(path))
@@ -239,13 +240,13 @@ def _trained(call, folder, values):
         with folders.locked(left):
             pass
         shutil.rmtree(left)  # after the lock is closed, because NFS keeps open files in the folder
-    call('train.py', [*training_flags.arguments(values), f'--resultsfolder={folder}'])
+    call('train.py', [*training_flags.command_line(values), f'--resultsfolder={folder}'])
     return next(folder.glob('*/*/run_*'))
 
 
 def _tested(call, trained, values, request):
     folders_given = {name: value for name, value in values.items() if name in ('datasetfolder', 'compilecache')}
-    call('test.py', [f'--resultsfolder={trained}', *training_flags.arguments(folders_given), *request.arguments()])
+    call('test.py', [f'--resultsfolder={trained}', *training_flags.command_line(folders_given), *request.arguments()])
     return json_files.read_json(request.metrics_file(trained))
 
 
@@ -256,7 +257,7 @@ def require_same_flags(folder: Path, values: dict) -> None:
     """
     exempt = {*training_flags.OF_START, *training_flags.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
     for path in folder.glob('*/*/run_*/config.json'):
-        given = vars(training_flags.parse_args(training_flags.arguments(values)))
+        given = vars(training_flags.parse_args(training_flags.command_line(values)))
         held = training_flags.checked_config(path.parent)['flags']
         for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
             if held[name] != given[name]:

@@ -71,7 +71,7 @@ OPTIMIZER_FLAGS = (
     ),
     OptimizerFlag(
         'atonce', 'atonce', integer(1), _each((*_SHARPNESS_AWARE, 'ivon'), None),
-        'sub-batches that are computed together, at most: they fill a GPU, and each takes memory (all; on CPUs 1)',
+        'sub-batches that are computed together, at most: they fill a GPU, and each takes memory; none: all, on CPUs 1',
     ),
     OptimizerFlag(
         'bnupdate', 'bnupdate', parsing.choice(BNUPDATES), _each(_SHARPNESS_AWARE, 'both'),
@@ -90,7 +90,7 @@ OPTIMIZER_FLAGS = (
     ),
     OptimizerFlag('hessinit', 'initial_hessian', number(above=0), {'ivon': 0.5}, 'initial Hessian h₀'),
     OptimizerFlag(
-        'clip', 'clip', number(above=0), {'ivon': None}, 'bound of an update before the learning rate, none by default'
+        'clip', 'clip', number(above=0), {'ivon': None}, 'bound of an update before the learning rate'
     ),
     OptimizerFlag('trainmc', 'num_samples', integer(1), {'ivon': 1}, 'samples of the weights a sub-batch'),
 )  # fmt: skip
@@ -173,7 +173,7 @@ def _choose_own_flags(args):
             setattr(args, row.name, row.defaults.get(args.optim))
 
 
-def arguments(values: dict) -> list[str]:
+def command_line(values: dict) -> list[str]:
     """Returns the flags {name: value} as on a command line. A switch is given if it is true."""
     parser = create_parser()
     given = {name: value for name, value in values.items() if value is not False or not parser.is_switch(name)}
@@ -194,7 +194,7 @@ def flags_of(config: dict, run: Path) -> argparse.Namespace:
         values = {name: value for name, value in held.items() if value is not None or defaults.get(name) is not None}
         for name in values.keys() - (defaults.keys() - {*OF_START}):
             raise ValueError(f'there is no --{name}')
-        args, _ = parse(arguments(values), exits=False)
+        args, _ = parse(command_line(values), exits=False)
     except ValueError as error:
         raise folders.RunError(f'{run}/config.json has flags that train.py would not take: {error}') from error
     return argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in OF_START})
@@ -289,10 +289,9 @@ _OPTIMIZER_HELP = (
 
 
 def _defaults(row):
-    """Returns, for --help, the default of each optimizer that has one."""
+    """Returns, for --help, the default of each optimizer that takes the flag."""
     optimizers_of = {}
-    for optim in OPTIMIZERS:
-        if row.defaults.get(optim) is not None:
-            optimizers_of.setdefault(row.defaults[optim], []).append(optim)
-    texts = [f'{value} for {", ".join(names)}' for value, names in optimizers_of.items()]
-    return f' (default: {"; ".join(texts)})' if texts else ''
+    for optim in (name for name in OPTIMIZERS if name in row.defaults):
+        optimizers_of.setdefault(row.defaults[optim], []).append(optim)
+    texts = [f'{"none" if value is None else value} for {", ".join(names)}' for value, names in optimizers_of.items()]
+    return f' (default: {"; ".join(texts)})'

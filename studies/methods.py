@@ -46,7 +46,7 @@ def main(argv=None):
     for draw in drawn:
         for values in (tuning_flags(args, *draw), final_flags(args, *draw, seed=0)):
             training_flags.parse_args(
-                training_flags.arguments(values)
+                training_flags.command_line(values)
             )  # ends the script if train.py would not take them
     nlls = complete(args, [partial(tune, args, number, *draw) for number, draw in enumerate(drawn)])
     tried = {optim: [] for optim in args.optimizers}

@@ -314,7 +314,7 @@ def published_table(found):
             ', '.join(cells(found[run], at, metrics.SHORT)) if run in found else ''
             for run in (name, f'{name}_bfloat16')
         ]
-        command = ' '.join(training_flags.arguments(flags)).replace('=', ' ')
+        command = ' '.join(training_flags.command_line(flags)).replace('=', ' ')
         rows.append([f'`{command}`', ', '.join(numbers), *ours])
     return tables.markdown(['ResNet-18: `python train.py` …', 'published', 'here', 'here, bfloat16'], rows)
 

@@ -247,7 +247,7 @@ def require_record(path, flags, evaluations):
 
 
 def command_of(flags):
-    return ' '.join(['python train.py', *training_flags.arguments(flags)])
+    return ' '.join(['python train.py', *training_flags.command_line(flags)])
 
 
 def compare(args, name, run):

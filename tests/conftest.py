@@ -1,3 +1,6 @@
+from runs import launch  # before JAX is imported elsewhere
+
+# isort: split
 import gc
 import json
 import os
@@ -12,7 +15,7 @@ import archives
 import children
 import experiment
 import models
-from runs import checkpoints, folders, launch, processes, signals
+from runs import checkpoints, folders, processes, signals
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 gc.set_threshold(10_000)  # JAX's traces are many objects that stay

@@ -307,7 +307,7 @@ def _read_config(folder, payload):
     folders.end_of_training(folders.read_config(folder), 2)
     config = training_flags.checked_config(folder)
     given = {name: value for name, value in config['flags'].items() if value is not None}
-    assert vars(training_flags.parse_args(training_flags.arguments(given))).items() >= config['flags'].items()
+    assert vars(training_flags.parse_args(training_flags.command_line(given))).items() >= config['flags'].items()
     with unittest.mock.patch.object(provenance, 'environment', return_value=_environment()):
         provenance.require_same_precision(folder, config)
     assert all(type(config['dataset'][name]) is int for name in ('num_train', 'num_classes'))
@@ -528,7 +528,7 @@ def _read_toml(folder, payload):
     fixed, varied = sweep.read(folder / 'sweep.toml')
     assert 0 < len(varied) <= 10_000
     for values in varied[:3]:
-        args = training_flags.parse_args(training_flags.arguments(fixed | values))
+        args = training_flags.parse_args(training_flags.command_line(fixed | values))
         for name, value in (fixed | values).items():
             held = getattr(args, name)
             assert str(held).lower() == str(value).lower() or type(held)(value) == held, (name, held, value)

@@ -358,7 +358,7 @@ def test_ctrl_c_ends_an_evaluation_without_a_traceback(flags_of, monkeypatch, ca
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, 'parts', interrupt)
+    monkeypatch.setattr(evaluate, 'measurements', interrupt)
     with pytest.raises(SystemExit) as stop:
         evaluate.main([f'--resultsfolder={run}'])
     assert stop.value.code == 130 and capsys.readouterr().err == ''

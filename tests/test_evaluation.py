@@ -105,7 +105,7 @@ def test_a_part_that_fails_loses_none_of_those_before(failing, trained, monkeypa
 
 def test_what_is_measured_is_in_a_file_before_the_next_part(trained, monkeypatch, capsys):
     """Nothing is printed meanwhile."""
-    run, found, parts = trained(), [], evaluate.parts
+    run, found, parts = trained(), [], evaluate.measurements
 
     def watched(*args):
         for part in parts(*args):
@@ -113,7 +113,7 @@ def test_what_is_measured_is_in_a_file_before_the_next_part(trained, monkeypatch
             yield part
         assert not capsys.readouterr().out
 
-    monkeypatch.setattr(evaluate, 'parts', watched)
+    monkeypatch.setattr(evaluate, 'measurements', watched)
     capsys.readouterr()
     evaluate.main([f'--resultsfolder={run}', '--testmc', '1', '2', '--temperature'])
     assert ['mean' in results for results in found] == [False, True, True]

@@ -66,7 +66,9 @@ def test_runs_of_a_sweep(toml):
     alphas = [run['alpha'] for run in runs]
     assert alphas[:2] == alphas[2:] and len(set(alphas)) == 2 and all(0.001 <= a <= 0.1 for a in alphas)
     assert sweep.read(toml)[1] == runs
-    assert '--noaugment' in training_flags.arguments(fixed) and '--validation=0.25' in training_flags.arguments(fixed)
+    assert '--noaugment' in training_flags.command_line(fixed) and '--validation=0.25' in training_flags.command_line(
+        fixed
+    )
 
 
 def test_whole_numbers_are_drawn_whole(toml):
