@@ -108,9 +108,8 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     crop_key, flip_key = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
-    cropped = jax.vmap(lambda image, c: jax.lax.dynamic_slice(image, (c[0], c[1], 0), images.shape[1:]))(
-        padded, corners
-    )
+    crop = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])  # noqa: E731
+    cropped = jax.vmap(crop)(padded, corners)
     flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
     return jnp.where(flipped, cropped[:, :, ::-1], cropped)
 

@@ -288,9 +288,8 @@ def swag(
 
     def step(state, batch, lr_factor=1.0):
         (value, batch_stats), grads = value_and_grad(state.iterate, state.batch_stats, batch)
-        iterate, momentum = _heavy_ball(
-            state.iterate, state.momentum, grads, learning_rate * lr_factor, beta1, weight_decay
-        )
+        rate = learning_rate * lr_factor
+        iterate, momentum = _heavy_ball(state.iterate, state.momentum, grads, rate, beta1, weight_decay)
         count = state.count + 1
         state = state._replace(iterate=iterate, momentum=momentum, count=count, batch_stats=batch_stats)
         due = (count >= swagstart) & ((count - swagstart) % swagevery == 0)
@@ -358,9 +357,8 @@ def ivon(
             return (grads, tree.map(jnp.multiply, moved, grads)), value, batch_stats
 
         key, step_key = jax.random.split(state.key)
-        averages, value, batch_stats = over_sub_batches(
-            gradient, state, batch, num_sub_batches, step_key, num_samples, atonce
-        )
+        arguments = gradient, state, batch, num_sub_batches, step_key, num_samples, atonce
+        averages, value, batch_stats = over_sub_batches(*arguments)
         return update(state, *averages, learning_rate * lr_factor)._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, products, rate):
@@ -479,9 +477,8 @@ def _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce):
             return grads, value, first if bnupdate == 'first' else second
 
         key, step_key = jax.random.split(state.key)
-        grads, value, batch_stats = over_sub_batches(
-            of_sub_batch, state, batch, num_sub_batches, step_key, atonce=atonce
-        )
+        arguments = of_sub_batch, state, batch, num_sub_batches, step_key
+        grads, value, batch_stats = over_sub_batches(*arguments, atonce=atonce)
         return state._replace(batch_stats=batch_stats, key=key), grads, value
 
     return gradient

@@ -77,9 +77,8 @@ def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) 
             if hosts.is_first():
                 json_files.write_json(asked.metrics_file(run), results | provenance.environment())
                 if 'mean' in part:
-                    predictions.write(
-                        asked.predictions_file(run), prediction, images.labels, asked.num_samples, restored.progress
-                    )
+                    path, progress = asked.predictions_file(run), restored.progress
+                    predictions.write(path, prediction, images.labels, asked.num_samples, progress)
     finally:  # on a full disk too
         title = f'\n{run}\n' if len(args.resultsfolder) > 1 else ''
         print(title + tables.evaluation(results), end='', flush=True)

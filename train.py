@@ -191,9 +191,8 @@ class Epoch:
 def evaluate(training: Training, state, progress: checkpoints.Progress, evaluated: list) -> dict:
     """Returns the log's record of an epoch. `state.params` is the mean of the posterior."""
     args = training.args
-    probs = posteriors.probs_at(
-        training.experiment.apply, state.params, state.batch_stats, evaluated, args.testbatchsize
-    )
+    apply, params, batch_stats = training.experiment.apply, state.params, state.batch_stats
+    probs = posteriors.probs_at(apply, params, batch_stats, evaluated, args.testbatchsize)
     return {
         'epoch': progress.epoch,
         'loss': progress.loss / training.steps,

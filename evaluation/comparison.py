@@ -115,9 +115,7 @@ def check_flags(flags: list[dict], split: str) -> None:
 def check_labels(results: list[Result]) -> None:
     """Raises a ComparisonError unless all results have the same labels and number of classes."""
     first = results[0]
-    same = (
-        np.array_equal(result.labels, first.labels) and result.probs.shape == first.probs.shape for result in results
-    )
+    same = (np.array_equal(r.labels, first.labels) and r.probs.shape == first.probs.shape for r in results)
     if not all(same):
         raise ComparisonError('the runs were evaluated on different images: evaluate them again, without --reuse')
 

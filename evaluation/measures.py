@@ -132,9 +132,8 @@ def all_corrupted(
         for name, at_severity in sets.items():
             results[name] = []
             for severity in corruptions.SEVERITIES:
-                results[name].append(
-                    _corrupted(posterior, at_severity(severity=severity), labels, num_samples, num_bins)
-                )
+                images = at_severity(severity=severity)
+                results[name].append(_corrupted(posterior, images, labels, num_samples, num_bins))
                 progress.update()
     return results
 

@@ -108,9 +108,8 @@ def posterior(trained: Trained, images: Images, request: Request, batch_size: in
     refresh = None
     if request.bnrefresh:
         batches = _training_batches(refresh_key, images, request.bnrefresh, trained.flags['batchsize'])
-        refresh = Partial(
-            partial(posteriors.batch_statistics, functions.update_batch_stats), state.batch_stats, batches
-        )
+        estimate = partial(posteriors.batch_statistics, functions.update_batch_stats)
+        refresh = Partial(estimate, state.batch_stats, batches)
     return posteriors.Posterior(
         functions.apply, sample, state.params, state.batch_stats, sample_key, batch_size,
         is_point=is_point, refresh=refresh,

@@ -330,9 +330,8 @@ def _read_progress(checkpoint):
         for record in held.log:
             folders.require_record_of_epoch(record)
         loss = math.nan if held.loss is None else float(held.loss)
-        return held._replace(
-            loss=loss, seconds=float(held.seconds), lr_factor=float(held.lr_factor), log=tuple(held.log)
-        )
+        floats = {'loss': loss, 'seconds': float(held.seconds), 'lr_factor': float(held.lr_factor)}
+        return held._replace(**floats, log=tuple(held.log))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise folders.RunError(f'{path} is not what train.py writes: {error}') from error
 

@@ -112,9 +112,8 @@ def has_checkpoint(run: str | Path) -> bool:
 
 def write_log(run: str | Path, records: list[dict]) -> None:
     """Writes log.jsonl whole, one line per epoch. If it raises a RunError, the old log stays."""
-    json_files.write_text(
-        Path(run) / 'log.jsonl', ''.join(json.dumps(json_files.finite(record)) + '\n' for record in records)
-    )
+    lines = [json.dumps(json_files.finite(record)) + '\n' for record in records]
+    json_files.write_text(Path(run) / 'log.jsonl', ''.join(lines))
 
 
 class Log:
