@@ -18,6 +18,8 @@ import models
 from runs import checkpoints, folders, processes, signals
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which processes of tests would inherit
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.set_threshold(10_000)  # JAX's traces are many objects that stay
 
 os.environ |= processes.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
