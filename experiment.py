@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
 import data
@@ -89,7 +90,7 @@ def _create(model, precision, optim, arguments, num_data, image_shape, mean, std
     return Experiment(optimizer, num_data, init, normalise, step, apply, update_batch_stats)
 
 
-def loss_function(model, dtype) -> Callable:
+def loss_function(model: nn.Module, dtype: jnp.dtype) -> Callable:
     """Returns an optimizer's loss: the mean negative log-likelihood of a batch, float [B, H, W, C] and int [B]."""
 
     def loss(params, batch_stats, batch):

@@ -31,7 +31,7 @@ OF_PROCESS = (
 
 
 @launch.script('test.py')
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     launch.use_compilecache(args.compilecache)
     advice = {'after_an_end': 'start them again', 'less_memory': 'a smaller --testbatchsize takes less'}
@@ -173,7 +173,7 @@ def draw(
     return folder
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
     args, given = parser.parse(argv)
     parsing.require_whole_address(parser, args)
@@ -185,7 +185,7 @@ def parse_args(argv=None):
     return args
 
 
-def create_parser():
+def create_parser() -> parsing.Parser:
     parser = parsing.Parser(__doc__)
     add = parser.add_argument
     help = 'run folders run_K that train.py printed; several are also compared with each other'

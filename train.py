@@ -43,7 +43,7 @@ class DivergenceError(errors.UserError):
 
 
 @launch.script('train.py')
-def main(argv=None):
+def main(argv: list[str] | None = None) -> Path:
     args, given = training_flags.parse(argv)
     if args.seeds:
         sys.exit(processes.train_seeds({name: given[name] for name in given if name != 'seeds'}, args.seeds))
@@ -188,7 +188,7 @@ class Epoch:
         )
 
 
-def evaluate(training: Training, state, progress: checkpoints.Progress, evaluated: list) -> dict:
+def evaluate(training: Training, state: Any, progress: checkpoints.Progress, evaluated: list) -> dict:
     """Returns the log's record of an epoch. `state.params` is the mean of the posterior."""
     args = training.args
     apply, params, batch_stats = training.experiment.apply, state.params, state.batch_stats

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def write(folder: Path, figures: dict[str, Figure | None]) -> None:
 
 
 def of_evaluation(
-    images, prediction: posteriors.Prediction, results: dict, log: list[dict]
+    images: Any, prediction: posteriors.Prediction, results: dict, log: list[dict]
 ) -> dict[str, Figure | None]:
     """Returns the figures of an evaluation, {name: Figure}, None for what was not measured.
 

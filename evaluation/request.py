@@ -1,5 +1,6 @@
 """What an evaluation is asked: the flags of test.py that say it, and the names of its files."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -41,13 +42,14 @@ class Request:
     checkpoint: int | None = None
 
     @classmethod
-    def of(cls, args) -> 'Request':
+    def of(cls, args: argparse.Namespace) -> 'Request':
         """Returns the Request of the flags of test.py."""
         values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
         return cls(**values | {'testmc': tuple(sorted(set(args.testmc))), 'ood': tuple(args.ood)})
 
     @property
     def num_samples(self) -> int:
+        """Returns the number of samples that all metrics are over."""
         return self.testmc[-1]
 
     def arguments(self) -> list[str]:
@@ -68,12 +70,15 @@ class Request:
         return {name: getattr(self, name) for name in names} | {'testmc': self.num_samples}
 
     def metrics_file(self, run: Path) -> Path:
+        """Returns the file of the metrics in a run folder."""
         return run / f'metrics{self._mark()}.json'
 
     def predictions_file(self, run: Path) -> Path:
+        """Returns the file of the predictions in a run folder."""
         return run / f'predictions{self._mark()}.npz'
 
     def plots_folder(self, run: Path) -> Path:
+        """Returns the folder of the pictures in a run folder."""
         return run / f'plots{self._mark()}'
 
     def _mark(self):

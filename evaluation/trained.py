@@ -28,6 +28,7 @@ class Trained(NamedTuple):
 
     @property
     def flags(self) -> dict:
+        """Returns the flags of the run."""
         return self.config['flags']
 
 

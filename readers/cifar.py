@@ -28,10 +28,12 @@ class Layout(NamedTuple):
 
     @property
     def binary_archive(self) -> str:
+        """Returns the name of the archive of records."""
         return self.official.url.rsplit('/', 1)[1]
 
     @property
     def python_archive(self) -> str:
+        """Returns the name of the archive of pickles."""
         return self.binary_archive.replace('binary', 'python')
 
 

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -76,7 +76,7 @@ def decoders(num_blocks: int) -> Executor:
     return ProcessPoolExecutor(min(num_blocks, os.cpu_count()), context, _end_with_parent)
 
 
-def submit(pool: Executor, function: Callable, *arguments: object):
+def submit(pool: Executor, function: Callable, *arguments: object) -> Future:
     """Submits a call to a pool, which may start a process for it, and returns the call's future.
 
     A spawned process imports the main script again, unless __main__ has no file. A script without a guard would run.

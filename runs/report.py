@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,7 +12,7 @@ from runs import hosts
 class Report:
     """Shows steps and epochs until it is closed."""
 
-    def __init__(self, training):
+    def __init__(self, training: Any) -> None:
         """training: has `args`, `steps` of an epoch, `split` and `progress`."""
         self.num_epochs, self.batch_size = training.args.epochs + 1, training.args.batchsize
         self.split, self.steps = training.split, training.steps
