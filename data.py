@@ -124,7 +124,7 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 class Dataset(NamedTuple):
-    """How to read an image set, and what to do with its images.
+    """Says how to read an image set, and whether to augment and how to normalise the images.
 
     Attributes:
         read: read(folder, 'train' or 'test') -> images uint8 [N, H, W, C] and labels int32 [N].

@@ -1,4 +1,4 @@
-"""What an evaluation is asked: the flags of test.py that say it, and the names of its files."""
+"""Requests: what to evaluate, as flags of test.py, and the files that the results go to."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from runs.parsing import integer
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is measured of a run. Fields have the names and the defaults of test.py's flags.
+    """Says what to measure of a run. Each field has the name and the default of a flag of test.py.
 
     Attributes:
         split: 'test' or 'validation', the images that the run held out.

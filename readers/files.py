@@ -76,8 +76,8 @@ def is_litter(name: str) -> bool:
 
 
 def budget(num_bytes: int) -> int:
-    """Returns how many bytes of memory or disk a file of `num_bytes` may stand for."""
-    return min(max(1 << 26, 64 * num_bytes), 1 << 32)
+    """Returns how many bytes of memory or disk a file of `num_bytes` may stand for: at least its own size."""
+    return max(min(max(1 << 26, 64 * num_bytes), 1 << 32), num_bytes)
 
 
 def require_within_budget(path: Path, claimed: int, num_bytes: int | None = None) -> None:

@@ -707,3 +707,11 @@ def test_all_but_tfds_works_without_it(tmp_path):
     done = subprocess.run([sys.executable, '-c', code, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True)
     expected = 'tfds/mnist: there is no tensorflow_datasets, run pip install -r requirements.txt'
     assert done.stdout.splitlines() == ['20', expected]
+
+
+@pytest.mark.parametrize(
+    ('num_bytes', 'budget'), [(10, 1 << 26), (1 << 25, 1 << 31), (1 << 30, 1 << 32), (5 << 30, 5 << 30)]
+)
+def test_budget(num_bytes, budget):
+    """A large checkpoint stands for itself."""
+    assert files.budget(num_bytes) == budget
