@@ -112,7 +112,7 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
         evaluated = posteriors.parts(training.evaluated[0], args.testbatchsize, args.stream)
         stopped = False
         while progress.epoch <= args.epochs and not stopped:  # epochs + 1 of them, as in the reference
-            epoch = Epoch(training, progress)
+            epoch = Epoch(training, progress, writer)
             for batch in feed.batches(progress.epoch, progress.step):
                 state, loss = step(state, batch, epoch.lr_factor)
                 epoch.add(loss)
@@ -136,10 +136,10 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
 class Epoch:
     """An epoch under way: its learning rate, its time, and the losses of its steps, which devices still compute."""
 
-    def __init__(self, training: Training, progress: checkpoints.Progress) -> None:
+    def __init__(self, training: Training, progress: checkpoints.Progress, writer: checkpoints.Writer) -> None:
         if progress.lr_factor is None:
             progress = progress._replace(lr_factor=experiment.lr_factor_of(vars(training.args), progress.epoch))
-        self._training, self._progress = training, progress
+        self._training, self._progress, self._writer = training, progress, writer
         self._began = time.perf_counter() - progress.seconds
         self._in_flight = collections.deque()
         self.lr_factor = sharding.replicate(np.float32(progress.lr_factor), training.mesh)
@@ -178,6 +178,7 @@ class Epoch:
         args, progress = self._training.args, self._progress
         if args.keepgoing:
             return
+        self._writer.wait()  # a checkpoint may still be on its way to the disk
         has_saved = checkpoints.all_steps(self._training.run / 'checkpoints')
         saved = 'checkpoints before it stay' if has_saved else 'there is no checkpoint'
         smaller = '--alpha' if args.rho is None else '--alpha or --rho'

@@ -259,7 +259,9 @@ def test_no_two_processes_train_a_run(flags_of, capsys):
 
 
 def test_divergence_keeps_the_last_finite_checkpoint(flags_of, monkeypatch, capsys):
-    """The rate of the second epoch is far too high; its second step's loss is no number."""
+    """The rate of the second epoch is far too high, so its second step's loss is NaN. The disk is slow."""
+    write = checkpoints.Writer._write
+    monkeypatch.setattr(checkpoints.Writer, '_write', lambda *args: time.sleep(1) or write(*args))
     monkeypatch.setattr('optimizers.lr_factor', lambda epoch, epochs, warmup: 1 if epoch == 0 else 1e30)
     with pytest.raises(SystemExit) as stop:
         train.main(flags_of(optim='sgd', alpha=0.05))
