@@ -1,4 +1,4 @@
-"""Train an image classifier with SGD, SAM, bSAM or one of their kin and leave a run folder for test.py.
+"""Train an image classifier with SGD, SAM, bSAM or a related optimizer, and leave a run folder for test.py.
 
 python train.py --dataset cifar10 --model resnet18 --optim bsam --alpha 0.5 --priorprec 40 --rho 0.01 --dafactor 4
 python train.py --resume results/cifar10_resnet18/bsam/run_0
@@ -7,7 +7,7 @@ python train.py --resume results/cifar10_resnet18/bsam/run_0
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves this folder out
 
 from runs import launch
 
@@ -33,11 +33,11 @@ from ops import sharding
 from runs import checkpoints, devices, folders, hosts, processes, provenance, signals, training_flags
 from runs.report import Report
 
-LESS_MEMORY = '--stream takes less, and so do --atonce 1, a smaller --batchsize or --precision bfloat16'
+LESS_MEMORY = '--stream, --atonce 1, a smaller --batchsize or --precision bfloat16 need less'
 
 
 class DivergenceError(errors.UserError):
-    """A run whose loss or weights are no longer finite."""
+    """Raised when the loss or the weights of a run are no longer finite."""
 
     status = 1
 
@@ -49,15 +49,20 @@ def main(argv: list[str] | None = None) -> Path:
         sys.exit(processes.train_seeds({name: given[name] for name in given if name != 'seeds'}, args.seeds))
     launch.use_compilecache(args.compilecache)
     start = argparse.Namespace(**{name: vars(args).pop(name) for name in training_flags.OF_START})
-    advice = {'after_an_end': 'go on with --resume when all are back', 'less_memory': LESS_MEMORY}
+    advice = {'after_an_end': 'resume with --resume in all processes', 'less_memory': LESS_MEMORY}
     with signals.Stop() as stop, hosts.joined('train.py', start, **advice, stops_by_step=True) as stack:
         args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
         if start.resume:
-            given['compilecache'] = args.compilecache  # the run's own may be anybody's: machine code is run from there
+            given['compilecache'] = (
+                args.compilecache
+            )  # never the run's own folder, because its machine code is executed
             training = resume(start.resume, start.checkpoint, given, stack)
         else:
             training = begin(args, stack)
-        announce(training, with_devices=bool(start.coordinator))
+        announce(training)
+        if hosts.is_first() and not start.resume:
+            for warning in training_flags.poor_settings(args, given):
+                print(f'train.py: warning: {warning}', file=sys.stderr)
         with contextlib.closing(Report(training)) as report:
             stop.begin()
             all_saved = train(training, stop, report)
@@ -68,9 +73,18 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 class Training(NamedTuple):
-    """A run folder, the run's flags, and all that is needed to train from `progress` on.
+    """A run that is ready to train.
 
-    train: images uint8 [N, H, W, C] and labels int32 [N]. evaluated: likewise, what epochs are evaluated on.
+    Attributes:
+        run: the run folder.
+        args: the flags of the run.
+        mesh: the devices.
+        experiment: the network, loss, optimizer and step.
+        train: training images uint8 [N, H, W, C] and labels int32 [N].
+        evaluated: images and labels on which every epoch is evaluated, of the same types.
+        augmented: whether training images are cropped and flipped at random.
+        state: the state of the optimizer.
+        progress: the epoch and step that `state` has reached.
     """
 
     run: Path
@@ -85,17 +99,17 @@ class Training(NamedTuple):
 
     @property
     def split(self) -> str:
-        """What epochs are evaluated on, 'test' or 'validation'."""
+        """Returns the name of the images on which epochs are evaluated: 'test' or 'validation'."""
         return 'validation' if self.args.validation else 'test'
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch."""
+        """Returns the number of steps per epoch."""
         return len(self.train[0]) // self.args.batchsize
 
 
 def train(training: Training, stop: signals.Stop, report: Report) -> bool:
-    """Takes the epochs that are left, or those up to a signal. Returns whether the last state and the log are saved.
+    """Trains for the remaining epochs, or until a signal. Returns whether the last state and the log are saved.
 
     Raises DivergenceError, unless --keepgoing.
     """
@@ -111,7 +125,7 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
         )  # fmt: skip
         evaluated = posteriors.parts(training.evaluated[0], args.testbatchsize, args.stream)
         stopped = False
-        while progress.epoch <= args.epochs and not stopped:  # epochs + 1 of them, as in the reference
+        while progress.epoch <= args.epochs and not stopped:  # epochs + 1 epochs, as in the published scripts
             epoch = Epoch(training, progress, writer)
             for batch in feed.batches(progress.epoch, progress.step):
                 state, loss = step(state, batch, epoch.lr_factor)
@@ -128,13 +142,13 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
                 progress = checkpoints.Progress(progress.epoch + 1, log=(*progress.log, record))
                 log.write(progress.log)
                 report.epoch(record)
-    if log.failed:  # once more, because a checkpoint that was being written may have filled the disk
+    if log.failed:  # tries once more, because an unfinished checkpoint may have filled the disk
         log.write(progress.log)
     return hosts.from_first(lambda: not (writer.failed or log.failed))
 
 
 class Epoch:
-    """An epoch under way: its learning rate, its time, and the losses of its steps, which devices still compute."""
+    """The current epoch: its learning rate, its time, and the losses of its steps. Devices may still compute losses."""
 
     def __init__(self, training: Training, progress: checkpoints.Progress, writer: checkpoints.Writer) -> None:
         if progress.lr_factor is None:
@@ -148,21 +162,21 @@ class Epoch:
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of the steps that are known to be done."""
+        """Returns the mean loss of the steps that have finished."""
         return self.loss / max(1, self.done - len(self._in_flight))
 
     def add(self, loss: jax.Array) -> None:
-        """Notes a step. Waits for the loss of an earlier one, so that two are under way at most when a signal comes."""
+        """Records a step. Waits for an earlier loss if more than two steps are in flight, so that a stop is quick."""
         self.done += 1
         self._in_flight.append((self.done, loss))
         if len(self._in_flight) > 2:
             self._take_loss()
 
     def checked_progress(self, state: Any) -> checkpoints.Progress:
-        """Waits for all steps so far. Returns the progress after them. Raises DivergenceError, unless --keepgoing."""
+        """Waits for all steps and returns the progress after them. Raises DivergenceError, unless --keepgoing."""
         while self._in_flight:
             self._take_loss()
-        if not jax.device_get(experiment.all_finite(state)):  # a finite loss can leave behind weights that are not
+        if not jax.device_get(experiment.all_finite(state)):  # weights can overflow after a finite loss
             self._diverged(self.done, 'weights or optimizer state are not finite')
         seconds = time.perf_counter() - self._began
         return self._progress._replace(step=self.done, loss=self.loss, seconds=seconds)
@@ -178,19 +192,19 @@ class Epoch:
         args, progress = self._training.args, self._progress
         if args.keepgoing:
             return
-        self._writer.wait()  # a checkpoint may still be on its way to the disk
+        self._writer.wait()  # until the last checkpoint is on the disk
         has_saved = checkpoints.all_steps(self._training.run / 'checkpoints')
-        saved = 'checkpoints before it stay' if has_saved else 'there is no checkpoint'
+        saved = 'earlier checkpoints remain' if has_saved else 'there is no checkpoint'
         smaller = '--alpha' if args.rho is None else '--alpha or --rho'
         raise DivergenceError(
             f'{what} after step {progress.epoch * self._training.steps + step} (epoch {progress.epoch + 1}), learning '
             f'rate {args.alpha * progress.lr_factor:g}: try a run with a smaller {smaller}, or more --warmup; '
-            f'{saved} in {self._training.run}; --keepgoing trains on all the same'
+            f'{saved} in {self._training.run}; --keepgoing continues in spite of it'
         )
 
 
 def evaluate(training: Training, state: Any, progress: checkpoints.Progress, evaluated: list) -> dict:
-    """Returns the log's record of an epoch. `state.params` is the mean of the posterior."""
+    """Evaluates an epoch at the posterior mean. Returns the epoch's record for the log."""
     args = training.args
     apply, params, batch_stats = training.experiment.apply, state.params, state.batch_stats
     probs = posteriors.probs_at(apply, params, batch_stats, evaluated, args.testbatchsize)
@@ -205,7 +219,7 @@ def evaluate(training: Training, state: Any, progress: checkpoints.Progress, eva
 
 
 def begin(args: argparse.Namespace, stack: contextlib.ExitStack) -> Training:
-    """Returns a Training in a new run folder, which is locked until `stack` is closed.
+    """Creates a run folder, locks it until `stack` is closed, and returns its Training.
 
     Raises DataError, DeviceError, ModelError and RunError.
     """
@@ -227,10 +241,16 @@ def begin(args: argparse.Namespace, stack: contextlib.ExitStack) -> Training:
 
 
 def resume(run: Path, step: int | None, given: dict, stack: contextlib.ExitStack) -> Training:
-    """Returns a Training from a run's newest checkpoint, or from the checkpoint of `step`; locked as by `begin`.
+    """Restores a run, locks its folder until `stack` is closed, and returns its Training.
 
-    given: flags of now, {name: value}, such as other paths and other epochs.
-    Raises DataError, DeviceError, ModelError and RunError.
+    Args:
+        run: the run folder.
+        step: the checkpoint to restore, None for the newest.
+        given: {name: value} of the flags that replace the run's own, such as other paths or other epochs.
+        stack: holds the lock.
+
+    Raises:
+        DataError, DeviceError, ModelError, RunError.
     """
     before = hosts.from_first(lambda: training_flags.checked_config(run))
     if 'coordinator' in given:
@@ -244,10 +264,10 @@ def resume(run: Path, step: int | None, given: dict, stack: contextlib.ExitStack
     data.require_images_of_run(config['dataset'], before['dataset'], args.datasetfolder, run)
     functions = experiment.create(config)
     _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
-    # From an older checkpoint a shorter run would leave later checkpoints behind.
+    # A run that is shortened at an older checkpoint would leave later checkpoints behind.
     least = progress.epoch if step is None else before['flags']['epochs']
     if args.epochs < least:
-        raise folders.RunError(f'--epochs {args.epochs} is too few to go on with {run}: take {least} or more')
+        raise folders.RunError(f'--epochs {args.epochs} is too few to resume {run}: use {least} or more')
     if hosts.is_first():
         folders.write_config(run, before | config)
         folders.write_log(run, progress.log)
@@ -255,7 +275,7 @@ def resume(run: Path, step: int | None, given: dict, stack: contextlib.ExitStack
 
 
 def configure(args: argparse.Namespace) -> tuple[dict, bool, tuple, tuple]:
-    """Returns the configuration of a run, whether it augments images, and its `train` and `evaluated`.
+    """Reads the images of a run. Returns (configuration, augmented, train, evaluated), see `Training`.
 
     Raises DataError and DeviceError.
     """
@@ -268,31 +288,42 @@ def configure(args: argparse.Namespace) -> tuple[dict, bool, tuple, tuple]:
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images, labels)}
     same = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
     hosts.require_same({'flags': same, 'data set': config['dataset']})
-    some = images[:: len(images) // 16 + 1]  # about 16 of them, because all would take long
+    some = images[:: len(images) // 16 + 1]  # about 16, because to compare all images would take long
     hosts.require_same_arrays('images', some, labels, evaluated[1])
     return config, dataset.augment and not args.noaugment, train, evaluated
 
 
-def announce(training: Training, with_devices: bool) -> None:
-    """Prints the sizes of a run. Warns if the whole run is warm-up."""
-    args = training.args
-    sizes = f'{len(training.train[0])} training and {len(training.evaluated[0])} {training.split} images'
-    if with_devices:
-        sizes += f', {training.mesh.size} devices'
-    print(f'{training.run}: {sizes}', flush=True)
-    if hosts.is_first() and args.warmup > max(args.epochs, 1):
-        what = f'with --warmup {args.warmup} and --epochs {args.epochs} the learning rate only rises'
-        print(f'train.py: warning: {what}: try --warmup 1', file=sys.stderr)
+def announce(training: Training) -> None:
+    """Prints what is about to run."""
+    args, optim = training.args, training.args.optim
+    images, evaluated = len(training.train[0]), len(training.evaluated[0])
+    shape = '×'.join(map(str, training.train[0].shape[1:]))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(training.state.params))
+    flags = [(f'--{row.name}', getattr(args, row.name)) for row in training_flags.rows_of(optim)]
+    flags = ' '.join(f'{name} {value}' for name, value in flags if value is not None)
+    device = training.mesh.devices.flat[0]
+    epoch, step = training.progress.epoch, training.progress.step
+    resumed = f'; resumed in epoch {epoch + 1} after step {step}' if epoch or step else ''
+    print(
+        f'{training.run}: {images} training and {evaluated} {training.split} images\n'
+        f'  network    {args.model}, {weights:,} weights, {args.precision}; '
+        f'{args.dataset} images {shape}{", augmented" if training.augmented else ""}\n'
+        f'  optimizer  {optim} {flags}, N = {training.experiment.num_data:,.0f}\n'
+        f'  training   {args.epochs + 1} epochs of {training.steps} steps, {args.batchsize} images per step{resumed}\n'
+        f'  devices    {training.mesh.size} × {device.device_kind}\n'
+        'compiling the first step, which can take a minute',
+        flush=True,
+    )
 
 
 def exit_unless_complete(run: Path, stop: signals.Stop, all_saved: bool) -> None:
-    """Ends the process of a run that a signal stopped, or whose end could not be saved, and says how to go on."""
+    """Exits with an error status if a signal stopped the run or its end could not be saved. Says how to resume."""
     if not all_saved:
         print(f'train.py: error: the last state or log of {run} could not be saved', file=sys.stderr)
         sys.exit(128 + stop.signal if stop.signal else 1)
     if stop.signal:
         if hosts.is_first():
-            print(f'saved; go on with: python train.py --resume {shlex.quote(str(run))}', file=sys.stderr)
+            print(f'saved; resume with: python train.py --resume {shlex.quote(str(run))}', file=sys.stderr)
         sys.exit(128 + stop.signal)
 
 

@@ -16,26 +16,38 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that explains defaults in --help and reports an error in one line.
 
     Args:
-        description: the text whose first line --help shows. None shows no line, as docstrings are None under
-            `python -OO`.
+        description: the script's docstring. --help shows its first line at the top and the other lines at the end. None
+            shows nothing, because `python -OO` removes docstrings.
         exits: whether an error ends the script with status 2. Otherwise an error raises a ValueError.
+        habits: {flag of other programs: what to give instead}, such as {'--lr': '--alpha'}.
     """
 
-    def __init__(self, description: str | None, exits: bool = True) -> None:
-        description = (description or '').split('\n')[0]
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-        self._exits = exits
+    def __init__(self, description: str | None, exits: bool = True, habits: dict[str, str] | None = None) -> None:
+        first, _, rest = (description or '').partition('\n')
+        super().__init__(description=first, epilog=rest, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self._exits, self._habits = exits, habits or {}
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        """Returns the flags of a command line. An unknown flag is an error that names a similar flag."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag, what = unknown[0].split('=')[0], 'flag' if unknown[0].startswith('-') else 'argument'
+            similar = self._similar(flag)
+            self.error(f'unknown {what}: {unknown[0]}' + (f'; use {similar}' if similar else ''))
+        return namespace
+
+    def _similar(self, flag):
+        own = {flag.lstrip('-'): flag for flag in self._option_string_actions}
+        name = flag.lstrip('-').lower().replace('-', '').replace('_', '')
+        habits = {habit.replace('-', ''): own for habit, own in self._habits.items()}
+        near = difflib.get_close_matches(name, own, n=1)
+        return habits.get(name) or own.get(name) or (own[near[0]] if near else None)
 
     def error(self, message: str) -> NoReturn:
         """Ends the script with a message and status 2, or raises a ValueError."""
         if not self._exits:
             raise ValueError(message)
         self.exit(2, f'{self.prog}: error: {errors.printable(message)} (see --help)\n')
-
-    def add_choice(self, flag: str, names: Collection[str], also: str | None = None, **options: Any) -> None:
-        """Adds a flag of type `choice`. Takes the options of add_argument."""
-        type = choice(names, also)
-        self.add_argument(flag, type=type, metavar=type.metavar, **options)
 
     def parse(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         """Returns all flags of a command line, and {name: value} of the flags that the command line gives."""
@@ -54,11 +66,15 @@ class Parser(argparse.ArgumentParser):
         return any(action.dest == name and hasattr(action.type, 'whole') for action in self._actions)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults of flags that have one."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the placeholder of each flag type instead of the flag's name in capitals."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+        is_unset = action.default in (None, []) or action.default is False
+        return action.help if is_unset or '(default:' in action.help else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, 'metavar', None) or super()._get_default_metavar_for_optional(action)
 
 
 def choice(names: Collection[str], also: str | None = None) -> Callable[[str], str]:
@@ -76,14 +92,14 @@ def choice(names: Collection[str], also: str | None = None) -> Callable[[str], s
     return choose
 
 
-def add_compilecache(parser: Parser) -> None:
+def add_compilecache(parser: argparse._ActionsContainer) -> None:
     """Adds --compilecache, the folder where XLA keeps compiled functions for the next start."""
-    help = 'folder of compiled functions, which make the next start fast; "off" for none'
+    help = 'folder that keeps compiled functions, so that the next start is fast; "off" keeps none'
     parser.add_argument('--compilecache', type=_folder_or_off, default=_default_compilecache(), help=help)
 
 
 def _default_compilecache():
-    """Returns the folder that JAX's own variables name, or a folder in the user's cache. 'off' without a home."""
+    """Returns the folder that JAX's own variables name, else a folder in the user's cache, else 'off'."""
     if os.environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'f', 'no', 'n', 'off'):
         return 'off'
     if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
@@ -95,20 +111,26 @@ def _default_compilecache():
 def _folder_or_off(text):
     """Reads a flag's value: 'off', or the path of a folder, which is returned as an absolute path."""
     if not text:
-        raise argparse.ArgumentTypeError("'' is no folder: name one, or give off")
+        raise argparse.ArgumentTypeError("'' is not a folder: name one, or give off")
     return text if text == 'off' else os.path.abspath(folder(text))
+
+
+_folder_or_off.metavar = 'FOLDER'
 
 
 def folder(text: str) -> str:
     """Reads a flag's value: the path of a folder or file. Replaces ~ by the home folder."""
     if not text:
-        raise argparse.ArgumentTypeError("'' is no path: name a folder or file")
+        raise argparse.ArgumentTypeError("'' is not a path: name a folder or file")
     if '\0' in text:
-        raise argparse.ArgumentTypeError(f'{errors.printable(text)!r} is no path: it holds a NUL character')
+        raise argparse.ArgumentTypeError(f'{errors.printable(text)!r} is not a path: it contains a NUL character')
     expanded = os.path.expanduser(text)
     if text.startswith('~') and not os.path.isabs(expanded):
-        raise argparse.ArgumentTypeError(f'{text!r}: this home folder is unknown: give the whole path')
+        raise argparse.ArgumentTypeError(f'{text!r}: this home folder is unknown: give the full path')
     return expanded
+
+
+folder.metavar = 'FOLDER'
 
 
 def path(text: str) -> pathlib.Path:
@@ -116,20 +138,20 @@ def path(text: str) -> pathlib.Path:
     return pathlib.Path(folder(text))
 
 
-def add_coordinator(parser: Parser) -> None:
+def add_coordinator(parser: argparse._ActionsContainer) -> None:
     """Adds --coordinator, --processes, --processid and --jointimeout, which join processes on several hosts."""
     add = parser.add_argument
-    help = 'run on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
+    help = 'joins processes on several hosts: the address of process 0, or auto to ask Slurm, Open MPI or Kubernetes'
     add('--coordinator', type=_address, metavar='HOST:PORT', help=help)
-    add('--processes', type=integer(1), metavar='N', help='with HOST:PORT: how many processes there are')
-    add('--processid', type=integer(0), metavar='I', help='with HOST:PORT: which of them this is')
-    help = 'how long processes wait for each other at the start (60); more where hosts become ready one by one'
+    add('--processes', type=integer(1), metavar='N', help='with HOST:PORT: the number of processes')
+    add('--processid', type=integer(0), metavar='I', help='with HOST:PORT: the number of this process, from 0')
+    help = 'how long processes wait for each other at start-up (default: 60); raise it if hosts become ready one by one'
     add('--jointimeout', type=integer(1), metavar='SECONDS', help=help)
 
 
-def add_jobs(parser: Parser) -> None:
+def add_jobs(parser: argparse._ActionsContainer) -> None:
     """Adds --jobs, the number of runs at once."""
-    parser.add_argument('--jobs', type=integer(1), help='runs at once; by default one per GPU, or one without any')
+    parser.add_argument('--jobs', type=integer(1), help='runs at once (default: one per GPU, or one without a GPU)')
 
 
 def _address(text):
@@ -144,10 +166,10 @@ def require_whole_address(parser: Parser, args: argparse.Namespace) -> None:
     """Ends the script if the flags of add_coordinator cannot be combined."""
     numbers = (args.processes, args.processid)
     if args.jointimeout and not args.coordinator:
-        parser.error('--jointimeout goes with --coordinator')
+        parser.error('--jointimeout needs --coordinator')
     if args.coordinator in (None, 'auto'):
         if numbers != (None, None):
-            parser.error('--processes and --processid go with --coordinator HOST:PORT')
+            parser.error('--processes and --processid need --coordinator HOST:PORT')
     elif None in numbers or args.processid >= args.processes:
         parser.error('--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1')
 
@@ -164,7 +186,7 @@ def integer(minimum: int, below: int = 2**31) -> Callable[[str], int]:
         bound = f' and less than {below}' if below < 2**31 or (value or 0) >= below else ''
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {minimum} or more{bound}')
 
-    parse.whole = True
+    parse.whole, parse.metavar = True, 'N'
     return parse
 
 
@@ -184,6 +206,7 @@ def number(above: float = -math.inf, minimum: float = -math.inf, below: float = 
         held = ' that float32 holds' if inside else ''
         raise argparse.ArgumentTypeError(f'{text!r} is not a number {" and ".join(bounds)}{held}')
 
+    parse.metavar = 'X'
     return parse
 
 
@@ -211,7 +234,7 @@ def new_file(text: str) -> pathlib.Path:
     if os.path.isdir(name):
         raise argparse.ArgumentTypeError(f'{name} is a folder: give the path of a file')
     if not os.path.isdir(name.parent):
-        raise argparse.ArgumentTypeError(f'{name.parent} is no folder: make it first')
+        raise argparse.ArgumentTypeError(f'{name.parent} is not a folder: create it first')
     if not os.access(name.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f'{name.parent} cannot be written')
+        raise argparse.ArgumentTypeError(f'{name.parent} is not writable')
     return name
