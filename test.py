@@ -1,13 +1,14 @@
-"""Evaluate runs: how good their predictions are, and how sure, at the mean of the posterior and averaged over samples.
+"""Evaluate runs: accuracy and uncertainty, at the posterior mean and averaged over posterior samples.
 
-python test.py --resultsfolder results/cifar10_resnet18/bsam/run_0 --testmc 32
-python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
+examples:
+  python test.py --resultsfolder results/cifar10_resnet18/bsam/run_0 --testmc 32
+  python test.py --resultsfolder results/cifar10_resnet18/*/run_* --testmc 32
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves this folder out
 
 from runs import launch
 
@@ -23,7 +24,7 @@ from evaluation import comparison, measures, posteriors, predictions, request, t
 from evaluation.request import Request
 from runs import checkpoints, devices, folders, hosts, json_files, parsing, provenance, training_flags
 
-# Flags that may differ between the processes of one evaluation. Corruptions must be asked for in all or in none.
+# Flags that may differ between the processes of one evaluation. --corruptions must be given to all or to none.
 OF_PROCESS = (
     'resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid',
     'jointimeout',
@@ -34,18 +35,18 @@ OF_PROCESS = (
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     launch.use_compilecache(args.compilecache)
-    advice = {'after_an_end': 'start them again', 'less_memory': 'a smaller --testbatchsize takes less'}
+    advice = {'after_an_end': 'start all processes again', 'less_memory': 'a smaller --testbatchsize takes less'}
     with hosts.joined('test.py', args, **advice):
         same = {name: value for name, value in vars(args).items() if name not in OF_PROCESS}
         same['corruptions'] = args.corruptions is not None
         hosts.require_same({'flags': same, 'number of runs': len(args.resultsfolder)})
         with jax.set_mesh(devices.create_mesh(args.devices)):
             evaluate_all(args, Request.of(args))
-        hosts.wait_for_all()  # the first process has written its files, and all may end
+        hosts.wait_for_all()  # until the first process has written its files
 
 
 def evaluate_all(args: argparse.Namespace, asked: Request) -> None:
-    """Evaluates each run, or reads what was predicted before, and compares several. Raises UserErrors."""
+    """Evaluates each run, or reads its saved predictions with --reuse. Compares several runs. Raises UserErrors."""
     several = len(args.resultsfolder) > 1
     configs = hosts.from_first(lambda: [training_flags.checked_config(run) for run in args.resultsfolder])
     runs = dict(zip(args.resultsfolder, configs, strict=True))
@@ -63,7 +64,7 @@ def evaluate_all(args: argparse.Namespace, asked: Request) -> None:
 
 
 def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) -> comparison.Result:
-    """Restores a run, predicts, measures part by part and prints all. Each part is written before the next begins."""
+    """Restores a run, predicts, measures part by part and prints all parts. Writes each part before the next begins."""
     restored = trained.restore(run, asked.checkpoint, config)
     warn(restored, asked)
     images = trained.read_images(restored, asked, args.datasetfolder)
@@ -81,7 +82,8 @@ def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) 
                     predictions.write(path, prediction, images.labels, asked.num_samples, progress)
     finally:  # on a full disk too
         title = f'\n{run}\n' if len(args.resultsfolder) > 1 else ''
-        print(title + tables.evaluation(results), end='', flush=True)
+        is_point = restored.experiment.optimizer.is_point and not asked.laplace
+        print(title + tables.evaluation(results, is_point, args.all), end='', flush=True)
     if args.plots and hosts.is_first():
         print(f'\npictures: {draw(restored, images, prediction, results, asked)}')
     probs = prediction.probs_at_mean, prediction.probs
@@ -91,7 +93,7 @@ def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) 
 def measurements(
     posterior: posteriors.Posterior, images: trained.Images, predicted: list[posteriors.Prediction], asked: Request
 ) -> Iterator[dict]:
-    """Measures what is asked for. Yields new entries of metrics.json."""
+    """Measures what the request asks for. Yields new entries of metrics.json, part by part."""
     prediction, samples, bins = predicted[-1], asked.num_samples, asked.bins
     yield prediction.measure(images.labels, bins)
     if len(predicted) > 1:
@@ -106,13 +108,13 @@ def measurements(
 
 
 def require_possible(runs: dict, args: argparse.Namespace, asked: Request) -> None:
-    """Raises a UserError for runs that cannot be evaluated or compared as asked, before any of them is evaluated."""
+    """Raises a UserError for a run that cannot be evaluated or compared as asked, before any run is evaluated."""
     for run, config in runs.items():
         if args.reuse:
             continue
         if hosts.is_first():
             if not os.access(run, os.W_OK):
-                raise folders.RunError(f'{run} cannot be written, so metrics.json has no place')
+                raise folders.RunError(f'{run} is not writable, so metrics.json cannot be saved')
             if args.plots:
                 folders.read_log(run)
         request.require_possible(asked, run, config)
@@ -120,40 +122,40 @@ def require_possible(runs: dict, args: argparse.Namespace, asked: Request) -> No
         return
     if hosts.is_first():
         if args.output and not os.path.isdir(args.output):
-            raise folders.RunError(f'--output {args.output} is no folder: make it first')
+            raise folders.RunError(f'--output {args.output} is not a folder: create it first')
         if not os.access(folder_of_tables(args), os.W_OK):
-            raise folders.RunError(f'{folder_of_tables(args)} cannot be written: name another --output')
+            raise folders.RunError(f'{folder_of_tables(args)} is not writable: choose another --output')
     comparison.check_flags([config['flags'] for config in runs.values()], asked.split)
     if not args.reuse:
         hosts.from_first(lambda: [checkpoints.require_whole(run).name for run in runs])
 
 
 def folder_of_tables(args: argparse.Namespace) -> Path:
-    """Returns --output, or the folder that all runs are in."""
+    """Returns --output, or the folder that holds all runs."""
     return args.output or Path(os.path.commonpath(map(os.path.realpath, args.resultsfolder)))
 
 
 def warn(restored: trained.Trained, asked: Request) -> None:
-    """Warns, in the first process, of a run that is not complete, and of batch statistics of other weights."""
+    """Warns of an incomplete run, and of batch statistics that do not fit the weights."""
     if not hosts.is_first():
         return
     warn_if_incomplete(restored.run, restored.config, restored.progress)
     batch_stats = jax.tree.leaves(restored.state.batch_stats)
     if restored.flags['optim'] == 'swag' and batch_stats and not asked.bnrefresh:
         what = f"{restored.run} is evaluated with the batch statistics of SGD's last weights"
-        print(f'test.py: warning: {what}: estimate them again with --bnrefresh 10 or more', file=sys.stderr)
+        print(f'test.py: warning: {what}: re-estimate them with --bnrefresh 10 or more', file=sys.stderr)
 
 
 def warn_if_incomplete(run: Path, config: dict, progress: checkpoints.Progress) -> None:
-    """Warns of a run that was not trained to its end."""
+    """Warns of a run whose training is not complete."""
     epochs = config['flags']['epochs']
     if progress.trained() != folders.end_of_training(config, epochs):
         where = f'epoch {progress.epoch + 1} of {epochs + 1}'
-        print(f'test.py: warning: {run} is evaluated in {where}', file=sys.stderr)
+        print(f'test.py: warning: {run} is not fully trained: it is in {where}', file=sys.stderr)
 
 
 def compare(results: list[comparison.Result], args: argparse.Namespace, asked: Request) -> None:
-    """Prints the tables of several runs, and writes them."""
+    """Prints the comparison of several runs and writes it to files."""
     comparison.check_labels(results)
     text, rows, values = comparison.report(results, asked.bins, with_ensembles=args.ensemble)
     print(text, end='')
@@ -166,7 +168,7 @@ def draw(
     restored: trained.Trained, images: trained.Images, prediction: posteriors.Prediction, results: dict, asked: Request
 ) -> Path:
     """Writes the pictures of a run and returns their folder. Raises RunError."""
-    from evaluation import plots  # Matplotlib takes most of a second
+    from evaluation import plots  # imported late because Matplotlib takes most of a second
 
     folder, log = asked.plots_folder(restored.run), folders.read_log(restored.run)
     plots.write(folder, plots.of_evaluation(images, prediction, results, log))
@@ -187,48 +189,58 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def create_parser() -> parsing.Parser:
     parser = parsing.Parser(__doc__)
-    add = parser.add_argument
-    help = 'run folders run_K that train.py printed; several are also compared with each other'
+    parser.usage = 'test.py --resultsfolder RUN [RUN ...] [flags]'
+    add = parser.add_argument_group('runs').add_argument
+    help = 'run folders run_K that train.py printed; several runs are also compared with each other'
     add('--resultsfolder', type=parsing.folder, nargs='+', required=True, metavar='RUN', help=help)
+    add('--datasetfolder', type=parsing.folder, help='folder of the data sets (default: the folder that training used)')
     request.add_flags(parser)
-    add('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch, on each device')
-    add('--datasetfolder', type=parsing.folder, help='folder of the data sets, where it is not the one of the training')
-    add('--plots', action='store_true', help='pictures, as PNG and PDF in the folder plots of a run')
-    add('--ensemble', action='store_true', help='also the averages over the runs of each method and over all')
-    add('--reuse', action='store_true', help='compare what was predicted before, without evaluating the runs again')
-    help = 'folder of the tables of several runs; without it the one that all of them are in'
-    add('--output', type=parsing.path, help=help)
-    help = 'devices that share the samples, or the images of a batch; all that there are by default'
-    add('--devices', type=parsing.integer(1), help=help)
-    parsing.add_coordinator(parser)
-    parsing.add_compilecache(parser)
+    add = parser.add_argument_group('what to show').add_argument
+    help = f'show all metrics of a run instead of the usual {len(tables.REPORTED)}; metrics.json always has all'
+    add('--all', action='store_true', help=help)
+    add('--plots', action='store_true', help='draw pictures into the folder plots of a run, as PNG and PDF')
+    add(
+        '--ensemble',
+        action='store_true',
+        help='with several runs: also evaluate ensembles, per method and over all runs',
+    )
+    add('--reuse', action='store_true', help='with several runs: compare saved predictions instead of evaluating again')
+    help = 'with several runs: folder of the tables (default: the folder that holds all runs)'
+    add('--output', type=parsing.path, metavar='FOLDER', help=help)
+    group = parser.add_argument_group('devices and hosts')
+    group.add_argument('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch on each device')
+    help = 'devices that share the posterior samples, or the images of a batch (default: all)'
+    group.add_argument('--devices', type=parsing.integer(1), help=help)
+    parsing.add_compilecache(group)
+    parsing.add_coordinator(group)
     return parser
 
 
 def _require_consistency(args, given):
-    """Raises a ValueError for flags that cannot be combined; given: those of the command line."""
+    """Raises a ValueError for flags that cannot be combined. `given` holds the flags of the command line."""
     several = len(args.resultsfolder) > 1
     request.require_consistency(Request.of(args))
     for flag in ('ensemble', 'reuse', 'output'):
         if getattr(args, flag) and not several:
-            raise ValueError(f'--{flag} goes with several run folders')
+            raise ValueError(f'--{flag} needs several run folders')
     if args.checkpoint is not None and several:
-        raise ValueError('--checkpoint goes with one run folder')
+        raise ValueError('--checkpoint cannot be combined with several run folders')
     effective = {'resultsfolder', 'reuse', 'ensemble', 'output', 'split', 'bins', 'compilecache', 'devices'}
     if args.reuse and given.keys() - effective:
-        raise ValueError(f'--reuse evaluates nothing, so --{min(given.keys() - effective)} goes without it')
+        name = min(given.keys() - effective)
+        raise ValueError(f'--reuse cannot be combined with --{name}, because it evaluates nothing again')
 
 
 def _expanded(patterns):
-    """Returns the folders of names, and of patterns that a shell left alone, each once. Raises ValueError for none.
+    """Returns the folders that names and patterns match, each folder once. Raises ValueError if there is none.
 
-    A pattern also matches the tables that an earlier evaluation has left beside its runs: files are passed over.
+    Skips files, because a pattern also matches the tables that an earlier comparison left beside its runs.
     """
     found = []
     for pattern in patterns:
         matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
         if not matches and set(pattern) & set('*?['):
-            raise ValueError(f'--resultsfolder {pattern} matches nothing')
+            raise ValueError(f'--resultsfolder {pattern} matches no folder')
         found += matches or [pattern]
     names = [path for path in found if not os.path.isfile(path)]
     if not names:

@@ -1,4 +1,4 @@
-"""Requests: what to evaluate, as flags of test.py, and the files that the results go to."""
+"""Requests: what test.py measures of a run, and the files that it writes."""
 
 import argparse
 import dataclasses
@@ -19,13 +19,14 @@ class Request:
 
     Attributes:
         split: 'test' or 'validation', the images that the run held out.
-        testmc: numbers of posterior samples, rising; all metrics are over the last.
-        testimages: how many images of each set, None for all.
-        bins: of ECE, MCE and the reliability diagram.
-        bnrefresh: training batches over which batch statistics are re-estimated, None to keep those of training.
-        temperature: whether to measure at the best temperature too.
-        ood: names of data sets whose images are unknown to the run.
-        corruptions: a folder of corrupted images, '' for the built-in corruptions, None for neither.
+        testmc: numbers of posterior samples, in rising order. All metrics use the last number.
+        testimages: the number of images of each set, None for all.
+        bins: the number of bins of ECE, MCE and the reliability diagram.
+        bnrefresh: the number of training batches that re-estimate batch statistics, None to keep the statistics of
+            training.
+        temperature: whether to measure at the best temperature as well.
+        ood: names of data sets for out-of-distribution (OOD) detection.
+        corruptions: a folder of corrupted images, '' for the built-in corruptions, None for no corruptions.
         laplace: whether to sample from a Laplace approximation of the last layer.
         checkpoint: a number of steps, None for the newest checkpoint.
     """
@@ -49,11 +50,11 @@ class Request:
 
     @property
     def num_samples(self) -> int:
-        """Returns the number of samples that all metrics are over."""
+        """Returns the number of posterior samples that all metrics use."""
         return self.testmc[-1]
 
     def arguments(self) -> list[str]:
-        """Returns the flags of test.py that ask the same."""
+        """Returns the flags of test.py that make an equal Request."""
         given = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -65,7 +66,7 @@ class Request:
         return given
 
     def recorded(self) -> dict:
-        """Returns what metrics.json says of the request."""
+        """Returns the entries of metrics.json about this request."""
         names = ('split', 'testimages', 'testmc', 'bins', 'bnrefresh', 'laplace')
         return {name: getattr(self, name) for name in names} | {'testmc': self.num_samples}
 
@@ -88,26 +89,26 @@ class Request:
 
 def add_flags(parser: parsing.Parser) -> None:
     """Adds the flags of a Request to the parser of test.py."""
-    add = parser.add_argument
-    help = 'samples from the posterior over which probabilities are averaged; several numbers give a curve'
+    add = parser.add_argument_group('what to measure').add_argument
+    help = 'average probabilities over N posterior samples; several numbers give a curve (default: 1)'
     add('--testmc', type=integer(1), nargs='+', default=[*Request.testmc], metavar='N', help=help)
-    help = 'the checkpoint after so many steps, instead of the newest'
+    help = 'evaluate the checkpoint after STEP steps instead of the newest'
     add('--checkpoint', type=integer(0), metavar='STEP', help=help)
-    help = 'evaluate on the test set, or on what train.py --validation kept out of training'
-    parser.add_choice('--split', ('test', 'validation'), default=Request.split, help=help)
-    help = 'evaluate so many images of each set, a random part that is the same for all runs; all by default'
+    help = 'evaluate on the test set, or on the images that train.py --validation held out'
+    add('--split', type=parsing.choice(('test', 'validation')), default=Request.split, help=help)
+    help = 'evaluate N images of each set, the same images for every run (default: all)'
     add('--testimages', type=integer(1), metavar='N', help=help)
-    help = 'bins of ECE, MCE and the reliability diagram'
+    help = 'number of bins of ECE, MCE and the reliability diagram'
     add('--bins', type=integer(1, below=10_001), default=Request.bins, help=help)
-    help = 'estimate batch statistics of the mean and of every sample again, over K training batches'
+    help = 're-estimate the batch statistics of the mean and of every sample over K training batches'
     add('--bnrefresh', type=integer(1), metavar='K', help=help)
-    help = 'also the metrics at the temperature that is best for what train.py --validation kept out of training'
+    help = 'also measure at the temperature with the best NLL on the images that train.py --validation held out'
     add('--temperature', action='store_true', help=help)
-    help = 'test sets of other data, to be told from the known'
-    parser.add_choice('--ood', data.DATASETS, also='tfds/', nargs='+', default=[], help=help)
-    help = 'evaluate corrupted test images: built-in corruptions, or those of a folder CIFAR-10-C or CIFAR-100-C'
+    help = 'detect images from these other data sets (out of distribution); names as in train.py --dataset'
+    add('--ood', type=parsing.choice(data.DATASETS, also='tfds/'), nargs='+', default=[], metavar='NAME', help=help)
+    help = 'evaluate corrupted test images: built-in corruptions, or the official FOLDER of CIFAR-10-C or CIFAR-100-C'
     add('--corruptions', type=_builtin_or_folder, nargs='?', const='', metavar='FOLDER', help=help)
-    help = 'sample from a Laplace approximation of the last layer, of runs whose optimizer has no posterior'
+    help = 'add a post-hoc posterior to a point estimate: a Laplace approximation of the last layer'
     add('--laplace', action='store_true', help=help)
 
 
@@ -118,33 +119,39 @@ def _builtin_or_folder(text):
 def require_consistency(request: Request) -> None:
     """Raises a ValueError for flags that cannot be combined."""
     if request.split == 'validation' and request.temperature:
-        raise ValueError('--temperature is fitted on the images of --split validation: evaluate it on others')
+        raise ValueError('--temperature cannot be combined with --split validation: it is fitted on these images')
     if request.split == 'validation' and request.corruptions:
         raise ValueError(
-            '--split validation goes without a folder of corrupted images, which are those of the test set'
+            '--split validation cannot be combined with --corruptions FOLDER: the folder has corrupted test images'
         )
     if request.testimages and request.corruptions:
-        raise ValueError('--testimages goes without a folder of corrupted images, which are those of all test images')
+        raise ValueError(
+            '--testimages cannot be combined with --corruptions FOLDER: the folder covers the whole test set'
+        )
     if request.laplace and request.bnrefresh:
-        raise ValueError('--laplace goes without --bnrefresh: it is fitted with the batch statistics of the training')
+        raise ValueError(
+            '--laplace cannot be combined with --bnrefresh: it is fitted with the batch statistics of training'
+        )
 
 
 def require_possible(request: Request, run: Path, config: dict) -> None:
-    """Raises a DataError, ModelError or RunError for what cannot be asked of a run with this configuration."""
+    """Raises a DataError, ModelError or RunError if a run with this configuration cannot be evaluated as requested."""
     flags = config['flags']
     functions = experiment.create(config)
     if flags['dataset'] in request.ood:
-        raise DataError(f'--ood {flags["dataset"]}: these are the images that the run knows')
+        raise DataError(f'--ood {flags["dataset"]}: {run} was trained on this data set; name another')
     if request.laplace and not functions.optimizer.is_point:
-        raise folders.RunError(f'--laplace: {flags["optim"]} has a posterior of its own')
+        raise folders.RunError(f'--laplace does not apply to {run}: {flags["optim"]} has a posterior of its own')
     if request.laplace and flags['priorprec'] == 0:
-        raise folders.RunError('--laplace: a run with --priorprec 0 has no prior, and its posterior no bounds')
+        raise folders.RunError(
+            f'--laplace does not apply to {run}: --priorprec 0 means no prior, so its posterior is unbounded'
+        )
     if (request.temperature or request.split == 'validation') and not flags['validation']:
-        raise folders.RunError(f'{run} kept no training images out: train with --validation 0.1')
+        raise folders.RunError(f'{run} held out no training images: train with --validation 0.1')
     if request.bnrefresh:
         batches = config['dataset']['num_train'] // flags['batchsize']
         if request.bnrefresh > batches:
-            what = f'the training images are {batches} batches of {flags["batchsize"]}'
+            what = f'the training images make only {batches} batches of {flags["batchsize"]}'
             raise folders.RunError(f'--bnrefresh {request.bnrefresh}: {what}')
         if not jax.tree.leaves(functions.state_shapes().batch_stats):
             raise folders.RunError(f'--bnrefresh {request.bnrefresh}: {flags["model"]} has no batch normalisation')

@@ -1,4 +1,4 @@
-"""Tables in Markdown, which is neat in a terminal too, CSV and LaTeX. The tables that test.py prints for one run."""
+"""Tables in Markdown, CSV and LaTeX, and the tables that test.py prints for one run."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from evaluation import corruptions, measures
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table with padded columns. The first column is aligned left, the others are aligned right."""
+    """Returns a Markdown table, padded for a terminal. The first column is left-aligned, the others right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     marks = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
     return ''.join(_line(cells, widths) for cells in (header, marks, *rows))
@@ -29,7 +29,7 @@ def comma_separated(header: list[str], rows: list[list[str]]) -> str:
 
 
 def latex(header: list[str], rows: list[list[str]]) -> str:
-    """Returns a LaTeX tabular for the package booktabs. Cells `**bold**` are in bold."""
+    """Returns a LaTeX tabular for the package booktabs. A cell `**text**` becomes bold."""
     lines = [f'\\begin{{tabular}}{{l{"r" * (len(header) - 1)}}}', '\\toprule', _latex_line(header), '\\midrule']
     lines += [*map(_latex_line, rows), '\\bottomrule', '\\end{tabular}']
     return '\n'.join(lines) + '\n'
@@ -49,69 +49,89 @@ def _latex_cell(cell):
 
 # The tables that test.py prints for one run.
 
-
-def evaluation(results: dict) -> str:
-    """Returns the tables of all measurements of a run, for those entries of metrics.json that `results` has."""
-    return ''.join(show(results) for part, show in _PARTS.items() if part in results)
+REPORTED = ('accuracy', 'nll', 'brier', 'ece', 'auroc', 'aurc', 'entropy', 'mutual_information')
 
 
-def _metrics(results):
-    """Returns the lines of the reference code, where auroc is `auroc_grid`, then all metrics with their intervals."""
-    num_samples = results['testmc']
+def evaluation(results: dict, is_point: bool = False, show_all: bool = False) -> str:
+    """Returns the tables of all measurements of a run.
+
+    Args:
+        results: entries of metrics.json. A missing measurement gets no table.
+        is_point: whether the run has a point estimate instead of a posterior. Then the tables leave out the average
+            over samples, because it equals the mean.
+        show_all: whether the table of metrics has all metrics instead of the metrics in REPORTED.
+    """
+    shown = {'mean': 'mean'} | ({} if is_point else {'average': samples(results['testmc'])})
+    text = _metrics(results, shown, show_all) if 'mean' in results else ''
+    return text + ''.join(table(results, shown) for part, table in _PARTS.items() if part in results)
+
+
+def samples(number: int) -> str:
+    """Returns '1 sample', '2 samples' and so on."""
+    return f'{number} sample{"s" * (number != 1)}'
+
+
+def _metrics(results, shown, show_all):
+    """Returns the two lines of the published test.py, where auroc is `auroc_grid`, then a table with intervals."""
     line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})\n'
     rows = []
-    for name, value in results['average'].items():
+    for name in results['average']:
+        if not (show_all or name in REPORTED) or not any(name in results[at] for at in shown):
+            continue
         cells = [name]
-        for at, shown in (('mean', results['mean'].get(name)), ('average', value)):
+        for at in shown:
             interval = results['intervals'][at].get(name, (math.nan, math.nan))
-            cells += [_cell(name, shown), ' to '.join(_cell(name, bound) for bound in interval if bound == bound)]
+            cells += [
+                _cell(name, results[at].get(name)), ' to '.join(_cell(name, x) for x in interval if x == x),
+            ]  # fmt: skip
         rows.append(cells)
+    header = [cell for title in shown.values() for cell in (title, '95 % interval')]
     return (
         f'results at mean of distribution:\n{line.format(**results["mean"])}'
-        f'results at model average ({num_samples} samples):\n{line.format(**results["average"])}'
-        + _table(['', 'mean', '95 % interval', f'{num_samples} samples', '95 % interval'], rows)
+        f'results at model average ({samples(results["testmc"])}):\n{line.format(**results["average"])}'
+        + _table(['', *header], rows)
     )
 
 
-def _curve(results):
+def _curve(results, shown):
     rows = [
         [str(point['testmc']), *(_cell(name, point[name]) for name in metrics.SHORT)] for point in results['samples']
     ]
     return _table(['samples', *metrics.SHORT], rows)
 
 
-def _temperature(results):
+def _temperature(results, shown):
     tempered, rows = results['temperature'], []
-    for at, title in (('mean', 'mean'), ('average', f'{results["testmc"]} samples')):
+    for at, title in shown.items():
         for label, summary in (('1', results[at]), (f'{tempered[at]["temperature"]:.3f}', tempered[at])):
             rows.append([title, label, *(_cell(name, summary[name]) for name in (*metrics.SHORT, 'brier'))])
     return _table(['', 'temperature', *metrics.SHORT, 'brier'], rows)
 
 
-def _ood(results):
+def _ood(results, shown):
     names = ('auroc', 'aupr_unknown', 'aupr_known', 'fpr95')
     text = ''
     for dataset, result in results['ood'].items():
         rows = [
-            [f'{at}: {score}', *(_cell(name, separation[name]) for name in names)]
-            for at in ('mean', 'average')
+            [f'{title}, {score}', *(_cell(name, separation[name]) for name in names)]
+            for at, title in shown.items()
             for score, separation in result[at].items()
         ]
         text += _table([f'unknown: {dataset}', *names], rows)
     return text
 
 
-def _corruptions(results):
+def _corruptions(results, shown):
     """Returns means over corruptions at each severity, then means over severities of each corruption.
 
     Corruptions that the means leave out are in a table of their own.
     """
-    header = [f'{name} {at}' for name in metrics.SHORT for at in ('mean', f'{results["testmc"]}')]
+    header = [f'{name}, {title}' for name in metrics.SHORT for title in ('mean', 'MC')[: len(shown)]]
     corrupted = results['corruptions']
     averaged = corruptions.in_mean(corrupted)
 
     def cells(points):
-        return [_cell(name, points[at][name]) for name in metrics.SHORT for at in ('mean', 'average')]
+        return [_cell(name, points[at][name]) for name in metrics.SHORT for at in shown]
 
     def over_severities(title, names):
         return _table([title, *header], [[name, *cells(measures.over_severities(corrupted[name]))] for name in names])
@@ -119,15 +139,14 @@ def _corruptions(results):
     of_severity = zip(*(measures.over_corruptions(corrupted, at) for at in ('mean', 'average')), strict=True)
     rows = [['0 (clean)', *cells(results)]]
     rows += [[str(i), *cells({'mean': m, 'average': a})] for i, (m, a) in enumerate(of_severity, start=1)]
-    text = f'\n{corruptions.description(corrupted)}' + _table(['severity', *header], rows)
+    legend = f'; MC: average over {shown["average"]}' if 'average' in shown else ''
+    text = f'\n{corruptions.description(corrupted)}{legend}' + _table(['severity', *header], rows)
     text += over_severities('corruption', averaged)
     left_out = [name for name in corrupted if name not in averaged]
     return text + (over_severities('not in the mean', left_out) if left_out else '')
 
 
-_PARTS = {
-    'mean': _metrics, 'samples': _curve, 'temperature': _temperature, 'ood': _ood, 'corruptions': _corruptions,
-}  # fmt: skip
+_PARTS = {'samples': _curve, 'temperature': _temperature, 'ood': _ood, 'corruptions': _corruptions}
 
 
 def _cell(name, value):

@@ -1,4 +1,4 @@
-"""test.py on small runs: every flag, its files, what it refuses."""
+"""test.py on small runs: all flags, the files that it writes, and the errors for wrong flags."""
 
 import errno
 import io
@@ -68,7 +68,7 @@ def test_everything_at_once(trained, capsys):
 
     evaluate.main([f'--resultsfolder={run}', '--plots'])
     left = {path.stem for path in (run / 'plots').iterdir()}
-    assert left == {'mine', *PICTURES} - {'samples', 'severities'}, 'a curve of before, or what is not ours'
+    assert left == {'mine', *PICTURES} - {'samples', 'severities'}, 'removes earlier pictures, and no file of the user'
 
 
 ALL_PARTS = ['--testmc', '1', '2', '--temperature', '--ood=digits', '--corruptions', '--plots']
@@ -104,7 +104,7 @@ def test_a_part_that_fails_loses_none_of_those_before(failing, trained, monkeypa
 
 
 def test_what_is_measured_is_in_a_file_before_the_next_part(trained, monkeypatch, capsys):
-    """Nothing is printed meanwhile."""
+    """The file is written first. The tables are printed after the last part."""
     run, found, parts = trained(), [], evaluate.measurements
 
     def watched(*args):
@@ -132,7 +132,7 @@ def test_what_a_full_disk_does_not_take_is_printed(trained, monkeypatch, capsys)
         evaluate.main([f'--resultsfolder={run}'])
     captured = capsys.readouterr()
     assert stop.value.code == 2 and 'metrics.json cannot be written: No space left on device' in captured.err
-    assert 'results at model average (1 samples):' in captured.out
+    assert 'results at model average (1 sample):' in captured.out
 
 
 def test_pictures_do_not_follow_a_link(trained, tmp_path, capsys):
@@ -174,7 +174,7 @@ OF_A_USER = {'text.usetex': True, 'font.size': 20, 'lines.linewidth': 9, 'savefi
 
 @pytest.fixture(scope='module')
 def picture(tmp_path_factory):
-    """The bytes of a picture, drawn as nobody has configured Matplotlib."""
+    """Returns the bytes of a picture that is drawn without settings of a user."""
     folder = tmp_path_factory.mktemp('pictures')
     points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
     plots.save(plots.samples(points, points[0]), folder, 'picture')
@@ -220,8 +220,23 @@ def test_images_of_any_channels_are_drawn(channels):
         np.testing.assert_array_equal(shown.get_alpha(), images[1, ..., 1] / 255)
 
 
+@pytest.mark.parametrize('optim', ['sgd', 'bsam'])
+def test_columns_and_rows_of_the_table(optim, flags_of, capsys):
+    """A point estimate has no column of samples. --all shows every metric."""
+    run = train.main(flags_of(optim=optim))
+    for flags, is_all in (([], False), (['--all'], True)):
+        capsys.readouterr()
+        evaluate.main([f'--resultsfolder={run}', *flags])
+        lines = capsys.readouterr().out.splitlines()
+        header, *rows = [line.strip('|').split('|') for line in lines if line.startswith('|')]
+        assert [cell.strip() for cell in header[1::2]] == (['mean'] if optim == 'sgd' else ['mean', '1 sample'])
+        expected = set(results_of(run)['average'] if is_all else tables.REPORTED)
+        of_samples = {'mutual_information', 'disagreement'} if optim == 'sgd' else set()
+        assert {row[0].strip() for row in rows[1:]} == expected - of_samples
+
+
 def test_means_over_official_corruptions():
-    """The benchmark's 15 count as 1, the four extra ones as 0: with these the mean would be 15/19."""
+    """The 15 corruptions of the benchmark have value 1, the four others 0. The mean of all would be 15/19."""
     names = sorted([*corruptions.BENCHMARK, 'speckle_noise', 'gaussian_blur', 'spatter', 'saturate'])
     corrupted = {
         name: [dict.fromkeys(('mean', 'average'), dict.fromkeys(metrics.SHORT, float(name in corruptions.BENCHMARK)))]
@@ -229,9 +244,10 @@ def test_means_over_official_corruptions():
         for name in names
     }
     assert measures.over_corruptions(corrupted, 'average') == [dict.fromkeys(metrics.SHORT, 1.0)] * 5
-    text = tables._corruptions({'testmc': 32, 'mean': SHORT, 'average': SHORT, 'corruptions': corrupted})
+    results = {'testmc': 32, 'mean': SHORT, 'average': SHORT, 'corruptions': corrupted}
+    text = tables._corruptions(results, {'mean': 'mean', 'average': '32 samples'})
     caption, *found = text.strip().split('\n| ')
-    assert caption == "mean of the benchmark's 15 corruptions"
+    assert caption == "mean of the benchmark's 15 corruptions; MC: average over 32 samples"
     rows = [line.split(' | ')[0].strip('| ') for line in '\n'.join(found).splitlines() if line.strip()]
     extra = rows.index('not in the mean')
     assert rows[rows.index('corruption') + 2 : extra] == sorted(corruptions.BENCHMARK)
@@ -239,7 +255,7 @@ def test_means_over_official_corruptions():
 
 
 def test_unknown_images_of_a_diverged_network():
-    """No score tells anything: not a number of argmax's or of a sort's making, and not nothing either."""
+    """All scores are present, and all are nan."""
     wrong = posteriors.Prediction(
         np.full((4, 3), np.nan), np.full((4, 3), np.nan), np.full(4, np.nan), np.zeros((4, 3))
     )
@@ -270,7 +286,7 @@ def test_figures_can_be_computed_again_from_the_predictions(trained):
 
 
 def test_validation_images_are_held_out(trained, flags_of):
-    """30 of 40 images are trained on; the log and --split validation speak of the others; N counts the 30."""
+    """Trains on 30 of 40 images, so N is 30. The log and --split validation evaluate the other 10."""
     run = trained(dafactor=1)
     log = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
     evaluate.main([f'--resultsfolder={run}', '--split=validation'])
@@ -281,7 +297,7 @@ def test_validation_images_are_held_out(trained, flags_of):
 
 
 def test_some_images(trained, capsys):
-    """12 of 40 images are trained on and 4 kept out; 8 of 20 are evaluated, and as many unknown ones."""
+    """Trains on 12 of 40 images and holds out 4. Evaluates 8 of 20 test images and 8 unknown images."""
     run = trained(trainimages=16, dafactor=1)
     assert results_of(run, 'config')['num_data'] == 12
     evaluate.main([f'--resultsfolder={run}', '--testimages=8', '--ood=digits', '--temperature', '--corruptions'])
@@ -293,10 +309,10 @@ def test_some_images(trained, capsys):
         right = sum(n * accuracy for n, accuracy in zip(bins['counts'], bins['accuracy'], strict=True) if n)
         np.testing.assert_allclose(right / 8, results[at]['accuracy'])
     for flags, message in [
-        (['--testimages=21'], '--testimages 21 exceeds the 20 images that there are'),
-        (['--split=validation', '--corruptions=/nowhere'], '--split validation goes without a folder'),
-        (['--laplace', '--bnrefresh=1'], '--laplace goes without --bnrefresh'),
-        (['--testimages=8', '--corruptions=/nowhere'], '--testimages goes without a folder of corrupted images'),
+        (['--testimages=21'], '--testimages 21 exceeds the 20 available images'),
+        (['--split=validation', '--corruptions=/nowhere'], '--split validation cannot be combined with --corr'),
+        (['--laplace', '--bnrefresh=1'], '--laplace cannot be combined with --bnrefresh'),
+        (['--testimages=8', '--corruptions=/nowhere'], '--testimages cannot be combined with --corruptions FOLDER'),
     ]:
         assert message in error_of([f'--resultsfolder={run}', *flags], capsys)
 
@@ -304,23 +320,23 @@ def test_some_images(trained, capsys):
 def test_what_is_refused(trained, flags_of, capsys):
     run = train.main(flags_of())
     for flags, message in [
-        (['--temperature'], 'kept no training images out: train with --validation 0.1'),
-        (['--split=validation'], 'kept no training images out'),
+        (['--temperature'], 'held out no training images: train with --validation 0.1'),
+        (['--split=validation'], 'held out no training images'),
         (['--bnrefresh=1'], '--bnrefresh 1: mlp has no batch normalisation'),
         (['--corruptions=/nowhere'], '/nowhere holds no corruptions: unpack CIFAR-10-C.tar'),
-        (['--ood=mnist'], '--ood mnist: these are the images that the run knows'),
-        (['--split=validation', '--temperature'], '--temperature is fitted on the images of --split validation'),
-        (['--ood=cifar100'], 'could not be fetched'),
+        (['--ood=mnist'], 'was trained on this data set; name another'),
+        (['--split=validation', '--temperature'], '--temperature cannot be combined with --split validation'),
+        (['--ood=cifar100'], 'could not be downloaded'),
     ]:
         assert message in error_of([f'--resultsfolder={run}', *flags], capsys)
     assert not (run / 'metrics.json').exists()
     with pytest.raises(SystemExit):
         train.main(flags_of(validation=0.001))
-    assert '--validation 0.001 of 40 training images leaves none' in capsys.readouterr().err
+    assert '--validation 0.001 holds out 0 of 40 training images' in capsys.readouterr().err
 
 
 def test_images_in_another_order(flags_of, monkeypatch, capsys):
-    """Others would be held out of training than were; the test set is read without training images."""
+    """Other images would be held out than in training, so they are refused. The test set needs no training images."""
     run = train.main(flags_of(validation=0.25, batchsize=10))
     row = data.DATASETS['mnist']
 
@@ -330,17 +346,17 @@ def test_images_in_another_order(flags_of, monkeypatch, capsys):
 
     monkeypatch.setitem(data.DATASETS, 'mnist', row._replace(read=backwards))
     for flag in ('--split=validation', '--temperature'):
-        assert 'holds other images than those that' in error_of([f'--resultsfolder={run}', flag], capsys)
+        assert 'does not hold the images that' in error_of([f'--resultsfolder={run}', flag], capsys)
     with pytest.raises(SystemExit) as stop:
         train.main([f'--resume={run}'])
-    assert stop.value.code == 2 and 'holds other images than those that' in capsys.readouterr().err
+    assert stop.value.code == 2 and 'does not hold the images that' in capsys.readouterr().err
     monkeypatch.setattr('data.read_train', None)
     evaluate.main([f'--resultsfolder={run}'])
 
 
 @pytest.mark.parametrize('optim', ['bsam', 'swag'])
 def test_batch_statistics_over_training_batches(optim, flags_of, small_resnet18, capsys):
-    """Without them, only SWAG's weights have those of others."""
+    """Without --bnrefresh, only SWAG uses the batch statistics of other weights, and warns."""
     run = train.main(flags_of(model='resnet18', optim=optim))
     evaluate.main([f'--resultsfolder={run}', '--testmc=2'])
     before = results_of(run)
@@ -349,13 +365,13 @@ def test_batch_statistics_over_training_batches(optim, flags_of, small_resnet18,
     after = results_of(run)
     assert 'warning' not in capsys.readouterr().err
     assert after['bnrefresh'] == 2 and after['mean']['nll'] != before['mean']['nll']
-    assert '--bnrefresh 3: the training images are 2 batches of 20' in error_of(
+    assert '--bnrefresh 3: the training images make only 2 batches of 20' in error_of(
         [f'--resultsfolder={run}', '--bnrefresh=3'], capsys
     )
 
 
 def test_laplace(trained, flags_of, tmp_path, capsys):
-    """Samples around SGD's weights; its files stand beside the others, and --reuse compares both."""
+    """Draws samples around the weights of SGD. Has its own files, and --reuse compares both evaluations."""
     run = trained(optim='sgd')
     evaluate.main([f'--resultsfolder={run}', '--testmc=4'])
     evaluate.main([f'--resultsfolder={run}', '--testmc=4', '--laplace'])
@@ -363,7 +379,7 @@ def test_laplace(trained, flags_of, tmp_path, capsys):
     assert usual['mean'] == with_laplace['mean'] and usual['average']['mutual_information'] < 1e-9
     assert with_laplace['average']['mutual_information'] > 1e-4
     other = trained(optim='bsam')
-    assert '--laplace: bsam has a posterior of its own' in error_of([f'--resultsfolder={other}', '--laplace'], capsys)
+    assert 'bsam has a posterior of its own' in error_of([f'--resultsfolder={other}', '--laplace'], capsys)
     evaluate.main([f'--resultsfolder={other}', '--testmc=4'])
     capsys.readouterr()
     evaluate.main(['--resultsfolder', str(run), str(other), '--reuse'])
@@ -372,7 +388,7 @@ def test_laplace(trained, flags_of, tmp_path, capsys):
 
 
 def test_several_runs(trained, tmp_path, capsys):
-    """Two methods, one with two seeds; the same tables from the predictions alone."""
+    """Two methods, one of them with two seeds. --reuse prints the same tables from the saved predictions."""
     for optim, seed in (('sgd', 0), ('bsam', 0), ('bsam', 1)):
         trained(optim=optim, randomseed=seed)
     pattern, folder = str(tmp_path / 'results' / '*' / '*' / 'run_*'), tmp_path / 'results' / 'mnist_mlp'
@@ -395,8 +411,8 @@ def test_several_runs(trained, tmp_path, capsys):
     assert again.split('written')[0].strip() == tables.split('written')[0].strip()
     assert (tmp_path / 'comparison.md').read_text() == written['.md']
     error = error_of([f'--resultsfolder={pattern}', '--reuse', f'--output={tmp_path}/absent'], capsys)
-    assert 'absent is no folder: make it first' in error
-    assert '--reuse evaluates nothing, so --testmc goes without it' in error_of(
+    assert 'absent is not a folder: create it first' in error
+    assert '--reuse cannot be combined with --testmc' in error_of(
         [f'--resultsfolder={pattern}', '--reuse', '--testmc=8'], capsys
     )
     predictions = folder / 'sgd' / 'run_0' / 'predictions.npz'
@@ -408,14 +424,14 @@ def test_several_runs(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('flags', 'line'),
     [
-        (['--laplace'], '--laplace: bsam has a posterior of its own'),
+        (['--laplace'], 'bsam has a posterior of its own'),
         (['--bnrefresh=1'], '--bnrefresh 1: mlp has no batch normalisation'),
-        (['--temperature'], 'kept no training images out: train with --validation 0.1'),
-        (['--ood=mnist'], '--ood mnist: these are the images that the run knows'),
+        (['--temperature'], 'held out no training images: train with --validation 0.1'),
+        (['--ood=mnist'], 'was trained on this data set; name another'),
     ],
 )
 def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, capsys):
-    """It is said before the first of them is evaluated."""
+    """The error comes before the first run is evaluated."""
     runs = [str(train.main(flags_of(optim=optim))) for optim in ('sgd', 'bsam')]
     monkeypatch.setattr(evaluate, 'evaluate', lambda *args: pytest.fail('evaluated'))
     assert line in error_of(['--resultsfolder', *runs, *flags], capsys)
@@ -423,7 +439,7 @@ def test_what_one_of_several_runs_cannot_do(flags, line, flags_of, monkeypatch, 
 
 @pytest.mark.parametrize('flags', [[], ['--reuse']])
 def test_one_of_several_runs_without_a_description(flags, flags_of, monkeypatch, capsys):
-    """It is found before the first of them is evaluated."""
+    """The error comes before the first run is evaluated."""
     first, second = (train.main(flags_of(optim=optim)) for optim in ('sgd', 'bsam'))
     config = folders.read_config(second)
     del config['dataset']
@@ -450,44 +466,44 @@ def test_labels_of_a_curve_do_not_overlap(numbers):
 
 
 def test_a_diverged_run(flags_of, monkeypatch, capsys):
-    """No picture, temperature or approximation of it looks like a result."""
+    """Pictures and temperature show nan, and a Laplace approximation is refused."""
     run = train.main([*flags_of(optim='sgd', alpha=1e30, validation=0.25), '--keepgoing'])
     drawn = []
     monkeypatch.setattr('evaluation.plots.save', lambda figure, folder, name: drawn.append(figure))
     evaluate.main([f'--resultsfolder={run}', '--plots', '--temperature'])
     reliability, risk_coverage, *_ = drawn
     (title,) = {axes.get_title().splitlines()[1] for axes in reliability.axes[:2]}
-    legend = {text.get_text().split()[-1] for text in risk_coverage.axes[0].get_legend().get_texts()}
+    legend = {text.get_text().split()[-1] for text in risk_coverage.legends[0].get_texts()}
     results = results_of(run)
     assert title == 'ECE nan' and legend == {'nan'} and results['temperature']['mean']['temperature'] is None
-    assert set(results['average'].values()) == {None}, 'votes of such a network agree, and tell nothing'
+    assert set(results['average'].values()) == {None}, 'the votes of a diverged network mean nothing'
     assert 'weights of the run are not finite' in error_of([f'--resultsfolder={run}', '--laplace'], capsys)
 
 
 def test_an_earlier_checkpoint(trained, capsys):
-    """Its results stand beside those of the end, and a warning says where it is."""
+    """Writes its results to files of its own. A warning names the epoch of the checkpoint."""
     run = trained()
     evaluate.main([f'--resultsfolder={run}'])
     before = (run / 'metrics.json').read_text()
     assert 'warning' not in capsys.readouterr().err
     evaluate.main([f'--resultsfolder={run}', '--checkpoint=3'])
-    assert f'{run} is evaluated in epoch 1 of 2' in capsys.readouterr().err
+    assert f'{run} is not fully trained: it is in epoch 1 of 2' in capsys.readouterr().err
     assert results_of(run, 'metrics-3')['trained'] == {'epoch': 0, 'steps_of_epoch': 3}
     assert (run / 'metrics.json').read_text() == before
 
 
 def test_one_of_several_runs_that_is_damaged_or_read_only(flags_of, monkeypatch, capsys):
-    """It is found before the first of them is evaluated."""
+    """The error comes before the first run is evaluated."""
     first, second = (train.main(flags_of(randomseed=seed)) for seed in (0, 1))
     both = ['--resultsfolder', str(first), str(second)]
     monkeypatch.setattr(evaluate, 'evaluate', lambda *args: pytest.fail('evaluated'))
     monkeypatch.setattr(os, 'access', lambda path, mode: path != second)  # the superuser could write it
-    assert f'{second} cannot be written' in error_of(both, capsys)
+    assert f'{second} is not writable' in error_of(both, capsys)
     monkeypatch.undo()
     newest = second / 'checkpoints' / str(checkpoints.all_steps(second / 'checkpoints')[-1])
     (newest / 'progress.json').unlink()
     error = error_of(both, capsys)
-    assert 'progress.json is missing; ' in error and error.endswith(', of this run alone\n')
+    assert 'progress.json is missing; ' in error and error.endswith(' with this run folder only\n')
     assert not (first / 'metrics.json').exists()
 
 
@@ -498,7 +514,7 @@ def test_a_pattern_that_also_names_the_tables_of_before(flags_of, capsys):
     assert (first.parent / 'comparison.csv').exists()
     evaluate.main([everything])
     assert 'comparison.csv is a file' in error_of([f'--resultsfolder={first.parent}/*.csv'], capsys)
-    assert 'run_x* matches nothing' in error_of([f'--resultsfolder={first.parent}/run_x*'], capsys)
+    assert 'run_x* matches no folder' in error_of([f'--resultsfolder={first.parent}/run_x*'], capsys)
 
 
 def test_one_of_several_runs_without_a_checkpoint(flags_of, capsys):
@@ -515,7 +531,7 @@ def test_reused_predictions_of_an_earlier_state(flags_of, capsys):
     train.main([f'--resume={first}', '--epochs=2'])
     capsys.readouterr()
     evaluate.main([*both, '--reuse'])
-    assert capsys.readouterr().err == f'test.py: warning: {first} is evaluated in epoch 2 of 3\n'
+    assert capsys.readouterr().err == f'test.py: warning: {first} is not fully trained: it is in epoch 2 of 3\n'
 
 
 def test_predictions_that_claim_to_be_large(tmp_path):
