@@ -1,7 +1,10 @@
-"""The formulation of the published scripts, in our own words, as the yardstick of benchmarks/run.py.
+"""bSAM as the published scripts formulate it, rewritten as the yardstick of benchmarks/run.py.
 
-bSAM with `vmap` over sub-batches and a draw of noise for every leaf; the loss fetched after every step;
-augmentation on the host and a transfer for every batch; evaluation without `jit`; AUROC by a loop over thresholds.
+- bSAM uses `vmap` over sub-batches, and draws noise for every leaf separately.
+- The loss is fetched after every step.
+- Images are augmented on the host, and each batch is sent to the device.
+- Evaluation runs without `jit`.
+- AUROC is a loop over thresholds.
 """
 
 from unittest import mock
@@ -15,7 +18,21 @@ from ops import convolution, normalisation
 
 
 def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, damping):
-    """step (params, momentum, precision, batch_stats, key, batch), jitted; returns all but the batch, and the loss."""
+    """Returns a jitted step(params, momentum, precision, batch_stats, key, batch).
+
+    The step returns the new params, momentum, precision, batch_stats and key, and the loss.
+
+    Args:
+        loss: a function (params, batch_stats, batch) -> (loss, batch_stats).
+        alpha: the learning rate α.
+        beta1: decay of the momentum.
+        beta2: decay of the precision.
+        weight_decay: δ = prior precision / N.
+        rho: the size ρ of the perturbation.
+        batchsplit: number of sub-batches.
+        num_data: N.
+        damping: γ.
+    """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def noise_like(key, params):
@@ -49,7 +66,7 @@ def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_d
 
 
 def with_jax_gradients(loss):
-    """The same loss, of a network whose layers have JAX's own gradients, under `vmap` too."""
+    """Returns the same loss with XLA's convolutions and JAX's own gradients, also under `vmap`."""
 
     def batch_norm(x, scale, bias, relu):
         wide = convolution.at_least_float32(x)
@@ -76,7 +93,18 @@ def _xla_convolutions():
 
 
 def host_batch(rng, images, labels, batch_size, mean, std):
-    """A random batch, padded, cropped, flipped and normalised image by image on the host, and sent to the device."""
+    """Draws a random batch, augments and normalises its images one by one on the host, and sends it to the device.
+
+    Args:
+        rng: a NumPy generator.
+        images: uint8 [N, H, W, C].
+        labels: int [N].
+        batch_size: number of images to draw.
+        mean, std: [C], to normalise by.
+
+    Returns:
+        images float [batch_size, H, W, C] and labels [batch_size], on the device.
+    """
     chosen = rng.choice(len(images), batch_size, replace=False)
     batch = np.empty((batch_size, *images.shape[1:]), np.float32)
     for i, image in enumerate(images[chosen]):
@@ -88,14 +116,17 @@ def host_batch(rng, images, labels, batch_size, mean, std):
 
 
 def logits(model, variables, images, batch_size):
-    """A forward pass over images float [N, H, W, C], without `jit`."""
+    """Returns logits [N, classes] of images float [N, H, W, C]. Computes them in batches, without `jit`."""
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     with _xla_convolutions():
         return np.concatenate([model.apply(variables, batch, train=False) for batch in batches])
 
 
 def auroc(probs, labels):
-    """The grid AUROC by a loop over 2,499 thresholds, each with arrays of its own shape."""
+    """Returns the grid AUROC of probs [N, classes], by a loop over 2,499 thresholds.
+
+    The arrays have another shape at each threshold.
+    """
     confidence, correct = jnp.max(probs, axis=1), jnp.argmax(probs, axis=1) == labels
     points = [(0.0, 0.0)]
     for threshold in np.arange(2499, 0, -1) / 2500:

@@ -1,8 +1,8 @@
-"""Where the time of a gradient goes: a profile of ResNet-18's, by kind of convolution and stage.
+"""Profiles a gradient on one CPU core, by kind of convolution and stage of the network.
 
     python benchmarks/convolutions.py
 
-On one core: on several, operations overlap and wait for each other, and what each costs cannot be told.
+One core, because operations on several cores overlap and wait for each other. Their times would not add up.
 """
 
 import collections
@@ -31,11 +31,11 @@ SUB_BATCHES, SUB_BATCH = 4, 25
 def main(argv=None):
     parser = parsing.Parser(__doc__)
     parser.add_argument('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
-    parser.add_argument('--json', type=parsing.new_file, help='write all figures here')
+    parser.add_argument('--json', type=parsing.new_file, help='write all figures to this JSON file')
     args = parser.parse_args(argv)
     os.environ['PJRT_NPROC'] = '1'
     if jax.default_backend() != 'cpu':
-        parser.error('profiles of CPUs alone are understood here: set JAX_PLATFORMS=cpu')
+        parser.error('this benchmark reads profiles of CPUs only: set JAX_PLATFORMS=cpu')
     gradient, arguments = run.gradient_over_sub_batches(args.model, 'float32', SUB_BATCHES * SUB_BATCH, SUB_BATCHES)
     compiled = gradient.lower(*arguments).compile()
     gflop_of = gflop_of_stages(args.model)
@@ -50,14 +50,14 @@ def main(argv=None):
     table = {kind: [time, gflop_of[kind.split()[-1]]] for kind, time in sorted(of_kind.items())}
     matrix_rate = run.machine()['matrix_gflops']
     flops = 6 * run.MULTIPLY_ADDS[args.model] * SUB_BATCH / 1e9
-    print(f'a gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
+    print(f'gradient of {SUB_BATCH} images: {elapsed * 1e3:.0f} ms, {flops / elapsed:.0f} GFLOP/s;', end=' ')
     print(f'matrix product {matrix_rate:.0f} GFLOP/s\n')
     rows = []
     for label, (milliseconds, gflop) in table.items():
         rate = gflop / milliseconds * 1e3
         rows.append([label, f'{milliseconds:.0f}', f'{rate:.0f}', f'{rate / matrix_rate:.0%}'])
-    rows.append(['all else: normalisation, additions, transpositions', f'{other:.0f}', '', ''])
-    print(tables.markdown(['', 'ms', 'GFLOP/s as a plain convolution', 'of the matrix product'], rows))
+    rows.append(['everything else: normalisation, additions, transpositions', f'{other:.0f}', '', ''])
+    print(tables.markdown(['', 'ms', 'GFLOP/s as a plain convolution', 'share of the matrix product'], rows))
     if args.json:
         figures = provenance.of_command('benchmarks/convolutions.py', argv) | {
             'gradient_milliseconds': elapsed * 1e3,
@@ -70,7 +70,7 @@ def main(argv=None):
 
 
 def operation_times(call, names):
-    """Milliseconds a sub-batch of the compiled operations of these names."""
+    """Calls `call` under the profiler. Returns {operation: milliseconds per sub-batch} for these names."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
@@ -86,15 +86,17 @@ def operation_times(call, names):
 
 
 def kinds_of_operations(hlo):
-    """{operation: 'forward, stage1' or the like, None for what is no part of a convolution} of a compiled module.
+    """Returns {operation: kind} for a compiled module, where a kind is 'forward, stage1' or the like.
 
-    A fusion is what its last operation is, the gradient of a bias None. Loops are left out, for what they hold.
+    The kind is None for operations outside convolutions, and for the gradient of a bias. A fusion has the kind of its
+    last operation. Loops are left out, because the operations inside them are listed.
     """
     operations = re.findall(r'%([\w.\-]+) = (.*)', hlo)
     return {name: kind_of(line) for name, line in operations if not name.startswith('while')}
 
 
 def kind_of(operation):
+    """Returns the kind of an operation, from its line in the compiled module."""
     layer = re.search(r'op_name="[^"]*/(stem|stage\d)/[^"]*conv/', operation)
     if not layer:
         return None
@@ -105,9 +107,10 @@ def kind_of(operation):
 
 
 def gflop_of_stages(model):
-    """{stage: GFLOP of its convolutions over a sub-batch}, two per multiply-add; each gradient has as many.
+    """Returns {stage: GFLOP of the stage's convolutions in a forward pass over one sub-batch}.
 
-    Those in tiles, which do 16/36 of the multiplications, count as plain ones.
+    A multiply-add counts as two operations. The input gradient and the kernel gradient each take as many operations as
+    the forward pass. Winograd tiles count as plain convolutions, although they need 16/36 of the multiplications only.
     """
     gflop = collections.Counter()
 

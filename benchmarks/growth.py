@@ -1,10 +1,11 @@
-"""How the cost grows with the batch, its sub-batches, Monte-Carlo samples and parameters.
+"""Measures how the cost grows with the batch size, sub-batches, posterior samples and parameters.
 
     python benchmarks/growth.py --json results/growth.json
     python benchmarks/growth.py --plot results/growth.json results/growth.png
 
-Seconds are medians over turns, so that what else a machine does disturbs all points alike. The network is ResNet-20,
-but for the parameters: there the loss is |w|²/2, so that the optimizer itself is all that costs.
+Seconds are medians over turns, and each turn times every point, so that other load on the machine disturbs all points
+alike. Three panels train or evaluate ResNet-20. The panel over parameters has the loss |w|²/2 instead of a network, to
+time the optimizer alone.
 """
 
 import io
@@ -43,28 +44,28 @@ def main(argv=None):
 def parse_args(argv):
     parser = parsing.Parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument('--json', type=parsing.new_file, help='measure, and write the figures into this file')
-    help = 'what to measure; others in the file stay (default: all)'
+    action.add_argument('--json', type=parsing.new_file, help='measure, and write all figures to this JSON file')
+    help = 'with --json: panels to measure; the file keeps its other panels (default: all)'
     parser.add_argument('--panels', nargs='+', choices=PANELS, default=list(PANELS), help=help)
-    help = 'plot figures measured before'
+    help = 'draw the figures of a file that --json wrote'
     action.add_argument('--plot', type=parsing.path, nargs=2, metavar=('JSON', 'PNG'), help=help)
     args = parser.parse_args(argv)
     if args.plot and args.plot[1].suffix != '.png':
-        parser.error(f'--plot {args.plot[1]} is not the name of a .png')
+        parser.error(f'--plot {args.plot[1]}: the name of the picture must end in .png')
     return args
 
 
 def all_panels(path):
-    """The figures of a JSON file with those of all panels. Raises RunError."""
+    """Returns the figures in a JSON file. Raises a RunError if the file lacks a panel."""
     results = json_files.read_record(path)
     lacking = [name for name in PANELS if 'seconds' not in (results.get(name) or {})]
     if lacking:
-        raise folders.RunError(f'{path} has no figures of {", ".join(lacking)}: measure them with --json {path}')
+        raise folders.RunError(f'{path} lacks the panels {", ".join(lacking)}: measure them with --json {path}')
     return results
 
 
 def plot(source, picture):
-    """Raises RunError."""
+    """Draws the figures of a JSON file into a PNG. Raises a RunError if the file lacks a panel."""
     figure = drawn(all_panels(source))
     with plots.settings({}), io.BytesIO() as file:
         figure.savefig(file, dpi=150)
@@ -72,27 +73,34 @@ def plot(source, picture):
 
 
 def curves(make, optims, sizes):
-    """{optimizer: {size: median seconds of what make(optimizer, size) returned}}, all called in turn."""
+    """Times the functions that make(optimizer, size) returns, all in turns.
+
+    Returns:
+        {optimizer: {size: median seconds of a call}}.
+    """
     times, _ = run.in_turns(range(TURNS), {(optim, size): make(optim, size) for optim in optims for size in sizes})
     return {optim: {size: statistics.median(times[optim, size]) for size in sizes} for optim in optims}
 
 
 def step_of_batch(optim, batch_size):
+    """Returns a function that takes a training step, in sub-batches of SUB_BATCH images."""
     return run.Trainer(NETWORK, optim, 'float32', batch_size, batchsplit=batch_size // SUB_BATCH)
 
 
 def step_in_sub_batches(optim, batchsplit):
+    """Returns a function that takes a training step over run.BATCH images in `batchsplit` sub-batches."""
     return run.Trainer(NETWORK, optim, 'float32', batchsplit=batchsplit)
 
 
 def evaluation_over(optim, num_samples):
+    """Returns a function that predicts TEST_IMAGES images at the mean and with `num_samples` posterior samples."""
     posterior, _ = run.posterior_of(NETWORK, optim, 'float32', TEST_IMAGES)
     images = jax.device_put(run.synthetic_images(TEST_IMAGES)[0])
     return lambda: list(posterior.predict(images, [num_samples]))
 
 
 def bare_step(optim, num_params):
-    """A step of 8 sub-batches whose gradient, w itself, costs nothing."""
+    """Returns a function that takes a step over 8 sub-batches. The gradient is w itself and costs nothing."""
 
     def loss(params, batch_stats, batch):
         del batch
@@ -124,7 +132,7 @@ PANELS = {
 
 @plots.styled
 def drawn(results):
-    """A panel for each of PANELS, with a curve for each optimizer."""
+    """Returns a figure with one panel for each of PANELS, and in it one curve for each optimizer."""
     panels = [
         ('batch', 'images in a batch', f'a training step, sub-batches of {SUB_BATCH}'),
         ('sub_batches', 'sub-batches M', f'a training step, batch of {run.BATCH}'),

@@ -1,8 +1,8 @@
-"""How fast images come: TinyImageNet decoded, read again, and trained on from the device or streamed to it.
+"""Measures how fast images are decoded, read again, and trained on from the device or streamed to it.
 
     python benchmarks/loading.py --json results/loading.json
 
-The data set is made for it: as many JPEGs as TinyImageNet has, and as large, cut out of two photographs.
+The data set imitates TinyImageNet: the same number of training JPEGs in the same size, cut out of two photographs.
 """
 
 import contextlib
@@ -37,11 +37,16 @@ TRAINING = ['--dataset', 'tinyimagenet', '--model', 'lenet', '--optim', 'sgd', '
 def main(argv=None):
     parser = parsing.Parser(__doc__)
     add = parser.add_argument
-    add('--perclass', type=parsing.integer(1), default=500, help='training images of each of the 200 classes')
-    add('--trained', type=parsing.integer(1), default=20, help='and of those that are trained on')
-    add('--epochs', type=parsing.integer(1), default=3, help='see train.py; the first of them is not timed')
-    add('--turns', type=parsing.integer(1), default=3, help='trainings of each kind')
-    add('--json', type=parsing.new_file, help='write all figures here')
+    add(
+        '--perclass',
+        type=parsing.integer(1),
+        default=500,
+        help='training images in each of the 200 classes, for reading',
+    )
+    add('--trained', type=parsing.integer(1), default=20, help='training images in each class, for training')
+    add('--epochs', type=parsing.integer(1), default=3, help='see train.py; the first epoch is not timed')
+    add('--turns', type=parsing.integer(1), default=3, help='trainings with --stream, and the same number without')
+    add('--json', type=parsing.new_file, help='write all figures to this JSON file')
     args = parser.parse_args(argv)
     with made_set(args.perclass) as (folder, setup_seconds):
         figures = {'setup_seconds': setup_seconds} | reading(folder)
@@ -53,25 +58,28 @@ def main(argv=None):
 
 
 def rows(figures):
-    """(label, cell) of each figure."""
+    """Returns the table's rows, [(label, cell), ...]."""
     ratios = figures['streamed_over_resident']
     return [
-        ('`setup_tinyimagenet.py`: unpacked, decoded and kept, s', f'{figures["setup_seconds"]:.1f}'),
-        ('first reading of the training images: decoded and kept, images/s', f'{figures["decoded_per_second"]:.0f}'),
-        ('… over the rate of plain decoding loops on all cores', f'{figures["decoding_share"]:.0%}'),
-        ('a later start: until both splits can be trained on, s', f'{figures["start_seconds"]:.2f}'),
-        ('… until all images have come from the disk, s', f'{figures["reading_seconds"]:.2f}'),
-        ('… until all have come, where the system has them in memory, s', f'{figures["reading_again_seconds"]:.2f}'),
-        ('epoch of training, images on the device, s', f'{statistics.median(figures["epoch_seconds"]):.2f}'),
-        ('epoch of training, `--stream`, s', f'{statistics.median(figures["streamed_epoch_seconds"]):.2f}'),
-        ('streamed / on the device', f'{statistics.median(ratios):.3f}'),
-        ('… lowest and highest of the turns', f'{min(ratios):.2f} to {max(ratios):.2f}'),
+        ('`setup_tinyimagenet.py`: unpacking, decoding and storing, s', f'{figures["setup_seconds"]:.1f}'),
+        (
+            'first reading of the training images: decoding and storing, images/s',
+            f'{figures["decoded_per_second"]:.0f}',
+        ),
+        ('… relative to plain decoding loops on all cores', f'{figures["decoding_share"]:.0%}'),
+        ('later start: until both splits are mapped, s', f'{figures["start_seconds"]:.2f}'),
+        ('… until all images are read from the disk, s', f'{figures["reading_seconds"]:.2f}'),
+        ('… until all images are read, if the system has them in memory, s', f'{figures["reading_again_seconds"]:.2f}'),
+        ('training epoch, images on the device, s', f'{statistics.median(figures["epoch_seconds"]):.2f}'),
+        ('training epoch, `--stream`, s', f'{statistics.median(figures["streamed_epoch_seconds"]):.2f}'),
+        ('streamed ÷ on the device', f'{statistics.median(ratios):.3f}'),
+        ('… range over the turns', f'{min(ratios):.2f} to {max(ratios):.2f}'),
     ]
 
 
 @contextlib.contextmanager
 def made_set(per_class):
-    """A folder with a set that is ready, for as long as it is entered, and the seconds that making it ready took."""
+    """Makes a data set in a temporary folder. Yields the folder, and the seconds that setup_tinyimagenet.py took."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_archive(folder / 'tiny-imagenet-200.zip', per_class)
@@ -79,7 +87,7 @@ def made_set(per_class):
 
 
 def write_archive(path, per_class):
-    """The layout of the official zip, with a tenth as many validation images."""
+    """Writes a zip in the official layout. It has a tenth as many validation images as training images."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
@@ -99,7 +107,7 @@ def write_archive(path, per_class):
 
 
 def cutting(rng, photographs):
-    """A JPEG of 64×64 pixels of a photograph, somewhere in it."""
+    """Returns a random crop of 64×64 pixels from one of the photographs, as a JPEG."""
     photograph = photographs[rng.integers(len(photographs))]
     top, left = (rng.integers(size - SIZE) for size in photograph.shape[:2])
     payload = io.BytesIO()
@@ -108,15 +116,19 @@ def cutting(rng, photographs):
 
 
 def seconds_of(script):
+    """Runs a script, [file name, flags, ...]. Returns its seconds."""
     began = time.perf_counter()
     subprocess.run([sys.executable, ROOT / script[0], *script[1:]], check=True, capture_output=True)
     return time.perf_counter() - began
 
 
 def reading(folder):
-    """Both splits read as later starts do, from the disk and from memory; the training images decoded anew, beside a
-    loop over them."""
-    import data  # not above: the processes that decode import this file first, and train.py is light too
+    """Times reading in a made data set.
+
+    First reads both splits as later starts do, from the disk and then from the system's memory. Then decodes the
+    training images again, and compares the rate with plain decoding loops.
+    """
+    import data  # imported late, because decoding processes import this file and should start fast, as with train.py
 
     dataset = data.dataset('tinyimagenet', folder)
     room = np.ones(dataset.read('train')[0].shape, np.uint8)
@@ -138,16 +150,16 @@ def reading(folder):
 
 
 def forget(path):
-    """Asks the system to drop what it has of a file in memory."""
+    """Asks the system to drop a file from its memory, so that the next reading is from the disk."""
     with open(path, 'rb') as file:
         os.fsync(file)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def reading_seconds(dataset, room):
-    """Until both splits are mapped, and until they have been copied to memory that is in use already.
+    """Returns the seconds until both splits are mapped, and until both are copied into `room`.
 
-    Otherwise new memory would be timed: a virtual machine waits seconds for its first gigabyte.
+    `room` must be memory that is in use already, because a virtual machine waits seconds for its first gigabyte.
     """
     began = time.perf_counter()
     splits = [dataset.read(split)[0] for split in ('train', 'test')]
@@ -158,7 +170,7 @@ def reading_seconds(dataset, room):
 
 
 def plain_rate(folder):
-    """Images per second of loops that decode the first 5,000, in a process on each core, all at the same time."""
+    """Returns the images per second of decoding loops over the first 5,000 images, one process on each core at once."""
     paths = sorted((folder / 'tiny-imagenet-200' / 'train').rglob('*.JPEG'))[:5000]
     cores = os.cpu_count()
     context = multiprocessing.get_context('spawn')
@@ -168,6 +180,7 @@ def plain_rate(folder):
 
 
 def rate_of_loop(paths):
+    """Returns the images per second of a loop that decodes these files."""
     began = time.perf_counter()
     for path in paths:
         with Image.open(path) as image:
@@ -176,7 +189,7 @@ def rate_of_loop(paths):
 
 
 def streaming(folder, args):
-    """Seconds of epochs with the images on the device and streamed to it, of trainings in turns."""
+    """Trains with the images on the device and with --stream, in turns. Returns the seconds of the epochs."""
     turns = [
         (epoch_seconds(folder, args.epochs), epoch_seconds(folder, args.epochs, '--stream')) for _ in range(args.turns)
     ]
@@ -190,7 +203,7 @@ def streaming(folder, args):
 
 
 def epoch_seconds(folder, epochs, *more):
-    """Of every epoch of a training but the first, which compiles."""
+    """Trains once. Returns the seconds of every epoch except the first, which compiles. more: further flags."""
     with tempfile.TemporaryDirectory() as results:
         paths = [f'--datasetfolder={folder}', f'--resultsfolder={results}']
         seconds_of(['train.py', *TRAINING, f'--epochs={epochs}', *more, *paths])

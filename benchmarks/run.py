@@ -1,9 +1,9 @@
-"""How fast is it: steps, evaluation and memory, against the published formulation and the machine's bounds.
+"""Times training steps and evaluation, and measures memory, against the published formulation and the machine.
 
     python benchmarks/run.py --json results/benchmark.json
 
-Images are synthetic. What is compared is measured in turns in this process, a step between two calls of the gradient
-beside which it stands; a ratio is the median of those of the turns, and a time the median too.
+Images are synthetic. Calls that are compared run in turns in this process. A step runs between two calls of the
+gradient that it is compared with. Times are medians over the turns. Ratios are medians of each turn's ratio.
 """
 
 import itertools
@@ -20,7 +20,6 @@ from jax.tree_util import Partial
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-
 import data
 import experiment
 import metrics
@@ -32,7 +31,7 @@ from ops import sharding
 from runs import devices, json_files, launch, parsing, provenance, training_flags
 
 BATCH, SPLIT = 200, 8
-# Forward pass of an image at 32×32 in multiply-adds, convolutions and head; a gradient costs three forward passes.
+# Multiply-adds of a forward pass over one 32×32 image, in convolutions and head. A gradient costs three forward passes.
 MULTIPLY_ADDS = {'resnet18': 0.5554e9, 'resnet20': 0.0408e9}
 NAMES = {'resnet18': 'ResNet-18', 'resnet20': 'ResNet-20'}
 
@@ -61,27 +60,28 @@ def parse_args(argv):
     add = parser.add_argument
     add('--models', nargs='+', choices=MULTIPLY_ADDS, default=list(MULTIPLY_ADDS), help='networks')
     add('--precision', choices=training_flags.PRECISIONS, default='float32', help='see train.py')
-    add('--repeats', type=parsing.integer(1), default=5, help='turns at least in which steps and evaluation are timed')
+    add('--repeats', type=parsing.integer(1), default=5, help='minimum number of turns for steps and for evaluation')
     add(
         '--seconds',
         type=parsing.integer(0),
         default=60,
-        help='more turns of each comparison until it has taken so long',
+        help='minimum seconds for each comparison, which gets more turns until then',
     )
-    add('--testimages', type=parsing.integer(1), default=1000, help='images that are evaluated, twice')
-    add('--testmc', type=parsing.integer(1), default=8, help='samples over which their predictions are averaged')
-    help = 'turns of a step of the published formulation at least, minutes each on a CPU; 0 leaves it out'
+    add('--testimages', type=parsing.integer(1), default=1000, help='images to evaluate')
+    add('--testmc', type=parsing.integer(1), default=8, help='posterior samples to average predictions over')
+    help = 'minimum number of turns for the published formulation, minutes each on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=parsing.integer(0), default=2, help=help)
-    add('--json', type=parsing.new_file, help='write all figures here')
+    add('--json', type=parsing.new_file, help='write all figures to this JSON file')
     return parser.parse_args(argv)
 
 
 def report(message):
+    """Prints a message with the time to stderr."""
     print(f'{time.strftime("%H:%M:%S")} {message}', file=sys.stderr, flush=True)
 
 
 def seconds(function, *args, calls=1):
-    """Of a call; several are sent one after another, before the last is waited for."""
+    """Returns the seconds per call of a function. Sends all calls one after another, and waits for the last result."""
     start = time.perf_counter()
     for _ in range(calls):
         result = function(*args)
@@ -90,7 +90,7 @@ def seconds(function, *args, calls=1):
 
 
 def lasting(repeats, least_seconds):
-    """The turns of a comparison: so many at least, and more until so much time has passed."""
+    """Yields turn numbers until there were `repeats` turns and `least_seconds` have passed."""
     began = time.perf_counter()
     for turn in itertools.count():
         if turn >= repeats and time.perf_counter() - began >= least_seconds:
@@ -99,9 +99,18 @@ def lasting(repeats, least_seconds):
 
 
 def in_turns(turns, functions, calls=1):
-    """Seconds of functions of no arguments, {name: [one of each of `turns`]}, and of a first call, which compiles.
+    """Times functions without arguments in turns.
 
-    Each is called once more in a turn before its calls are timed: what comes before frees memory meanwhile.
+    In each turn a function is called once without timing before its timed calls, because the function before it may
+    still be freeing memory.
+
+    Args:
+        turns: an iterable, with one entry per turn.
+        functions: {name: function}.
+        calls: timed calls of each function in a turn.
+
+    Returns:
+        {name: [seconds per call, for each turn]}, and {name: seconds of the first call, which compiles}.
     """
     first = {name: seconds(function) for name, function in functions.items()}
     times = {name: [] for name in functions}
@@ -113,10 +122,16 @@ def in_turns(turns, functions, calls=1):
 
 
 def around(turns, reference, functions):
-    """Seconds of functions of no arguments beside those of a reference, which is called between them all.
+    """Times functions without arguments, each between two calls of a reference.
 
-    Returns {name: {'own': [one of each of `turns`], 'reference': [the mean of its calls before and after]}}, and
-    {name: seconds of a first call, which compiles}.
+    Args:
+        turns: an iterable, with one entry per turn.
+        reference: the function that is called before and after each of the others.
+        functions: {name: function}.
+
+    Returns:
+        {name: {'own': [seconds, for each turn], 'reference': [mean of the two reference calls, for each turn]}}, and
+        {name: seconds of the first call, which compiles}.
     """
     first = {name: seconds(function) for name, function in functions.items()}
     times = {name: {'own': [], 'reference': []} for name in functions}
@@ -132,6 +147,7 @@ def around(turns, reference, functions):
 
 
 def ratio(numerators, denominators):
+    """Returns the median of the ratios."""
     return statistics.median(ratios(numerators, denominators))
 
 
@@ -140,12 +156,12 @@ def ratios(numerators, denominators):
 
 
 def machine():
-    """The bounds of the machine: a large matrix product and a large copy, both at their best of five."""
+    """Returns the rates of a large matrix product and of a large copy on this machine, the best of five each."""
     return {'matrix_gflops': matrix_rate(3000, 'float32') / 1e9, 'copy_gbytes_per_second': copy_rate() / 1e9}
 
 
 def matrix_rate(size, precision):
-    """Operations a second in the product of two square matrices of normal numbers, at its best of five."""
+    """Returns operations per second in the product of two [size, size] matrices, the best of five."""
     x = jax.random.normal(jax.random.key(0), (size, size), precision)
     product = jax.jit(lambda x: x @ x)
     seconds(product, x)
@@ -153,7 +169,7 @@ def matrix_rate(size, precision):
 
 
 def copy_rate():
-    """Bytes a second that are read and written, at its best of five."""
+    """Returns bytes per second that a large copy reads and writes, the best of five."""
     large = jnp.ones(100_000_000)
     copy = jax.jit(lambda x: x + 1)
     seconds(copy, large)
@@ -161,6 +177,7 @@ def copy_rate():
 
 
 def configuration(model, optim, precision, batchsplit=SPLIT, **given):
+    """Returns a run's configuration for CIFAR-10. given: flags that differ from the defaults."""
     values = (
         vars(training_flags.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}'])) | given
     )
@@ -171,24 +188,25 @@ def configuration(model, optim, precision, batchsplit=SPLIT, **given):
 
 
 def synthetic_images(n):
+    """Returns random images uint8 [n, 32, 32, 3] and labels int32 [n] of 10 classes."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n).astype(np.int32)
 
 
 def batch_at_hand(functions, batch_size=BATCH):
-    """A normalised batch on the device."""
+    """Returns a normalised batch of synthetic images on the device."""
     images, labels = synthetic_images(batch_size)
     return functions.normalise(jnp.asarray(images)), jnp.asarray(labels)
 
 
 def feed_of(functions, batch_size, mesh):
-    """train.py's batches of synthetic images, five an epoch."""
+    """Returns train.py's data.Feed of synthetic images, with five batches per epoch."""
     arrays = *synthetic_images(5 * batch_size), batch_size, jax.random.key(1), mesh
     return data.Feed(*arrays, functions.normalise, augmented=True, streamed=False)
 
 
 def posterior_of(model, optim, precision, batch_size):
-    """A first state's posteriors.Posterior, and a function of `images` that returns the logits at its mean."""
+    """Returns the Posterior of an initial state, and a function of `images` that returns logits at the mean."""
     functions = experiment.create(configuration(model, optim, precision))
     state = sharding.send(jax.jit(functions.init)(jax.random.key(0)))
     sample = Partial(functions.optimizer.sample, state)
@@ -198,7 +216,7 @@ def posterior_of(model, optim, precision, batch_size):
 
 
 class Trainer:
-    """train.py's step of one optimizer on synthetic images; a call does the next step and returns its state."""
+    """Takes train.py's steps of one optimizer on synthetic images. Each call takes a step and returns the state."""
 
     def __init__(self, model, optim, precision, batch_size=BATCH, batchsplit=SPLIT, **given):
         functions = experiment.create(configuration(model, optim, precision, batchsplit, **given))
@@ -216,7 +234,7 @@ class Trainer:
 
 
 class TrainerOfOneBatch:
-    """Steps of an optimizer over one batch that lies ready on the device: the step without its data."""
+    """Takes steps over one batch that is on the device already, to time steps without making batches."""
 
     def __init__(self, model, optim, precision):
         functions = experiment.create(configuration(model, optim, precision))
@@ -229,7 +247,7 @@ class TrainerOfOneBatch:
 
 
 def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPLIT):
-    """A jitted function of (state, batch): one gradient over the sub-batches of a batch; with its arguments."""
+    """Returns a jitted gradient(state, batch), averaged over the sub-batches of a batch, and arguments for it."""
     config = configuration(model, 'bsam', precision, batchsplit)
     functions = experiment.create(config)
     loss = experiment.loss_function(models.create(model, 10), jnp.dtype(precision))
@@ -250,7 +268,7 @@ def gradient_over_sub_batches(model, precision, batch_size=BATCH, batchsplit=SPL
 
 
 def step_times(model, precision, turns):
-    """A step of each optimizer beside one gradient over the same sub-batches."""
+    """Times a step of each optimizer against one gradient over the same sub-batches."""
     gradient, arguments = gradient_over_sub_batches(model, precision)
     functions = {
         'sgd': Trainer(model, 'sgd', precision),
@@ -274,7 +292,7 @@ def step_times(model, precision, turns):
 
 
 def baseline_times(model, precision, turns):
-    """bSAM and evaluation as the published scripts do them, in turns with ours."""
+    """Times a bSAM step and a forward pass as the published scripts compute them, in turns with ours."""
     config = configuration(model, 'bsam', precision)
     functions = experiment.create(config)
     network = models.create(model, 10)
@@ -313,9 +331,10 @@ def baseline_times(model, precision, turns):
 
 
 def evaluation_times(model, precision, turns, num_images, num_samples):
-    """An evaluation as test.py makes it, with all metrics and their intervals, over as many plain forward passes.
+    """Times an evaluation with all metrics and intervals, as in test.py, against the same number of forward passes.
 
-    Each pass is timed right after a part of the evaluation: the mean and a sample, other samples, the metrics.
+    The evaluation has `num_samples` + 1 parts: the mean and the first sample, each further sample, and the metrics. A
+    forward pass is timed right after each part.
     """
     posterior, logits = posterior_of(model, 'bsam', precision, BATCH)
     images, labels = synthetic_images(num_images)
@@ -343,7 +362,10 @@ def evaluation_times(model, precision, turns, num_images, num_samples):
 
 
 def metric_times():
-    """Seconds of all metrics over 10,000 × 200 probabilities; of our AUROC and the published one over 100 of them."""
+    """Returns the seconds of all metrics over probabilities [10,000, 200].
+
+    Also returns the seconds of our AUROC and of the published AUROC over the first 100 rows.
+    """
     rng = np.random.default_rng(0)
     probs, labels = metrics.softmax(3 * rng.normal(size=(10_000, 200))), rng.integers(0, 200, 10_000)
     few = jnp.asarray(probs[:100]), jnp.asarray(labels[:100])
@@ -355,7 +377,10 @@ def metric_times():
 
 
 def step_memory(model, precision):
-    """What compiled functions hold at their peak, arguments and results included, in copies of the parameters."""
+    """Returns the peak memory of a bSAM step and of one sub-batch's gradient, as multiples of the parameters' size.
+
+    Arguments and results are included.
+    """
     trainer = Trainer(model, 'bsam', precision)
     loss = experiment.loss_function(models.create(model, 10), jnp.dtype(precision))
     images, labels = synthetic_images(BATCH // SPLIT)
@@ -374,14 +399,14 @@ def step_memory(model, precision):
 
 
 def peak_bytes(function, *arguments):
-    """Arguments, results that take none of their places, and temporary arrays of a jitted function."""
+    """Returns the bytes of a jitted function's arguments, temporary arrays, and results that reuse no argument."""
     memory = function.lower(*arguments).compile().memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def print_table(results, precision):
-    """Markdown."""
+    """Prints the command, the machine, the table and the times of the metrics, as Markdown."""
     environment, bounds = results['environment'], results['machine']
     versions = environment['versions']
     print(f'`{results["command"]}`: {environment["device"]}; Python {environment["python"]}, JAX {versions["jax"]}; ')
@@ -396,7 +421,7 @@ def print_table(results, precision):
 
 
 def table(results):
-    """All figures in Markdown, a column for each network."""
+    """Returns all figures as a Markdown table with a column for each network."""
     measured = [model for model in NAMES if model in results]
     has_baseline = all('baseline' in results[model] for model in measured)
     figures = rows(results['machine'], has_baseline)
@@ -405,41 +430,44 @@ def table(results):
 
 
 def rows(bounds, has_baseline):
-    """(label, function of a network's results that returns its cell), those of the published formulation at the end.
+    """Returns the table's rows, each as (label, function of a network's results that returns the cell).
 
-    bounds: of the machine.
+    Args:
+        bounds: the rates that `machine` returned.
+        has_baseline: whether to add rows for the published formulation.
     """
     rate = bounds['matrix_gflops']
     own = [
-        ('SGD step, s', lambda r: f'{r["seconds"]["sgd"]:.2f}'),
-        ('SAM step, s', lambda r: f'{r["seconds"]["sam"]:.2f}'),
-        ('bSAM step, s', lambda r: f'{r["seconds"]["bsam"]:.2f}'),
-        ('SAM step / one gradient over the same sub-batches', lambda r: f'{r["over_gradient"]["sam"]:.3f}'),
-        ('… lowest and highest of the turns', lambda r: extremes(r['turns']['sam'], 'own', 'reference')),
-        ('bSAM step / one gradient over the same sub-batches', lambda r: f'{r["over_gradient"]["bsam"]:.3f}'),
-        ('… lowest and highest of the turns', lambda r: extremes(r['turns']['bsam'], 'own', 'reference')),
-        ('bSAM step: share of all but the gradients', lambda r: f'{r["bsam_share_besides_gradients"]:.1%}'),
-        ('bSAM step: slower than on a batch at hand', lambda r: f'{r["data_share"]:.1%}'),
-        ('gradients, GFLOP/s', lambda r: f'{r["gradient_gflops"]:.0f}'),
-        ('gradients, share of the matrix product', lambda r: f'{r["gradient_gflops"] / rate:.0%}'),
-        ('forward pass, images/s', lambda r: f'{r["forward_images_per_second"]:.0f}'),
-        ('evaluation / as many forward passes', lambda r: f'{r["evaluation_over_forward"]:.3f}'),
-        ('… lowest and highest of the turns', lambda r: extremes(r['evaluation_turns'], 'evaluate', 'plain')),
-        ('bSAM step, memory in copies of the parameters', lambda r: f'{r["memory"]["step_copies"]:.1f}'),
-        ('… of these besides one sub-batch’s gradient', lambda r: f'{r["memory"]["copies_besides_one_gradient"]:.1f}'),
-        ('compilation of a bSAM step, s', lambda r: f'{r["compile_seconds"]["bsam"]:.1f}'),
+        ('SGD step, seconds', lambda r: f'{r["seconds"]["sgd"]:.2f}'),
+        ('SAM step, seconds', lambda r: f'{r["seconds"]["sam"]:.2f}'),
+        ('bSAM step, seconds', lambda r: f'{r["seconds"]["bsam"]:.2f}'),
+        ('SAM step ÷ one gradient', lambda r: f'{r["over_gradient"]["sam"]:.3f}'),
+        ('… range over the turns', lambda r: extremes(r['turns']['sam'], 'own', 'reference')),
+        ('bSAM step ÷ one gradient', lambda r: f'{r["over_gradient"]["bsam"]:.3f}'),
+        ('… range over the turns', lambda r: extremes(r['turns']['bsam'], 'own', 'reference')),
+        ('bSAM step, share of time outside the gradients', lambda r: f'{r["bsam_share_besides_gradients"]:.1%}'),
+        ('bSAM step, extra time for making the batch', lambda r: f'{r["data_share"]:.1%}'),
+        ('gradient, GFLOP/s', lambda r: f'{r["gradient_gflops"]:.0f}'),
+        ('gradient, share of the matrix product’s rate', lambda r: f'{r["gradient_gflops"] / rate:.0%}'),
+        ('forward pass, images per second', lambda r: f'{r["forward_images_per_second"]:.0f}'),
+        ('evaluation ÷ its forward passes', lambda r: f'{r["evaluation_over_forward"]:.3f}'),
+        ('… range over the turns', lambda r: extremes(r['evaluation_turns'], 'evaluate', 'plain')),
+        ('bSAM step, memory ÷ size of the parameters', lambda r: f'{r["memory"]["step_copies"]:.1f}'),
+        ('… without one sub-batch’s gradient', lambda r: f'{r["memory"]["copies_besides_one_gradient"]:.1f}'),
+        ('bSAM step, seconds to compile', lambda r: f'{r["compile_seconds"]["bsam"]:.1f}'),
     ]
     published = [
-        ('bSAM step as published, s', lambda r: f'{r["baseline"]["step_seconds"]:.2f}'),
-        ('bSAM step: times faster than published', lambda r: f'{r["baseline"]["step_speed_up"]:.2f}'),
-        ('… lowest and highest of the turns', lambda r: extremes(r['baseline']['turns'], 'published_bsam', 'bsam')),
-        ('forward pass: times faster than published', lambda r: f'{r["baseline"]["logits_speed_up"]:.2f}'),
-        ('compilation as published, s', lambda r: f'{r["baseline"]["compile_seconds"]:.1f}'),
+        ('bSAM step as published, seconds', lambda r: f'{r["baseline"]["step_seconds"]:.2f}'),
+        ('bSAM step, speed-up over published', lambda r: f'{r["baseline"]["step_speed_up"]:.2f}'),
+        ('… range over the turns', lambda r: extremes(r['baseline']['turns'], 'published_bsam', 'bsam')),
+        ('forward pass, speed-up over published', lambda r: f'{r["baseline"]["logits_speed_up"]:.2f}'),
+        ('bSAM step as published, seconds to compile', lambda r: f'{r["baseline"]["compile_seconds"]:.1f}'),
     ]
     return own + published if has_baseline else own
 
 
 def extremes(turns, name, other):
+    """Returns 'LOWEST to HIGHEST', the range of the ratios of two lists of seconds over the turns."""
     of_turns = ratios(turns[name], turns[other])
     return f'{min(of_turns):.2f} to {max(of_turns):.2f}'
 

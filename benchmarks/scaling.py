@@ -1,12 +1,14 @@
-"""How work scales: measured over processes on this machine, and predicted for many devices from compiled steps.
+"""Measures how work scales over processes on this machine, and predicts how it scales over many devices.
 
     python benchmarks/scaling.py measure --json results/scaling_measured.json
     python benchmarks/scaling.py predict --json results/scaling_predicted.json
 
-`measure` runs bSAM with 1, 2, ... processes on as many CPU cores: with the same batch (strong scaling), and with four
-sub-batches a process (weak scaling); then evaluation, with a posterior sample on each or all sharing the images of
-each sample. `predict` compiles the step for so many virtual devices, each with one sub-batch, reads operations and
-collective bytes off, and divides them by the rates that its flags assume.
+`measure` runs 1, 2, ... processes with one CPU core each. It trains bSAM with the same batch (strong scaling) and with
+four sub-batches per process (weak scaling). Then it evaluates twice: first each process has its own posterior samples,
+then the processes share the images of each sample.
+
+`predict` compiles bSAM's step for N virtual devices with one sub-batch each. It reads the numbers of operations and of
+collective bytes from the compiled step, and divides them by assumed rates (see --help).
 """
 
 import argparse
@@ -34,25 +36,25 @@ from ops import sharding
 from runs import devices, hosts, json_files, launch, parsing, processes, provenance
 
 SUB_BATCH = 25
-NODE = 8  # devices of a node
-BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types, those of a step in float32
+NODE = 8  # devices in a node
+BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'u8': 1, 'pred': 1}  # of XLA's types that a float32 step uses
 
 
 @launch.script('scaling.py')
 def main(argv=None):
     parser = parsing.Parser(__doc__)
     add, positive = parser.add_argument, parsing.number(above=0)
-    add('part', choices=('measure', 'predict'))
-    add('--json', type=parsing.new_file, help='write all figures here')
-    add('--model', choices=run.MULTIPLY_ADDS, help='network: resnet20 to measure, resnet18 to predict')
+    add('part', choices=('measure', 'predict'), help='measure processes on this machine, or predict many devices')
+    add('--json', type=parsing.new_file, help='write all figures to this JSON file')
+    add('--model', choices=run.MULTIPLY_ADDS, help='network (default: resnet20 to measure, resnet18 to predict)')
     add('--processes', type=parsing.integer(1), nargs='+', default=[1, 2], help='measure: numbers of processes')
-    add('--steps', type=parsing.integer(1), default=5, help='measure: steps that are timed')
+    add('--steps', type=parsing.integer(1), default=5, help='measure: steps to time')
     add('--devices', type=parsing.integer(1), nargs='+', default=[8, 64, 512], help='predict: numbers of devices')
-    add('--teraflops', type=positive, default=100, help='predict: what a device reaches in convolutions')
-    add('--memory', type=positive, default=3350, help='predict: GB/s of a device to its memory')
-    add('--nvlink', type=positive, default=450, help='predict: GB/s of a device within its node')
-    add('--network', type=positive, default=50, help='predict: GB/s of a device to other nodes')
-    help = 'predict: µs of each of the 2 (n - 1) turns of a ring'
+    add('--teraflops', type=positive, default=100, help='predict: TFLOP/s of a device in convolutions')
+    add('--memory', type=positive, default=3350, help='predict: GB/s between a device and its memory')
+    add('--nvlink', type=positive, default=450, help='predict: GB/s between the devices of a node')
+    add('--network', type=positive, default=50, help='predict: GB/s between a device and other nodes')
+    help = 'predict: latency in µs of each of the 2 (N - 1) steps of a ring all-reduce'
     add('--latency', type=parsing.number(minimum=0), default=5, help=help)
     add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -61,7 +63,8 @@ def main(argv=None):
         print(json.dumps(functions[args.worker.pop('function')](**args.worker)))
         return
     if args.part == 'measure' and max(args.processes) > os.cpu_count():
-        parser.error(f'--processes {max(args.processes)}: there are {os.cpu_count()} cores, and each takes one')
+        number = max(args.processes)
+        parser.error(f'--processes {number} needs {number} CPU cores, and this machine has {os.cpu_count()}')
     rows = measured(args) if args.part == 'measure' else predicted(args)
     print(tables.markdown(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     if args.json:
@@ -69,7 +72,10 @@ def main(argv=None):
 
 
 def measured(args):
-    """Images per second of numbers of processes, and their share of so many times those of one."""
+    """Returns a row for each kind of work and number of processes, with images per second and efficiency.
+
+    The efficiency of N processes is their rate over N times the rate of one process.
+    """
     rows = []
     training = {'function': 'training', 'steps': args.steps}
     workers = {
@@ -93,7 +99,7 @@ def measured(args):
 
 
 def started(worker, number):
-    """What `number` processes print."""
+    """Runs a worker in `number` processes with one core each. Returns the results that they print."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
@@ -110,16 +116,17 @@ def started(worker, number):
 
 
 def joined(number, process, address):
-    """The mesh over the processes that there are."""
+    """Joins `number` processes, if there are several. Returns the mesh over the devices of all."""
     if number > 1:
         hosts.join('scaling.py', address, number, process)
     return devices.create_mesh()
 
 
 def time_evaluation(model, samples, batch_size, **processes):
-    """In a process of its own: images per second and sample of evaluation with so many samples, the mean one of them.
+    """Returns the rate of an evaluation: images times passes (the mean and each sample) per second.
 
-    With one sample, fewer than there are processes, these share the images; else each has samples of its own.
+    Each process has samples of its own, unless there are fewer samples than processes. Then the processes share the
+    images of each sample. Runs in a worker process.
     """
     num_images = 10 * batch_size
     with jax.set_mesh(joined(**processes)):
@@ -132,7 +139,7 @@ def time_evaluation(model, samples, batch_size, **processes):
 
 
 def time_training(model, batch_size, steps, **processes):
-    """In a process of its own: images per second of bSAM's steps over the processes that there are."""
+    """Returns the images per second of bSAM's steps over all processes. Runs in a worker process."""
     mesh = joined(**processes)
     functions = experiment.create(run.configuration(model, 'bsam', 'float32', batch_size // SUB_BATCH))
     with jax.set_mesh(mesh):
@@ -147,7 +154,7 @@ def time_training(model, batch_size, steps, **processes):
 
 
 def predicted(args):
-    """A row for each number of devices."""
+    """Returns a row for each number of devices."""
     rows = []
     for number in args.devices:
         worker = json.dumps({'function': 'count', 'model': args.model or 'resnet18', 'number': number})
@@ -173,9 +180,9 @@ def predicted(args):
 
 @mock.patch('jax.lax.platform_dependent', lambda *arguments, default, **_: default(*arguments))
 def count(model, number):
-    """In a process of `number` virtual devices: operations, bytes and collective bytes of a device in one step.
+    """Returns the operations, accessed bytes and collective bytes of one device in a bSAM step.
 
-    The devices are CPUs, but compute what GPUs do.
+    Runs in a worker process with `number` virtual CPU devices. The step is compiled with the formulas for GPUs.
     """
     mesh = devices.create_mesh()
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -202,7 +209,7 @@ def count(model, number):
 
 
 def collective_bytes(program):
-    """The sum of what the collective operations of a compiled program return."""
+    """Returns the total bytes of the results of a compiled program's collective operations."""
     operations = 'all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute'
     results = re.findall(rf'= (.*?) (?:{operations})\(', program)
     arrays = [array for result in results for array in re.findall(r'(\w+)\[([\d,]*)\]', result)]

@@ -1,6 +1,9 @@
-"""How long train.py takes from the command to the end of its first bSAM step, at first and with the compiled functions.
+"""Measures how long train.py takes from the command to the end of its first bSAM step.
 
-python benchmarks/start.py --json results/start.json
+    python benchmarks/start.py --json results/start.json
+
+Starts train.py twice with the same --compilecache folder. The first start compiles, the second loads the compiled
+functions. Images are random.
 """
 
 import json
@@ -22,26 +25,33 @@ ROOT = Path(__file__).parent.parent
 @launch.script('start.py')
 def main(argv=None):
     parser = parsing.Parser(__doc__)
-    parser.add_argument('--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'])
-    parser.add_argument('--json', type=parsing.new_file, help='write all figures here')
+    parser.add_argument(
+        '--models', nargs='+', choices=('resnet18', 'resnet20'), default=['resnet18', 'resnet20'], help='networks'
+    )
+    parser.add_argument('--json', type=parsing.new_file, help='write all figures to this JSON file')
     args = parser.parse_args(argv)
     results = provenance.of_command('benchmarks/start.py', argv) | {'help_seconds': seconds_of_help()}
     print(f'train.py --help: {results["help_seconds"]:.2f} s')
     for model in args.models:
         results[model] = start_times(model)
         first, second = results[model]['first_seconds'], results[model]['second_seconds']
-        print(f'{model}, to the end of the first step: {first:.1f} s, the second time {second:.1f} s', flush=True)
+        print(
+            f'{model}, to the end of the first step: {first:.1f} s at the first start, {second:.1f} s at the second',
+            flush=True,
+        )
     if args.json:
         json_files.write_json(args.json, results)
 
 
 def seconds_of_help():
+    """Returns how long `train.py --help` takes."""
     began = time.perf_counter()
     subprocess.run([sys.executable, ROOT / 'train.py', '--help'], check=True, capture_output=True)
     return time.perf_counter() - began
 
 
 def start_times(model):
+    """Returns the seconds to the first step of two starts with the same, initially empty, compile cache."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         records = np.random.default_rng(0).integers(0, 10, (40, 3073), np.uint8)
@@ -55,7 +65,10 @@ def start_times(model):
 
 
 def seconds_to_first_step(command):
-    """Until the line that is printed before the step, and from there what the log says of its only step."""
+    """Runs train.py for one step. Returns the seconds from the command to the end of the step.
+
+    They are the seconds until the line that train.py prints before the step, plus the logged seconds of the step.
+    """
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         run = process.stdout.readline().split(':')[0]

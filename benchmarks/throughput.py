@@ -1,8 +1,9 @@
-"""How many images a second train.py's steps take on this device, beside the rate of its matrix products.
+"""Measures the images per second of train.py's steps on this device, for GPUs.
 
     python benchmarks/throughput.py --json results/throughput.json
 
-Images are synthetic. Steps are sent one after another without waiting, as in training, and all ways are timed in turns.
+Images are synthetic. Steps are sent one after another without waiting, as in training. All ways to take a step are
+timed in turns. Each rate is also given as a share of the rate of a large matrix product on the same device.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from evaluation import tables
 from ops import sharding
 from runs import devices, json_files, launch, parsing, provenance, training_flags
 
-# Of each way to take a step: its name in tables, the optimizer, flags other than the defaults, whether it has a mesh.
+# Ways to take a step: {way: (name in tables, optimizer, flags that differ from the defaults, whether it has a mesh)}.
 WAYS = {
     'sgd': ('SGD', 'sgd', {}, False),
     'sam': ('SAM', 'sam', {}, False),
@@ -30,7 +31,7 @@ WAYS = {
 
 
 class Trainer(run.Trainer):
-    """run.py's, with its arrays on a mesh of one device if it is to have one; compiled before it is called."""
+    """run.Trainer, optionally on a mesh of one device. Call `compile` before the first step."""
 
     def __init__(self, has_mesh, *args, **given):
         super().__init__(*args, **given)
@@ -39,6 +40,7 @@ class Trainer(run.Trainer):
             self.state, self.lr_factor = sharding.replicate((self.state, self.lr_factor), self.mesh)
 
     def compile(self):
+        """Compiles the step, and records the bytes of its temporary arrays."""
         with self._context():
             self.step = self.step.lower(*self.arguments()).compile()
         self.temporary_bytes = self.step.memory_analysis().temp_size_in_bytes
@@ -66,7 +68,7 @@ def main(argv=None):
         for way in args.ways:
             _, optim, given, has_mesh = WAYS[way]
             trainers[precision, way] = Trainer(has_mesh, args.model, optim, precision, args.batchsize, **given)
-    for trainer in trainers.values():  # in threads they would disturb XLA's choice of kernels, which it times
+    for trainer in trainers.values():  # not in threads, because XLA times kernels to choose between them
         trainer.compile()
     times, _ = run.in_turns(range(args.repeats), trainers, args.steps)
     for (precision, way), turns in times.items():
@@ -88,36 +90,44 @@ def parse_args(argv):
     parser = parsing.Parser(__doc__)
     add = parser.add_argument
     add('--model', choices=run.MULTIPLY_ADDS, default='resnet18', help='network')
-    help = 'what networks compute in, see train.py'
+    help = 'precisions that networks compute in, see train.py'
     add(
         '--precisions', nargs='+', choices=training_flags.PRECISIONS, default=list(training_flags.PRECISIONS), help=help
     )
-    add('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='steps that are timed')
-    add('--batchsize', type=parsing.integer(8), default=run.BATCH, help='images of a step')
-    add('--steps', type=parsing.integer(1), default=20, help='steps of a turn')
-    add('--repeats', type=parsing.integer(1), default=5, help='turns')
-    add('--matrix', type=parsing.integer(1), default=8192, help='rows of the square matrices that are multiplied')
+    add('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='ways to take a step')
+    add('--batchsize', type=parsing.integer(8), default=run.BATCH, help='images per step')
+    add('--steps', type=parsing.integer(1), default=20, help='steps per turn')
+    add('--repeats', type=parsing.integer(1), default=5, help='turns; each turn times every way')
+    add(
+        '--matrix', type=parsing.integer(1), default=8192, help='rows and columns of the matrices in the matrix product'
+    )
     parsing.add_compilecache(parser)
-    add('--json', type=parsing.new_file, help='write all figures here')
+    add('--json', type=parsing.new_file, help='write all figures to this JSON file')
     args = parser.parse_args(argv)
     if args.batchsize % run.SPLIT:
-        parser.error(f'--batchsize {args.batchsize} does not divide into {run.SPLIT} sub-batches')
+        parser.error(f'--batchsize {args.batchsize} is not a multiple of {run.SPLIT}, the number of sub-batches')
     return args
 
 
 def print_table(results, args):
-    """Markdown."""
+    """Prints the command, the device and the table, as Markdown."""
     environment = results['environment']
     print(f'`{results["command"]}`: {environment["device"]}, JAX {environment["versions"]["jax"]}; {args.model}\n')
     print(table([results], args.precisions, args.ways))
 
 
 def table(results, precisions, ways):
-    """Images a second and shares of the matrix product's rate; results: of calls for one precision or several."""
+    """Returns a Markdown table of images per second, and of shares of the matrix product's rate.
+
+    Args:
+        results: records of this script. Exactly one of them must have measured each precision.
+        precisions: columns of the table.
+        ways: rows of the table, keys of WAYS.
+    """
     header, rows = ['images/s'], [[WAYS[way][0]] for way in ways]
     for precision in precisions:
         (measured,) = [found for found in results if precision in found]
-        header += [precision, f'of {measured["machine"][f"{precision}_matrix_tflops"]:.3g} TFLOP/s']
+        header += [precision, f'share of {measured["machine"][f"{precision}_matrix_tflops"]:.3g} TFLOP/s']
         for way, row in zip(ways, rows, strict=True):
             step = measured[precision][way]
             row += [f'{step["images_per_second"]:.0f}', f'{step["share_of_matrix_rate"]:.0%}']

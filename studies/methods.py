@@ -1,12 +1,15 @@
-"""All optimizers on one data set, each tuned with the same budget, then trained with several seeds.
+"""Compare all optimizers on one data set, each tuned with the same budget and then trained with several seeds.
 
 python studies/methods.py --dataset digits --model lenet --folder /tmp/digits --output results/digits_lenet
 
-Each optimizer draws the same number of settings from its ranges below (log-uniform, seeded), trains each with a part of
-the training images kept out, and takes the one of least NLL there, averaged over 8 posterior samples. With it, all
-training images and a seed each it is trained again, and test.py compares the runs over 32 samples on the test images,
-which nothing was chosen by, with ensembles, and Laplace approximations where an optimizer has no posterior. What was
-drawn and chosen goes to OUTPUT.json, the tables to OUTPUT.md and .csv.
+1. Each optimizer draws the same number of settings, log-uniformly from its ranges in RANGES. The draws are seeded.
+2. It trains with each setting, with a part of the training images held out. The setting with the lowest NLL on the
+   held-out images is chosen. The NLL is averaged over 8 posterior samples.
+3. It trains again with the chosen setting on all training images, once per seed.
+4. The runs are compared on the test images, which no choice has used. The comparison averages over 32 samples, and
+   includes ensembles, and Laplace approximations of optimizers without a posterior.
+
+The drawn and chosen settings go to OUTPUT.json, the tables to OUTPUT.md and OUTPUT.csv.
 """
 
 import math
@@ -45,9 +48,7 @@ def main(argv=None):
     drawn = [(optim, values) for optim in args.optimizers for values in draws(RANGES[optim], args.draws)]
     for draw in drawn:
         for values in (tuning_flags(args, *draw), final_flags(args, *draw, seed=0)):
-            training_flags.parse_args(
-                training_flags.command_line(values)
-            )  # ends the script if train.py would not take them
+            training_flags.parse_args(training_flags.command_line(values))  # ends the script if a flag is invalid
     nlls = complete(args, [partial(tune, args, number, *draw) for number, draw in enumerate(drawn)])
     tried = {optim: [] for optim in args.optimizers}
     for (optim, values), nll in zip(drawn, nlls, strict=True):
@@ -68,33 +69,32 @@ def main(argv=None):
 
 def parse_args(argv):
     parser = parsing.Parser(__doc__)
-    parser.add_argument('--dataset', default='digits', help='as of train.py')
-    parser.add_argument('--model', default='lenet', help='as of train.py')
+    parser.add_argument('--dataset', default='digits', help='data set, as for train.py')
+    parser.add_argument('--model', default='lenet', help='network, as for train.py')
     parser.add_argument('--datasetfolder', type=parsing.folder, default='datasets', help='folder of the data sets')
     parser.add_argument('--batchsize', type=parsing.integer(1), default=50, help='images per training step')
-    parser.add_argument(
-        '--batchsplit', type=parsing.integer(1), default=5, help='of optimizers with several sub-batches'
-    )
+    help = 'sub-batches of the optimizers with --rho'
+    parser.add_argument('--batchsplit', type=parsing.integer(1), default=5, help=help)
     parser.add_argument('--draws', type=parsing.integer(1), default=8, help='settings tried for each optimizer')
     parser.add_argument('--tuneepochs', type=parsing.integer(1), default=10, help='epochs of each setting')
-    parser.add_argument('--epochs', type=parsing.integer(1), default=30, help='epochs with the setting chosen')
+    parser.add_argument('--epochs', type=parsing.integer(1), default=30, help='epochs with the chosen setting')
     fraction = parsing.number(above=0, below=1)
-    parser.add_argument('--validation', type=fraction, default=0.2, help='fraction kept out for tuning')
-    parser.add_argument('--seeds', type=parsing.integer(1), default=5, help='runs with the setting chosen')
-    help = 'what is compared'
+    parser.add_argument('--validation', type=fraction, default=0.2, help='fraction held out for tuning')
+    parser.add_argument('--seeds', type=parsing.integer(1), default=5, help='runs with the chosen setting, a seed each')
+    help = 'optimizers to compare'
     parser.add_argument('--optimizers', nargs='+', choices=list(RANGES), default=list(RANGES), help=help)
-    parser.add_argument(
-        '--folder', type=parsing.path, required=True, help='of the runs; those that it has are gone on with'
-    )
-    parser.add_argument('--output', type=parsing.new_file, required=True, help='results/NAME, without a suffix')
+    help = 'folder of the runs; runs that it already has are resumed'
+    parser.add_argument('--folder', type=parsing.path, required=True, help=help)
+    parser.add_argument('--output', type=parsing.new_file, required=True, help='path of the results, without a suffix')
     parsing.add_jobs(parser)
     args = parser.parse_args(argv)
     if args.seeds * len(set(args.optimizers)) == 1:
-        parser.error('one run is no comparison: take more --seeds or --optimizers')
+        parser.error('a single run cannot be compared: give more --seeds or --optimizers')
     return args
 
 
 def draws(ranges, number):
+    """Draws settings {flag: value} log-uniformly from ranges {flag: (low, high)}. Every call draws the same."""
     rng = np.random.default_rng(0)
     return [
         {name: float(f'{np.exp(rng.uniform(*np.log(bounds))):.3g}') for name, bounds in ranges.items()}
@@ -103,7 +103,7 @@ def draws(ranges, number):
 
 
 def complete(args, tasks):
-    """What the tasks return; ends the script if one failed."""
+    """Returns the results of the tasks. Ends the script with status 1 if a task failed."""
     results = processes.on_devices(tasks, args.jobs)
     if None in results:
         sys.exit(1)
@@ -111,7 +111,15 @@ def complete(args, tasks):
 
 
 def tune(args, number, optim, drawn, run):
-    """Trains with the settings drawn; returns the NLL over samples on the images that were kept out."""
+    """Trains with drawn settings. Returns the NLL on the held-out images, averaged over 8 posterior samples.
+
+    Args:
+        args: the flags of this script.
+        number: names the folder of the run.
+        optim: the optimizer.
+        drawn: {flag: value}.
+        run: runs a process, from processes.on_devices.
+    """
     values = tuning_flags(args, optim, drawn)
     requests = [Request(split='validation', testmc=(8,))]
     _, (measured,) = processes.trained_and_tested(run, args.folder / 'tuning' / f'{number:03}', values, requests)
@@ -121,7 +129,15 @@ def tune(args, number, optim, drawn, run):
 
 
 def train(args, optim, chosen, seed, run):
-    """Trains with the settings chosen and evaluates; returns the run folder."""
+    """Trains and evaluates a run with the chosen settings. Returns the run folder.
+
+    Args:
+        args: the flags of this script.
+        optim: the optimizer.
+        chosen: {flag: value}.
+        seed: the seed.
+        run: runs a process, from processes.on_devices.
+    """
     values = final_flags(args, optim, chosen, seed)
     requests = [Request(testmc=(32,))] + [Request(testmc=(32,), laplace=True)] * experiment.is_point(optim)
     trained, _ = processes.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, requests)

@@ -1,8 +1,8 @@
-"""Makes results/README.md and its pictures, and the tables of the other pages, from what is kept in results/.
+"""Write results/README.md, its pictures and the tables of other pages from the records in results/.
 
     python studies/report.py
 
-The prose is report.md; here are its tables, verdicts and pictures.
+The prose of results/README.md is in report.md. This script makes the tables, verdicts and pictures.
 """
 
 import csv
@@ -34,8 +34,13 @@ PUBLISHED_RHO = {'bsam': 0.01, 'sam': 0.05}
 
 
 class Subject(NamedTuple):
-    """What is compared: a variant of a study, at the 'mean' of its posterior, the 'average' over samples of it, or
-    over those of a 'laplace' approximation."""
+    """A variant of a study and the weights that predict.
+
+    Attributes:
+        variant: the name of the variant in study.STUDIES.
+        at: 'mean' for the posterior mean, 'average' for the average over posterior samples, 'laplace' for the average
+            over samples of a Laplace approximation.
+    """
 
     variant: str
     at: str
@@ -50,7 +55,7 @@ IVON_MEAN, IVON = Subject('ivon', 'mean'), Subject('ivon', 'average')
 
 
 class Claim(NamedTuple):
-    """That a metric of `lower` is below that of `higher`."""
+    """The claim that `lower` has a lower value of a metric than `higher`."""
 
     text: str
     metric: str
@@ -100,10 +105,12 @@ def main(argv=None):
 
 
 def all_records():
+    """Returns {study: {variant: {seed: record}}}, without the studies that only tune learning rates."""
     return {name: records(name) for name in study.STUDIES if not name.endswith('_tuning')}
 
 
 def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
+    """Returns the text of results/README.md. Takes the records of each study, {variant: {seed: record}}."""
     template = (Path(__file__).parent / 'report.md').read_text()
     return template.format(
         cifar10_table=methods_table(cifar10),
@@ -119,17 +126,18 @@ def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
         rho_table=rho_table(rho),
         rho_verdict=rho_verdict(rho),
         rho_commands=commands('rho', {name: rho[name] for name in ('bsam_0.01', 'sam_0.05')}),
-        ablations=ablations_table('as above', rho['bsam_0.01'], ablations),
+        ablations=ablations_table('base setting', rho['bsam_0.01'], ablations),
         bnupdate=bnupdate_table(bnupdate),
         published=published_table(published),
         published_intervals=published_intervals(published),
-        comparisons='\n'.join(side_by_side(*row) for row in COMPARISONS),
+        digits_comparison=side_by_side('digits_lenet'),
+        fashion_comparison=side_by_side('fashion_lenet'),
         speed_table=speed_table(),
     )
 
 
 def records(name):
-    """{variant: {seed: record}} of what study.py kept, variants as it lists them and seeds rising."""
+    """Returns the records of a study, {variant: {seed: record}}, in the order of study.records."""
     found = {}
     for variant, seed, path in study.records(name):
         if path.exists():
@@ -142,31 +150,49 @@ def first_of(group):
 
 
 def values(group, metric, at):
-    """A metric of each record, as it is shown."""
+    """Returns a metric of each record, float [records], in the unit of the tables.
+
+    Args:
+        group: {seed: record}.
+        metric: the name of the metric.
+        at: 'mean', 'average' or 'laplace', as in Subject.
+    """
     scale, _ = metrics.scale_and_digits(metric)
     evaluation, part = ('laplace', 'average') if at == 'laplace' else ('test', at)
     return scale * np.array([record['evaluations'][evaluation][part][metric] for record in group.values()], float)
 
 
 def differences(lower, higher, metric, at_lower='average', at_higher='average'):
-    """higher − lower of the seeds that both groups have."""
+    """Returns higher − lower of a metric for each seed that both groups have, float [seeds].
+
+    Args:
+        lower: {seed: record}.
+        higher: {seed: record}.
+        metric: the name of the metric.
+        at_lower: the weights that predict in `lower`, as in Subject.
+        at_higher: the weights that predict in `higher`.
+    """
     seeds = [seed for seed in lower if seed in higher]
     lower, higher = ({seed: group[seed] for seed in seeds} for group in (lower, higher))
     return values(higher, metric, at_higher) - values(lower, metric, at_lower)
 
 
 def cells(group, at, names):
+    """Returns a cell 'mean ± standard deviation' over the records of a group for each metric of `names`."""
     return [spread(values(group, name, at), metrics.scale_and_digits(name)[1]) for name in names]
 
 
 def spread(numbers, digits):
-    """Mean ± standard deviation."""
+    """Returns 'mean ± standard deviation', or the number alone if there is only one."""
     text = f'{np.mean(numbers):.{digits}f}'
     return text if len(numbers) < 2 else f'{text} ± {np.std(numbers, ddof=1):.{digits}f}'
 
 
 def interval(differences):
-    """(mean, low, high) of paired differences: the 95 % interval of the mean by Student's t; nan of a single one."""
+    """Returns the mean of paired differences and its 95 % interval by Student's t, (mean, low, high).
+
+    Both bounds are nan for a single difference.
+    """
     half = np.nan
     if len(differences) > 1:
         half = scipy.stats.t.ppf(0.975, len(differences) - 1) * scipy.stats.sem(differences)
@@ -174,22 +200,24 @@ def interval(differences):
 
 
 def tested(claim, found):
-    """The claim, the difference of runs with the same seed, higher − lower, and a verdict."""
+    """Returns a row of the table of claims: text, paired difference higher − lower, seeds that agree, verdict."""
     lower, higher = claim.lower, claim.higher
     found = differences(found[lower.variant], found[higher.variant], claim.metric, lower.at, higher.at)
     _, digits = metrics.scale_and_digits(claim.metric)
-    return [claim.text, shown(found, digits), verdict(found)]
+    return [claim.text, shown(found, digits), *verdict(found)]
 
 
 def verdict(differences):
-    _, low, high = interval(differences)
+    """Returns how many seeds have the claimed sign, and the verdict, such as ('4 of 5', 'not supported')."""
+    agreeing = f'{(differences > 0).sum()} of {len(differences)}'
     if len(differences) < 2:
-        return 'right sign, one seed' if differences[0] > 0 else 'wrong sign, one seed'
-    found = 'supported' if low > 0 else 'contradicted' if high < 0 else 'not supported here'
-    return f'{found}, {(differences > 0).sum()} of {len(differences)} seeds'
+        return agreeing, 'not tested'
+    _, low, high = interval(differences)
+    return agreeing, 'supported' if low > 0 else 'contradicted' if high < 0 else 'not supported'
 
 
 def shown(differences, digits):
+    """Returns the mean of differences and its interval, such as '+2.05 [-0.07, +4.17]'."""
     mean, low, high = interval(differences)
     if len(differences) < 2:
         return f'{mean:+.{digits}f}'
@@ -200,8 +228,11 @@ def shown(differences, digits):
 
 
 def methods_table(found):
-    """Every method at the mean and over samples; temperature and unknown images where they were evaluated."""
-    header = ['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC', 'minutes']
+    """Returns a table of every method at the mean and over samples.
+
+    The columns of FURTHER are shown if the study measured them.
+    """
+    header = ['method', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC', 'minutes']
     more = {name: pick for name, pick in FURTHER.items() if name in first_of(found['sgd'])['evaluations']['test']}
     rows = []
     for subject in subjects(found):
@@ -214,7 +245,7 @@ def methods_table(found):
 
 
 def subjects(found):
-    """Of every variant the mean, and the average over samples where there is a posterior, Laplace's too."""
+    """Returns the Subjects of a table: each variant at the mean, then over samples or Laplace samples if any."""
     subjects = []
     for variant in (name for name in NAMES if name in found):
         subjects.append(Subject(variant, 'mean'))
@@ -225,17 +256,16 @@ def subjects(found):
     return subjects
 
 
-# What only some evaluations have, {key in metrics.json: (column, function of metrics.json and 'mean' or 'average')}.
+# Columns that only some studies have: {key in the evaluation: (column, function of the evaluation and Subject.at)}.
 FURTHER = {
     'temperature': ('NLL, tempered', lambda test, at: test['temperature'][at]['nll']),
-    'ood': ('AUROC, unknown', lambda test, at: test['ood']['cifar100'][at]['entropy']['auroc']),
+    'ood': ('AUROC, CIFAR-100', lambda test, at: test['ood']['cifar100'][at]['entropy']['auroc']),
 }
 
 
 def claims_table(found):
-    return tables.markdown(
-        ['claim', 'difference [95 % interval]', 'verdict'], [tested(claim, found) for claim in CLAIMS]
-    )
+    header = ['claim', 'difference [95 % interval]', 'seeds that agree', 'verdict']
+    return tables.markdown(header, [tested(claim, found) for claim in CLAIMS])
 
 
 def rho_table(found):
@@ -244,49 +274,63 @@ def rho_table(found):
         for method in PUBLISHED_RHO
         for rho, group in by_rho(found, method).items()
     ]
-    return tables.markdown(['', 'ρ', 'accuracy %', 'NLL', 'ECE'], rows)
+    return tables.markdown(['method', 'ρ', 'accuracy %', 'NLL', 'ECE'], rows)
 
 
 def by_rho(found, method):
-    """{ρ: records} of a method, ρ rising."""
+    """Returns the records of a method by rising ρ, {ρ: {seed: record}}."""
     groups = {float(name.split('_')[1]): group for name, group in found.items() if name.startswith(f'{method}_')}
     return dict(sorted(groups.items()))
 
 
 def rho_verdict(found):
-    """How far the mean NLL lies apart over ρ, up to about the published one and over all, beside how far seeds do."""
+    """Returns a list with the range of the mean NLL over ρ, and how much seeds differ.
+
+    The first range is over ρ up to three times the published ρ, the second over all ρ.
+    """
     lines = []
     for method, published in PUBLISHED_RHO.items():
         nlls = {rho: values(group, 'nll', 'average') for rho, group in by_rho(found, method).items()}
         small = [rho for rho in nlls if rho <= 3 * published]
-        apart, apart_in_all = (np.ptp([nlls[rho].mean() for rho in rhos]) for rhos in (small, nlls))
-        seeds = np.mean([nlls[rho].std(ddof=1) for rho in small])
+        range_of_small, range_of_all = (np.ptp([nlls[rho].mean() for rho in rhos]) for rhos in (small, nlls))
+        deviation = np.mean([nlls[rho].std(ddof=1) for rho in small])
+        factor = small[-1] / small[0]
         lines.append(
-            f'- {NAMES[method]}: from ρ = {small[0]:g} to {small[-1]:g}, a factor of {small[-1] / small[0]:.0f}, the '
-            f'best and the worst NLL differ by {apart:.4f}, seeds by {seeds:.4f}; over all ρ by {apart_in_all:.4f}'
+            f'- {NAMES[method]}: from ρ = {small[0]:g} to {small[-1]:g}, a factor of {factor:.0f}, the mean NLL varies '
+            f'by {range_of_small:.4f}.\n'
+            f'  The standard deviation over seeds is {deviation:.4f} there. Over all ρ the mean NLL varies by '
+            f'{range_of_all:.4f}.'
         )
     return '\n'.join(lines)
 
 
 def ablations_table(name_of_base, base, found):
-    """The records `base`, and every group that was found with the difference of its NLL to them."""
+    """Returns a table of a base setting, and of other settings with their difference in NLL to the base setting.
+
+    Args:
+        name_of_base: the name of the base setting in the table.
+        base: {seed: record} of the base setting.
+        found: {setting: {seed: record}}.
+    """
     rows = [ablation(name_of_base, base, base)]
     rows += [ablation(name.replace('_', ' '), group, base) for name, group in found.items() if group is not base]
     header = [
-        '', 'runs', 'accuracy %, samples', 'NLL, mean', 'NLL, samples', 'ECE, samples', 'difference in NLL, samples',
+        'setting', 'runs', 'accuracy %, samples', 'NLL, mean', 'NLL, samples', 'ECE, samples',
+        'NLL, samples: difference',
     ]  # fmt: skip
     return tables.markdown(header, rows)
 
 
 def bnupdate_table(found):
-    """Which gradients move batch statistics, and statistics that are estimated again for the mean and every sample."""
+    """Returns a table of --bnupdate, and of batch statistics re-estimated for the mean and for every sample."""
     both = found['bnupdate_both']
     refreshed = {seed: {'evaluations': {'test': record['evaluations']['refreshed']}} for seed, record in both.items()}
-    table = ablations_table('both', both, found | {'both, bnrefresh 20': refreshed})
+    table = ablations_table('bnupdate both', both, found | {'bnupdate both, bnrefresh 20': refreshed})
     return table + '\n' + commands('bnupdate', {'bnupdate_both': both})
 
 
 def ablation(name, group, base):
+    """Returns a row of ablations_table. The base setting has no difference to itself."""
     accuracy, nll, ece = cells(group, 'average', metrics.SHORT)
     row = [name, str(len(group)), accuracy, *cells(group, 'mean', ['nll']), nll, ece]
     if group is base:
@@ -294,18 +338,18 @@ def ablation(name, group, base):
     return [*row, shown(differences(base, group, 'nll'), 4)]
 
 
-# What the paper's authors report, one run each, the NLL divided rightly: accuracy in per cent, NLL, ECE.
+# The paper's results, one run each: accuracy in per cent, NLL, ECE. The NLL is corrected by the factor 49/50.
 PUBLISHED = {
     'cifar10_sgd': ('94.77', '0.2017', '0.0306'),
     'cifar10_sam': ('95.69', '0.1402', '0.0134'),
     'cifar10_bsam': ('95.95', '0.1214', '0.0082'),
     'cifar100_bsam': ('about 80.4',),
 }
-PUBLISHED_AUROC = '0.9536'  # of bSAM on CIFAR-10, on the grid
+PUBLISHED_AUROC = '0.9536'  # bSAM on CIFAR-10, on the published grid of thresholds
 
 
 def published_table(found):
-    """The published numbers beside ours in both precisions, whose cells are empty where there is no record."""
+    """Returns a table of the published numbers and ours. A run without a record has an empty cell."""
     rows = []
     for name, numbers in PUBLISHED.items():
         flags = study.STUDIES['published'].variants[name]
@@ -316,23 +360,46 @@ def published_table(found):
         ]
         command = ' '.join(training_flags.command_line(flags)).replace('=', ' ')
         rows.append([f'`{command}`', ', '.join(numbers), *ours])
-    return tables.markdown(['ResNet-18: `python train.py` …', 'published', 'here', 'here, bfloat16'], rows)
+    header = ['ResNet-18: `python train.py` …', 'published', 'here, float32', 'here, bfloat16']
+    return tables.markdown(header, rows)
+
+
+def headline_table(found):
+    """Returns a table of SGD, SAM and bSAM on CIFAR-10: the published metrics beside ours, '–' without a record.
+
+    Ours are from the run in float32, or from the run in bfloat16 if there is no other.
+    """
+    rows = []
+    for optim, title in {'sgd': 'SGD', 'sam': 'SAM', 'bsam': 'bSAM, 32 samples'}.items():
+        runs = found.get(f'cifar10_{optim}') or found.get(f'cifar10_{optim}_bfloat16')
+        at = 'mean' if experiment.is_point(optim) else 'average'
+        ours = cells(runs, at, metrics.SHORT) if runs else ['–'] * len(metrics.SHORT)
+        pairs = zip(PUBLISHED[f'cifar10_{optim}'], ours, strict=True)
+        rows.append([title, *(cell for pair in pairs for cell in pair)])
+    header = ['accuracy %, published', 'here', 'NLL, published', 'here', 'ECE, published', 'here']
+    return tables.markdown(['CIFAR-10, ResNet-18', *header], rows)
 
 
 def published_intervals(found):
-    """bSAM's metrics on CIFAR-10 with intervals, of the runs that there are, below the published ones."""
-    rows = [['bSAM as published, over 32 samples', *PUBLISHED['cifar10_bsam'], PUBLISHED_AUROC]]
+    """Returns a table of bSAM's metrics on CIFAR-10: the published values, then ours with intervals."""
+    rows = [['published, 32 samples', *PUBLISHED['cifar10_bsam'], PUBLISHED_AUROC]]
     for variant, precision in {'cifar10_bsam': 'float32', 'cifar10_bsam_bfloat16': 'bfloat16'}.items():
         if variant in found:
             test = first_of(found[variant])['evaluations']['test']
-            for at, label in {'average': 'over 32 samples', 'mean': 'at the mean'}.items():
+            for at, label in {'average': '32 samples', 'mean': 'at the mean'}.items():
                 shown = [with_bounds(test, at, metric) for metric in (*metrics.SHORT, 'auroc_grid')]
-                rows.append([f'bSAM here, {precision}, {label}', *shown])
-    return tables.markdown(['CIFAR-10, ResNet-18', 'accuracy %', 'NLL', 'ECE', 'AUROC, grid'], rows)
+                rows.append([f'here, {precision}, {label}', *shown])
+    return tables.markdown(['bSAM, CIFAR-10, ResNet-18', 'accuracy %', 'NLL', 'ECE', 'AUROC, grid'], rows)
 
 
 def with_bounds(test, at, metric):
-    """A metric and its 95 % interval, if it has one."""
+    """Returns a metric with its 95 % interval, or alone if the interval was not computed.
+
+    Args:
+        test: the evaluation.
+        at: 'mean' or 'average'.
+        metric: the name of the metric.
+    """
     scale, digits = metrics.scale_and_digits(metric)
     value = f'{scale * test[at][metric]:.{digits}f}'
     if metric not in test['intervals'][at]:
@@ -341,51 +408,48 @@ def with_bounds(test, at, metric):
     return f'{value} ({low} to {high})'
 
 
-COMPARISONS = [
-    ('digits_lenet', "scikit-learn's digits, LeNet-5, 20 epochs, 5 seeds"),
-    ('fashion_lenet', 'Fashion-MNIST, LeNet-5, 15 epochs, one seed'),
-]
-
-
-def side_by_side(name, title):
-    """All methods on one data set."""
+def side_by_side(name):
+    """Returns the table of all methods on one data set, with links to its records."""
     table = compared(RESULTS / f'{name}.csv')
-    return f'{title} ([commands and settings]({name}.json), [paired tests]({name}.md)):\n\n{table}'
+    return f'[Commands and settings]({name}.json), [paired tests]({name}.md).\n\n{table}'
 
 
 def compared(path, only=''):
-    """The rows of a CSV that test.py wrote, those whose method has `only` in its name."""
+    """Returns a table of a comparison.csv of test.py. `only` selects the rows that contain it in the name."""
     shown = comparison.SHOWN
     with open(path, newline='') as file:
         rows = [
-            [row['method'], row['runs'], *(from_csv(row, metric) for metric in shown)]
+            [displayed(row['method']), row['runs'], *(from_csv(row, metric) for metric in shown)]
             for row in csv.DictReader(file)
             if only in row['method']
         ]
-    return tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
+    return tables.markdown(['method', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
+
+
+def displayed(method):
+    """Returns a method's name as the other tables write it: 'SGD Laplace, 32 samples' for 'sgd laplace, 32 samples'."""
+    optimizer = re.match(r'\w*', method)[0]
+    return (NAMES.get(optimizer, optimizer) + method.removeprefix(optimizer)).replace(' laplace', ' Laplace')
 
 
 def from_csv(row, metric):
+    """Returns the cell of a metric: 'mean ± standard deviation', or the mean alone for a single run."""
     scale, digits = metrics.scale_and_digits(metric)
     mean, deviation = (scale * float(row[f'{metric}_{part}']) for part in ('mean', 'sd'))
     return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
 
-PAGES_WITH_TABLES = [ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md', ROOT / 'docs' / 'hosts.md']
+PAGES_WITH_TABLES = [
+    ROOT / name for name in ('README.md', 'benchmarks/README.md', 'docs/hosts.md', 'docs/performance.md')
+]
 
 
-# The rows of the table of a GPU.
+# The optimizers in the table of GPU throughput.
 THROUGHPUT = ('sgd', 'sam', 'bsam')
 
 
-def few_table(found):
-    """Each method as it is meant to be used: averaged over samples where it has a posterior, else at the mean."""
-    used = [Subject(name, 'mean' if experiment.is_point(name) else 'average') for name in NAMES if name in found]
-    rows = [[NAMES[name], str(len(found[name])), *cells(found[name], at, comparison.SHOWN)] for name, at in used]
-    return tables.markdown(['', 'runs', 'accuracy %', 'NLL', 'ECE', 'AUROC'], rows)
-
-
 def kept(name):
+    """Returns the record results/NAME.json."""
     return json_files.read_record(RESULTS / f'{name}.json')
 
 
@@ -394,14 +458,14 @@ def measured_scaling_table():
         [row['scaling'], f'{row["processes"]}', f'{row["batch"]}', f'{row["images/s"]:.0f}', row['efficiency']]
         for row in kept('scaling_measured')['rows']
     ]
-    return tables.markdown(['', 'processes', 'batch', 'images/s', 'efficiency'], rows)
+    return tables.markdown(['task', 'processes', 'batch', 'images/s', 'efficiency'], rows)
 
 
 def predicted_scaling_table():
     shown = {
-        'devices': 'devices', 'batch': 'batch, one sub-batch each', 'GFLOP a device': 'GFLOP a device',
-        'MB reduced': 'MB reduced', 'computing, ms': 'computing, ms', 'ring, ms': 'reducing, ms',
-        'efficiency': 'efficiency', 'with 8 sub-batches each': 'with 8 sub-batches each',
+        'devices': 'devices', 'batch': 'batch, 1 sub-batch per device', 'GFLOP a device': 'GFLOP per device',
+        'MB reduced': 'MB all-reduced', 'computing, ms': 'compute, ms', 'ring, ms': 'all-reduce, ms',
+        'efficiency': 'efficiency', 'with 8 sub-batches each': 'efficiency, 8 sub-batches per device',
     }  # fmt: skip
     rows = [[f'{row[name]}' for name in shown] for row in kept('scaling_predicted')['rows']]
     return tables.markdown(list(shown.values()), rows)
@@ -409,11 +473,11 @@ def predicted_scaling_table():
 
 def loading_table():
     results = kept('loading')
-    return tables.markdown(['', f'JAX {results["environment"]["versions"]["jax"]}'], loading.rows(results))
+    return tables.markdown(['measured', f'JAX {results["environment"]["versions"]["jax"]}'], loading.rows(results))
 
 
 def convolutions_table():
-    """GFLOP/s of each kind of convolution in each stage, of both networks."""
+    """Returns a table of the GFLOP/s of each kind of convolution in each stage of both networks."""
     kinds = ('forward', 'input gradient', 'kernel gradient')
     rows = []
     for network, profile in {'ResNet-18': kept('convolutions'), 'ResNet-20': kept('convolutions_resnet20')}.items():
@@ -426,24 +490,23 @@ def convolutions_table():
 
 
 def with_tables(page):
-    """A page with every table that stands between its marks made again."""
+    """Returns a page with new tables between the marks `<!-- NAME: made by studies/report.py -->` and their ends."""
 
     def made_again(table):
-        begin, name, end = table.groups()
-        return begin + TABLES[name]() + end
+        begin, name = table.groups()
+        return begin + TABLES[name]() + '\n<!-- until here -->'
 
     return re.sub(
-        r'(<!-- (\w+): made by studies/report\.py -->\n\n).*?(\n<!-- until here -->)',
+        r'(<!-- (\w+): made by studies/report\.py -->\n\n).*?<!-- until here -->',
         made_again,
         page,
         flags=re.DOTALL,
     )
 
 
-# Of the names that stand in the marks.
+# Functions that return the table of each name in the marks.
 TABLES = {
-    'headline': lambda: published_intervals(records('published')),
-    'few': lambda: few_table(records('cifar10_few')),
+    'headline': lambda: headline_table(records('published')),
     'processes': measured_scaling_table,
     'devices': predicted_scaling_table,
     'gpu': lambda: throughput.table(
@@ -456,7 +519,7 @@ TABLES = {
 
 
 def speed_table():
-    """What SAM's and bSAM's steps cost, over a gradient and over a step of SGD, by benchmarks/run.py."""
+    """Returns a table of the time of SAM's and bSAM's steps over the time of a gradient and of an SGD step."""
     results = kept('benchmark')
     costs = [(optim, of) for of in ('gradient', 'sgd') for optim in ('sam', 'bsam')]
     rows = []
@@ -464,11 +527,11 @@ def speed_table():
         cost = results[model]['over_gradient'] | {'gradient': 1}
         rows.append([name, *(f'{cost[optim] / cost[of]:.2f}' for optim, of in costs)])
     header = ['SAM / gradient', 'bSAM / gradient', 'SAM / SGD', 'bSAM / SGD']
-    return tables.markdown(['[two CPU cores](benchmark.json)', *header], rows)
+    return tables.markdown(['on [two CPU cores](benchmark.json)', *header], rows)
 
 
 def commands(name, found):
-    """What started the runs, and what that ran for the first seed of some variants."""
+    """Returns the command of a study, the machine, and the commands of the first seed of each variant in `found`."""
     first = first_of(first_of(found))
     environment = first['environment']
     trainings = [
@@ -477,16 +540,20 @@ def commands(name, found):
     ]
     evaluations = {name: test for group in found.values() for name, test in first_of(group)['evaluations'].items()}
     tests = [measured['command'] for measured in evaluations.values()]
-    where = f'{environment["device"]}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
+    device = environment['device'].removeprefix('cpu: cpu, ')
+    where = f'{device}; Python {environment["python"]}, JAX {environment["versions"]["jax"]}'
     lines = '\n'.join(f'    {line}' for line in [*trainings, *tests])
-    return f'`python studies/study.py {name} --folder … --jobs 2` ({where}) runs, with other seeds too:\n\n{lines}'
+    return (
+        f'`python studies/study.py {name} --folder … --jobs 2` runs commands such as these with every seed '
+        f'({where}):\n\n{lines}'
+    )
 
 
 # Pictures.
 
 
 def reliability(found):
-    """Reliability of SGD, SAM and bSAM side by side, of the first seed."""
+    """Returns a figure of the reliability of SGD, SAM and bSAM side by side, for the first seed."""
     diagrams = {}
     for subject in (SGD, SAM, BSAM):
         test = first_of(found[subject.variant])['evaluations']['test']
@@ -498,6 +565,7 @@ def reliability(found):
 
 @plots.styled
 def over_samples(found):
+    """Returns a figure of bSAM's and IVON's metrics over the number of samples. Dashed lines are at the mean."""
     figure = plots.Figure(figsize=(7.5, 2.7))
     for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
         for subject, style in zip((BSAM, IVON), plots.line_styles(), strict=False):
@@ -517,13 +585,22 @@ def over_samples(found):
 
 
 def errorbars(axes, positions, groups, colour, label):
-    """Mean and standard deviation of each group of runs."""
+    """Draws the mean and the standard deviation of each group of runs.
+
+    Args:
+        axes: the panel.
+        positions: the horizontal position of each group.
+        groups: the values of the runs in each group.
+        colour: the colour of the line.
+        label: the text of the line in the legend.
+    """
     deviations = [np.std(group, ddof=1) if len(group) > 1 else 0 for group in groups]
     means = [np.mean(group) for group in groups]
     axes.errorbar(positions, means, deviations, color=colour, marker='o', markersize=4, capsize=2, label=label)
 
 
 def over_severities(found):
+    """Returns a figure of the metrics over the severity of corruptions, for the first seed."""
     curves = {}
     for subject in (SGD, SAM, BSAM, IVON):
         corrupted = first_of(found[subject.variant])['evaluations']['corrupted']
@@ -534,7 +611,7 @@ def over_severities(found):
 
 @plots.styled
 def over_rho(found):
-    """bSAM's and SAM's metrics over ρ, relative to the published one."""
+    """Returns a figure of bSAM's and SAM's metrics over ρ, relative to the published ρ."""
     figure = plots.Figure(figsize=(7.5, 2.7))
     for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
         for (method, published), style in zip(PUBLISHED_RHO.items(), plots.line_styles(), strict=False):

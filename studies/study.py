@@ -1,11 +1,11 @@
-"""Trains and evaluates the runs that results/README.md reports, and keeps what it needs of each.
+"""Train and evaluate the runs of results/README.md, and write a record of each run to results/studies/.
 
     python studies/study.py cifar10_tuning cifar10 --folder /tmp/runs --datasetfolder datasets --jobs 2
 
-A study is a row of STUDIES: variants of flags, each trained with several seeds, and what test.py is asked of them.
-Runs are ordinary run folders under --folder; of each, one file of results/studies/ keeps the commands, its log and its
-metrics with the bins of the reliability diagram, but neither weights nor predictions. A run whose file is there is not
-trained again, and an interrupted one goes on where it was. report.py makes tables and pictures of these files.
+A study is an entry of STUDIES: variants of flags, the number of seeds, and the evaluations of the runs. Runs are
+ordinary run folders under --folder. A record is a JSON file with the commands, the log and the metrics of a run,
+including the bins of the reliability diagram. It contains no weights and no predictions. A run with a record is not
+trained again. An interrupted run is resumed. report.py makes tables and pictures from the records.
 """
 
 import shutil
@@ -27,10 +27,14 @@ KEPT = ROOT / 'results' / 'studies'
 class Study(NamedTuple):
     """Runs that are compared with each other.
 
-    flags: of train.py, for all runs; variants: {name: further flags}; seeds: how many runs a variant has; evaluations:
-    {name: (of so many seeds, Request)}; tuned_by: the study whose variant of the same optimizer with the
-    least NLL on its validation images gives the flags that are left open; compared: whether test.py compares all runs
-    and their ensembles, when all are there.
+    Attributes:
+        flags: the flags of train.py for all runs.
+        variants: {name: further flags}.
+        seeds: the number of runs of each variant.
+        evaluations: {name: (N, Request)}, for the first N seeds of each variant.
+        tuned_by: the study that gives the missing flags of a variant. They are the flags of its variant with the same
+            optimizer and the lowest NLL on the held-out images.
+        compared: whether test.py compares all runs and their ensembles once the study is complete.
     """
 
     flags: dict
@@ -41,8 +45,9 @@ class Study(NamedTuple):
     compared: bool = False
 
 
-# As published for CIFAR-10, IVON's by its authors, but for the batch, one published sub-batch of 25 images, N, which is
-# four times the images for all, and the learning rate, which is tuned: the published one, a third and a tenth of it.
+# The published settings for CIFAR-10, and for IVON the settings of its authors, with three exceptions: A batch has 25
+# images, as one published sub-batch. N is four times the number of images. The learning rate is tuned: the published
+# one, a third and a tenth of it.
 _CIFAR10 = {
     'dataset': 'cifar10', 'model': 'resnet20', 'trainimages': 5000, 'validation': 0.1, 'batchsize': 25, 'warmup': 1,
     'dafactor': 4,
@@ -58,8 +63,8 @@ _ALPHAS = {'bsam': (0.05, 0.15, 0.5), 'sgd': (0.003, 0.01, 0.03), 'sam': (0.003,
 _FASHION = {
     'dataset': 'fashion', 'model': 'lenet', 'trainimages': 2000, 'batchsize': 64, 'epochs': 19, 'warmup': 1,
 }  # fmt: skip
-# As methods.py tuned each with the same budget on all of Fashion-MNIST in batches of 200, results/fashion_lenet.json;
-# of the learning rate there, a third is tried too.
+# The settings that methods.py chose with the same budget on all of Fashion-MNIST in batches of 200, see
+# results/fashion_lenet.json. A third of each learning rate is tried too.
 _TUNED = {
     'bsam': {'optim': 'bsam', 'priorprec': 8.63, 'rho': 0.0122, 'batchsplit': 8},
     'sgd': {'optim': 'sgd', 'priorprec': 1.04},
@@ -76,12 +81,12 @@ _TUNED_ALPHAS = {
     'adam': (0.00141, 0.00423), 'adamw': (0.00141, 0.00423), 'samadam': (0.00247, 0.00742), 'asam': (0.0188, 0.0564),
     'swag': (0.0188, 0.0564),
 }  # fmt: skip
-# The learning rates are about those that methods.py chose on all of Fashion-MNIST, the rest is as published.
+# The published settings, with learning rates near the ones that methods.py chose on all of Fashion-MNIST.
 _BSAM = {'optim': 'bsam', 'alpha': 0.3, 'priorprec': 40, 'rho': 0.01, 'batchsplit': 8, 'dafactor': 4}
 _SAM = {'optim': 'sam', 'alpha': 0.05, 'priorprec': 25, 'rho': 0.05, 'batchsplit': 8}
 _TEST = {'test': (3, Request(testmc=(32,)))}
 
-# The commands of the paper's authors for ResNet-18, which need a GPU; in float32, and in bfloat16.
+# The published commands for ResNet-18, in float32 and in bfloat16. They need a GPU.
 _SGD_AS_PUBLISHED = {'dataset': 'cifar10', 'optim': 'sgd', 'alpha': 0.03, 'beta1': 0.9, 'priorprec': 25}
 _BSAM_AS_PUBLISHED = {
     'dataset': 'cifar10', 'optim': 'bsam', 'alpha': 0.5, 'beta1': 0.9, 'beta2': 0.999, 'priorprec': 40, 'rho': 0.01,
@@ -105,6 +110,7 @@ def _each_alpha(methods, alphas):
 
 
 def _wide(numbers):
+    """Returns a Request with out-of-distribution images and the best temperature, over numbers of samples."""
     return Request(testmc=numbers, testimages=2500, ood=('cifar100',), temperature=True)
 
 
@@ -120,7 +126,7 @@ STUDIES = {
         },
         tuned_by='cifar10_tuning',
     ),
-    # With 1,000 images, N and weight decays are those of the published runs if dafactor is 50, and 200 for bSAM.
+    # dafactor 50, and 200 for bSAM, give 1,000 images the N and the weight decay of the published runs.
     'cifar10_few': Study(
         _CIFAR10 | {'trainimages': 1250, 'validation': 0.2, 'noaugment': True, 'epochs': 35},
         {name: flags | {'dafactor': 200 if name == 'bsam' else 50} for name, flags in _METHODS.items()},
@@ -185,8 +191,8 @@ def main(argv=None):
     complete = True
     for name in args.studies:
         study = STUDIES[name]
-        there = sum(path.exists() for _, _, path in records(name))
-        print(f'{name}: {there} of {len(records(name))} records are there; remove one to run it again: {KEPT / name}')
+        existing = sum(path.exists() for _, _, path in records(name))
+        print(f'{name}: {KEPT / name} has {existing} of {len(records(name))} records; remove a record to run it again')
         tasks = [partial(keep, args, name, variant, seed, path) for variant, seed, path in records(name)]
         kept = all(processes.on_devices(tasks, args.jobs))
         if kept and study.compared:
@@ -197,15 +203,17 @@ def main(argv=None):
 
 def parse_args(argv):
     parser = parsing.Parser(__doc__)
-    parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'of {", ".join(STUDIES)}')
-    parser.add_argument('--folder', type=parsing.path, required=True, help='of the runs')
+    parser.add_argument(
+        'studies', nargs='+', choices=STUDIES, metavar='STUDY', help=f'one or more of {", ".join(STUDIES)}'
+    )
+    parser.add_argument('--folder', type=parsing.path, required=True, help='folder of the runs')
     parser.add_argument('--datasetfolder', type=parsing.folder, default='datasets', help='folder of the data sets')
     parsing.add_jobs(parser)
     return parser.parse_args(argv)
 
 
 def records(name):
-    """(variant, seed, path of the record) of every run of a study, the first seed of all variants first."""
+    """Returns (variant, seed, path of the record) for every run of a study. Seed 0 of all variants comes first."""
     study = STUDIES[name]
     return [
         (variant, seed, KEPT / name / f'{variant}_{seed}.json')
@@ -215,11 +223,21 @@ def records(name):
 
 
 def flags_of_run(study, variant, seed):
+    """Returns the flags of train.py for a run."""
     return study.flags | tuned(study, study.variants[variant]) | {'randomseed': seed, 'keepgoing': True}
 
 
 def keep(args, name, variant, seed, path, run):
-    """Trains and evaluates one run and keeps its record, unless there is one. Returns True, or raises a RunError."""
+    """Trains and evaluates a run and writes its record, unless the record exists. Returns True, or raises a RunError.
+
+    Args:
+        args: the flags of this script.
+        name: the study.
+        variant: the variant.
+        seed: the seed.
+        path: the file of the record.
+        run: runs a process, from processes.on_devices.
+    """
     study = STUDIES[name]
     flags = flags_of_run(study, variant, seed)
     evaluations = evaluations_of(study, flags)
@@ -233,25 +251,38 @@ def keep(args, name, variant, seed, path, run):
     record = record_of(trained, flags, evaluations, measured)
     path.parent.mkdir(parents=True, exist_ok=True)
     json_files.write_json(path, record)
-    (path.parent / 'comparison.csv').unlink(missing_ok=True)  # of the runs before
+    (path.parent / 'comparison.csv').unlink(missing_ok=True)  # because it compares the earlier runs
     print(f'{name}/{variant}_{seed}: {sum(epoch["seconds"] for epoch in record["log"]):.0f} s of training', flush=True)
     return True
 
 
 def require_record(path, flags, evaluations):
-    """Raises a RunError if a record is not of these flags and evaluations, as when its study was changed since."""
+    """Raises a RunError if a record has other flags or evaluations, because STUDIES has changed since."""
     record = json_files.read_record(path)
     same = set(record.get('command', '').split()) == set(command_of(flags).split())
     if not same or record.get('evaluations', {}).keys() != evaluations.keys():
-        raise folders.RunError(f'{path} is not what STUDIES asks for now: remove it')
+        raise folders.RunError(f'{path} has other flags or evaluations than its study has now: remove it')
 
 
 def command_of(flags):
+    """Returns the command of train.py with these flags."""
     return ' '.join(['python train.py', *training_flags.command_line(flags)])
 
 
 def compare(args, name, run):
-    """Keeps what test.py says of all runs side by side, unless it was said. Returns True, or raises a RunError."""
+    """Compares all runs of a study with test.py and keeps comparison.csv, unless the file exists.
+
+    Args:
+        args: the flags of this script.
+        name: the study.
+        run: runs a process, from processes.on_devices.
+
+    Returns:
+        True.
+
+    Raises:
+        RunError: if test.py fails.
+    """
     path = KEPT / name / 'comparison.csv'
     if path.exists():
         return True
@@ -263,7 +294,7 @@ def compare(args, name, run):
     with open(args.folder / name / 'comparison.txt', 'w') as output:
         status = run([sys.executable, processes.SCRIPTS / 'test.py', *given], output.write)
     if status:
-        raise folders.RunError(f'{output.name}: test.py ended with status {status}')
+        raise folders.RunError(f'test.py ended with status {status}, see {output.name}')
     shutil.copy(args.folder / name / path.name, path)
     return True
 
@@ -273,7 +304,7 @@ def folder_of(args, name, variant, seed):
 
 
 def evaluations_of(study, flags):
-    """Returns {name: Request} of a run with these flags. Only a point estimate gets a Laplace approximation."""
+    """Returns the evaluations {name: Request} of a run. Only a point estimate gets a Laplace approximation."""
     return {
         name: request
         for name, (seeds, request) in study.evaluations.items()
@@ -282,7 +313,7 @@ def evaluations_of(study, flags):
 
 
 def tuned(study, flags):
-    """The flags, with those that tuning chose for their optimizer."""
+    """Returns the flags, completed by the flags that the tuning study chose for the same optimizer."""
     if study.tuned_by is None:
         return flags
     tried = {
@@ -293,18 +324,26 @@ def tuned(study, flags):
 
 
 def validation_nll(study, variant):
+    """Returns the NLL of a tuning run on its held-out images, infinite if it is not finite. Raises RunError."""
     path = KEPT / study / f'{variant}_0.json'
     if not path.exists():
-        raise folders.RunError(f'{path} is missing: run the study {study} first')
+        raise folders.RunError(f'{path} is missing: run `python studies/study.py {study}` first')
     try:
         nll = json_files.read_record(path)['evaluations']['validation']['average']['nll']
     except (KeyError, TypeError) as error:
-        raise folders.RunError(f'{path} is no record of this study: remove it') from error
+        raise folders.RunError(f'{path} is not a record of the study {study}: remove it') from error
     return float('inf') if nll is None else nll
 
 
 def record_of(trained, flags, evaluations, measured):
-    """What is kept of a run folder and of what its evaluations measured."""
+    """Returns the record of a run.
+
+    Args:
+        trained: the run folder.
+        flags: the flags of train.py.
+        evaluations: {name: Request}.
+        measured: the metrics.json of each evaluation.
+    """
     config = folders.read_config(trained)
     return {
         'command': command_of(flags),

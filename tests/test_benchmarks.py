@@ -1,4 +1,4 @@
-"""The benchmarks run, with a small network in place of ResNet-20; what they measure is not looked at."""
+"""The benchmarks run, with a small network in place of ResNet-20. Measured times are not checked."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ SCRIPTS = [f'{path.parent.name}.{path.stem}' for name in FOLDERS for path in (RO
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """A function that imports a benchmark, whose network and batches are small."""
+    """Returns a function that imports a benchmark, and makes the network and the batches small."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
     before = set(sys.modules)
     run = importlib.import_module('benchmarks.run')
@@ -44,7 +44,7 @@ def numbers(results):
 
 
 def test_run(benchmark, tmp_path, capsys):
-    """With the published formulation, and its table without."""
+    """Measures the published formulation too, and prints tables with and without it."""
     path = tmp_path / 'benchmark.json'
     flags = ['--models=resnet20', '--repeats=1', '--seconds=0', '--testimages=12', '--testmc=2', '--baselinerepeats=1']
     run = benchmark('benchmarks.run')
@@ -68,8 +68,8 @@ def test_help(benchmark, capsys, name):
 
 
 def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
-    """They are refused before anything is measured."""
-    for path, reason in ((tmp_path, 'is a folder: give the path of a file'), (tmp_path / 'a' / 'b', 'make it first')):
+    """A path that cannot be written is refused before anything is measured."""
+    for path, reason in ((tmp_path, 'is a folder: give the path of a file'), (tmp_path / 'a' / 'b', 'create it first')):
         with pytest.raises(SystemExit) as stop:
             benchmark('benchmarks.run').main([f'--json={path}'])
         assert stop.value.code == 2 and reason in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_methods(benchmark, forked_jobs, datasets, tmp_path):
-    """Two optimizers, of one draw and one seed each."""
+    """Two optimizers, with one draw and one seed each."""
     flags = ['--model=mlp', '--optimizers', 'sgd', 'sam', '--draws=1', '--tuneepochs=1', '--epochs=1', '--seeds=1']
     flags += ['--dataset=mnist', '--batchsize=20', '--batchsplit=2', f'--datasetfolder={datasets}']
     benchmark('studies.methods').main([*flags, f'--folder={tmp_path / "runs"}', f'--output={tmp_path / "mnist"}'])
@@ -90,9 +90,9 @@ def test_methods(benchmark, forked_jobs, datasets, tmp_path):
     ('flags', 'reason'),
     [
         (['--dataset=moons'], "unknown: 'moons'"),
-        (['--batchsize=51'], 'take --batchsize 50 or 55'),
+        (['--batchsize=51'], 'use --batchsize 50 or 55'),
         (['--optimizers', 'sgd', 'swag', '--epochs=1'], 'swag needs two epochs'),
-        (['--optimizers', 'sgd', '--seeds=1'], 'one run is no comparison'),
+        (['--optimizers', 'sgd', '--seeds=1'], 'a single run cannot be compared'),
     ],
 )
 def test_methods_that_would_fail_are_not_begun(benchmark, flags, reason, tmp_path, capsys):
@@ -106,9 +106,9 @@ def test_methods_that_would_fail_are_not_begun(benchmark, flags, reason, tmp_pat
     [
         (None, 'growth.png', 'growth.json is damaged or cannot be read: '),
         ('{', 'growth.png', 'growth.json is damaged or cannot be read: '),
-        ('[]', 'growth.png', 'growth.json is damaged or cannot be read: it holds no object'),
-        ('{"batch": {"seconds": {}}}', 'growth.png', 'growth.json has no figures of sub_batches, samples, parameters'),
-        ('{}', 'growth.txt', 'growth.txt is not the name of a .png'),
+        ('[]', 'growth.png', 'growth.json is damaged or cannot be read: it is not a JSON object'),
+        ('{"batch": {"seconds": {}}}', 'growth.png', 'growth.json lacks the panels sub_batches, samples, parameters'),
+        ('{}', 'growth.txt', 'growth.txt: the name of the picture must end in .png'),
     ],
 )
 def test_figures_that_cannot_be_plotted(benchmark, text, name, reason, tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_more_processes_than_cores(benchmark, monkeypatch, capsys):
     monkeypatch.setattr('os.cpu_count', lambda: 1)
     with pytest.raises(SystemExit) as stop:
         benchmark('benchmarks.scaling').main(['measure'])
-    assert stop.value.code == 2 and '--processes 2: there are 1 cores' in capsys.readouterr().err
+    assert stop.value.code == 2 and '--processes 2 needs 2 CPU cores, and this machine has 1' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_growth(benchmark, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_loading(benchmark, tmp_path):
-    """One training image of each class, and an epoch of one batch, streamed and not."""
+    """One training image per class, and an epoch of one batch, both resident and streamed."""
     path = tmp_path / 'loading.json'
     flags = ['--perclass=1', '--trained=1', '--epochs=1', '--turns=1']
     benchmark('benchmarks.loading').main([*flags, f'--json={path}'])
@@ -154,9 +154,9 @@ def test_loading(benchmark, tmp_path):
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='a profile of CPUs')
 def test_convolutions(benchmark, tmp_path, monkeypatch):
-    """The operations of each kind are 2·9·3·4 a pixel of 25 images of 32×32, and take time."""
+    """Each kind has 2·9·3·4 operations per pixel, for 25 images of 32×32 pixels, and takes some time."""
     path = tmp_path / 'convolutions.json'
-    monkeypatch.setenv('PJRT_NPROC', '1')  # which the benchmark sets
+    monkeypatch.setenv('PJRT_NPROC', '1')  # the benchmark sets it as well; monkeypatch undoes this
     benchmark('benchmarks.convolutions').main(['--model=resnet20', f'--json={path}'])
     table = json.loads(path.read_text())['milliseconds_and_gflop']
     assert set(table) == {'forward, stem', 'kernel gradient, stem'}
@@ -176,7 +176,7 @@ def test_convolutions(benchmark, tmp_path, monkeypatch):
     ],
 )
 def test_kind_of_operation(benchmark, op_name, kind):
-    """The gradient of a bias is no part of a convolution here."""
+    """The gradient of a bias does not count as part of a convolution."""
     hlo = f'  %fusion.7 = f32[25,64] fusion(%a), metadata={{op_name="jit(gradient)/{op_name}" source_line=4}}\n'
     loop = '  %while.2 = (f32[1]) while(%b), metadata={op_name="jit(gradient)/stem/conv/while"}\n'
     assert benchmark('benchmarks.convolutions').kinds_of_operations(hlo + loop) == {'fusion.7': kind}
@@ -202,7 +202,7 @@ def test_throughput(benchmark, tmp_path, capsys):
 
 
 def test_scaling_joins_processes(benchmark, monkeypatch):
-    """As hosts.join wants to be called, which is not called for one process."""
+    """hosts.join is called with the right arguments, and is not called for a single process."""
     scaling = benchmark('benchmarks.scaling')
     join = mock.create_autospec(scaling.hosts.join)
     monkeypatch.setattr(scaling.hosts, 'join', join)
@@ -214,6 +214,6 @@ def test_scaling_counts_convolutions_as_gpus_compute_them(benchmark, traced_anew
     """Two gradients over one sub-batch: forward, kernel gradients, and the second convolution's input gradient."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
     scaling = benchmark('benchmarks.scaling')
-    weighted_pixels = (3 * 32 - 2) ** 2  # of an image of 32×32 by a 3×3 kernel, less those beyond its borders
+    weighted_pixels = (3 * 32 - 2) ** 2  # of a 3×3 kernel on 32×32 pixels, without those beyond the border
     flops = 2 * 2 * scaling.SUB_BATCH * weighted_pixels * 32 * (2 * 3 + 3 * 32)
     assert 1 < scaling.count('resnet20', 1)['flops'] / flops < 1.2
