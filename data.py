@@ -1,7 +1,7 @@
-"""Image sets: the table of all, splits, and the batches of training, shuffled, augmented and normalised.
+"""Image sets: the table of data sets, splits, and training batches (shuffled, augmented and normalised).
 
-Images are uint8 [N, H, W, C] and labels int32 [N]. A set that is missing, damaged or of no use is a DataError whose
-message says which file and what to do.
+Images are uint8 [N, H, W, C] and labels are int32 [N]. A missing, damaged or unsuitable data set raises a DataError.
+The message names the file and says what to do.
 """
 
 import math
@@ -26,27 +26,27 @@ from readers.files import DataError
 
 
 class Feed:
-    """The batches that a network is trained on.
+    """The training batches of a run.
 
-    Images lie on every device, or they stay on the host and each batch is sent when it is due. Both give the same
-    batches, which depend on the key and on the number of the epoch only.
+    The images are on every device, or they are streamed: they stay on the host, and each batch is sent when it is
+    needed. Both ways give the same batches. The batches of an epoch depend only on the key and the epoch.
     """
 
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, batch_size: int, key: jax.Array, mesh: jax.sharding.Mesh,
         normalise: Callable, *, augmented: bool, streamed: bool,
     ) -> None:  # fmt: skip
-        """Sends the images, unless they are streamed.
+        """Sends the images to every device, unless they are streamed.
 
         Args:
             images: uint8 [N, H, W, C], in memory or mapped from a file.
             labels: int32 [N].
-            batch_size: B, examples in a batch.
+            batch_size: B, the examples in a batch.
             key: the key of the run's batches.
-            mesh: the devices. Each gets its share of a batch if they can share it equally.
-            normalise: of images uint8 [B, H, W, C], after augmentation.
-            augmented: whether images are cropped and flipped at random.
-            streamed: whether images stay on the host.
+            mesh: the devices. A batch is sharded over them if the shards are equal.
+            normalise: a function of images uint8 [B, H, W, C], applied after augmentation.
+            augmented: whether to crop and flip images at random.
+            streamed: whether the images stay on the host.
         """
         self._key, self._mesh = sharding.replicate(key, mesh), mesh
         self._num_images, self._batch_size = len(images), batch_size
@@ -54,9 +54,13 @@ class Feed:
         self._arrays = (images, labels) if streamed else sharding.replicate((images, labels), mesh)
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Yields the batches of epoch 0, 1, ... after the first `done`: what `normalise` returns, and labels int32 [B].
+        """Yields the batches of an epoch: (outputs of `normalise`, labels int32 [B]).
 
         Drops the last examples of the random order if they do not fill a batch.
+
+        Args:
+            epoch: 0, 1, ...
+            done: the number of batches to skip.
         """
         epoch, step = sharding.replicate((np.int32(epoch), np.int32(done)), self._mesh)
         order, key = _begin_epoch(self._key, epoch, self._num_images, self._batch_size)
@@ -65,7 +69,7 @@ class Feed:
             yield batch
 
     def _sent(self, batches):
-        """Yields the examples at the indices int [S, B] of each batch. Sends two batches ahead."""
+        """Yields the examples of each batch, given the indices int [S, B]. Sends two batches ahead."""
         with ThreadPoolExecutor(1) as reader:
             place = partial(sharding.place_rows, self._arrays, mesh=self._mesh)
             ahead = [reader.submit(place, indices) for indices in batches[:2]]
@@ -83,7 +87,7 @@ def _begin_epoch(key, epoch, num_images, batch_size):
 
 @partial(jax.jit, static_argnames=('augmented', 'normalise'))
 def _take(arrays, order, key, step, augmented, normalise):
-    """Returns the batch of a step, and the next step. Arrays hold the batch, or all examples if there is an order."""
+    """Returns the batch of a step, and step + 1. `arrays` holds all examples, or only the batch if `order` is None."""
     if order is not None:
         chosen = sharding.shard(order[step])
         arrays = jax.tree.map(lambda x: sharding.shard(x[chosen]), arrays)
@@ -100,9 +104,14 @@ def shuffled_batches(key: jax.Array, num_images: int, batch_size: int) -> jax.Ar
 
 
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Returns random crops of images padded by 4 black pixels, every other one flipped left to right on average.
+    """Returns random crops of images, each flipped left to right with probability ½.
 
-    images: uint8 [B, H, W, C], as they were read. Returns the same shape.
+    Args:
+        key: a JAX random key.
+        images: uint8 [B, H, W, C], not normalised. They are padded by 4 black pixels on every side.
+
+    Returns:
+        The crops, uint8 [B, H, W, C].
     """
     pad = 4
     crop_key, flip_key = jax.random.split(key)
@@ -115,7 +124,15 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Returns (images / 255 − mean) / std, float32 [B, H, W, C]. mean, std: a value for every channel."""
+    """Returns (images / 255 − mean) / std.
+
+    Args:
+        images: uint8 [B, H, W, C].
+        mean, std: one value per channel, on the scale [0, 1].
+
+    Returns:
+        float32 [B, H, W, C].
+    """
     mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
     return (images.astype(jnp.float32) / 255 - mean) / std
 
@@ -124,13 +141,13 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 class Dataset(NamedTuple):
-    """Says how to read an image set, and whether to augment and how to normalise the images.
+    """How to read, augment and normalise an image set.
 
     Attributes:
         read: read(folder, 'train' or 'test') -> images uint8 [N, H, W, C] and labels int32 [N].
-        num_classes: labels are from 0 to num_classes − 1.
-        mean, std: of every channel, on the scale [0, 1]; None to measure them.
-        augment: whether training images are cropped and flipped at random.
+        num_classes: the number of classes. Labels are 0 to num_classes − 1.
+        mean, std: one value per channel, on the scale [0, 1], or None to measure them on the training images.
+        augment: whether to crop and flip training images at random.
     """
 
     read: Callable
@@ -141,13 +158,13 @@ class Dataset(NamedTuple):
 
 
 def dataset(name: str, folder: str | Path) -> Dataset:
-    """Returns the row of DATASETS called `name`, or a row for 'tfds/NAME'. Its `read` takes the split only.
+    """Returns the row of DATASETS called `name`, or a row for 'tfds/NAME'. The row's `read` takes only the split.
 
     Raises DataError.
     """
     folder = Path(folder)
     if '\0' in str(folder):
-        raise DataError(f'{folder} is no path')
+        raise DataError(f'{folder} is not a path: it contains a NUL character')
     if name.startswith('tfds/'):
         opened = tfds.open_set(name.removeprefix('tfds/'), folder)
         read = partial(_read, lambda folder, split: tfds.read(opened, split), folder)
@@ -164,10 +181,15 @@ def _read(read, folder, split):
 
 
 def describe(dataset: Dataset, train_images: np.ndarray, train_labels: np.ndarray) -> dict:
-    """Returns what networks need to know of an image set as plain values: sizes, mean and std of every channel.
+    """Returns the properties of an image set that a run needs, as plain values: sizes, per-channel mean and std.
 
-    The CRC-32 of the training labels detects other images, and another order of the same. A channel that is constant
-    gets the std 1 and a warning, because a division by 0 would not be finite.
+    The CRC-32 of the training labels detects other images, and the same images in another order. A constant channel
+    gets std 1 and a warning, because a division by 0 would not be finite.
+
+    Args:
+        dataset: the row of the image set.
+        train_images: uint8 [N, H, W, C].
+        train_labels: int [N].
     """
     mean, std = channel_statistics(train_images) if dataset.mean is None else (dataset.mean, dataset.std)
     for channel in (i for i, deviation in enumerate(std) if deviation < _CONSTANT):
@@ -183,19 +205,28 @@ def describe(dataset: Dataset, train_images: np.ndarray, train_labels: np.ndarra
     }
 
 
-_CONSTANT = 1e-9  # stds below are rounding errors: one pixel in 10^13 that is one level brighter has a larger one
+_CONSTANT = 1e-9  # a smaller std is a rounding error: one pixel in 10^13 that is one level brighter gives a larger std
 
 
 def require_images_of_run(found: dict, description: dict, folder: str | Path, run: str | Path) -> None:
-    """Raises a DataError if what was found of a description in a folder differs from the description of a run."""
+    """Raises a DataError if a folder does not hold the images of a run.
+
+    Args:
+        found: the description of the images in the folder, or a part of it.
+        description: the description in the configuration of the run.
+        folder: the folder of the data sets, for the message.
+        run: the run folder, for the message.
+    """
     if any(description.get(name, value) != value for name, value in found.items()):
-        raise DataError(f'{folder} holds other images than those that {run} was begun with')
+        raise DataError(
+            f'{folder} does not hold the images that {run} was trained on: name another with --datasetfolder'
+        )
 
 
 def read_train(dataset: Dataset, flags: dict) -> tuple[tuple, tuple | None]:
-    """Reads the training images and labels that the flags of a run ask for, in two parts: (rest, held out).
+    """Reads the training images and labels of a run in two parts: (rest, held out).
 
-    The second part is None without --validation. Raises DataError.
+    The held-out part is None without --validation. Raises DataError.
     """
     train = subset('--trainimages', flags['trainimages'], *dataset.read('train'))
     return hold_out(*train, flags['validation']) if flags['validation'] else (train, None)
@@ -204,28 +235,44 @@ def read_train(dataset: Dataset, flags: dict) -> tuple[tuple, tuple | None]:
 def subset(
     flag: str, size: int | None, images: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Returns a random subset of images and labels, which does not depend on the seed of a run; all for None.
+    """Returns a random subset of images and labels, which does not depend on the seed of a run.
 
-    Raises a DataError that names the flag if there are fewer.
+    Args:
+        flag: the flag that sets `size`, for the message.
+        size: the number of images, or None for all.
+        images: uint8 [N, H, W, C].
+        labels: int32 [N].
+
+    Raises:
+        DataError: `size` is larger than N.
     """
     if size is None:
         return images, labels
     if size > len(images):
-        raise DataError(f'{flag} {size} exceeds the {len(images)} images that there are')
+        raise DataError(f'{flag} {size} exceeds the {len(images)} available images')
     chosen = np.sort(_fixed_order(images)[:size])
     return images[chosen], labels[chosen]
 
 
 def hold_out(images: np.ndarray, labels: np.ndarray, fraction: float) -> tuple[tuple, tuple]:
-    """Returns training images and labels in two parts, (rest, held out). A random `fraction` is held out.
+    """Splits training images and labels into two parts, (rest, held out). A random fraction is held out.
 
-    The parts do not depend on the seed of a run, so that no run is tuned on images that another was trained on.
-    Raises DataError if a part would be empty.
+    The parts do not depend on the seed of a run. Otherwise a run could be tuned on images that another run trained on.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        labels: int32 [N].
+        fraction: the held-out share of the images, in (0, 1).
+
+    Raises:
+        DataError: a part would be empty.
     """
     order = _fixed_order(images)
     num_held = round(fraction * len(images))
     if not 0 < num_held < len(images):
-        raise DataError(f'--validation {fraction:g} of {len(images)} training images leaves none on one side')
+        raise DataError(
+            f'--validation {fraction:g} holds out {num_held} of {len(images)} training images: choose another fraction'
+        )
     held, rest = np.sort(order[:num_held]), np.sort(order[num_held:])
     return (images[rest], labels[rest]), (images[held], labels[held])
 
@@ -238,14 +285,24 @@ _MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
 def resized(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns images uint8 [N, H, W, C] in the shape (H', W', C'), resized and with other channels where needed.
+    """Returns images resized to H' × W' pixels and converted to C' channels, as far as needed.
 
-    1 to 4 channels are grey, grey and alpha, RGB, RGBA; alpha is opaque where there was none. Raises DataError.
+    Images with 1 to 4 channels are grey, grey with alpha, RGB and RGBA. A new alpha channel is opaque.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        shape: (H', W', C').
+
+    Returns:
+        uint8 [N, H', W', C'].
+
+    Raises:
+        DataError: the shapes differ, and C or C' is not 1 to 4.
     """
     if images.shape[1:] == tuple(shape):
         return images
     if not (images.shape[3] in _MODES and shape[2] in _MODES):
-        raise DataError(f'images of {images.shape[3]} channels cannot be turned into images of {shape[2]}')
+        raise DataError(f'images with {images.shape[3]} channels cannot be converted to {shape[2]} channels')
     outputs = np.empty((len(images), *shape), np.uint8)
     for i, image in enumerate(images):
         image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert(_MODES[shape[2]])
@@ -255,7 +312,12 @@ def resized(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def check_description(description: object, where: object) -> None:
-    """Raises a DataError if what a file holds cannot be what `describe` returned. where: the file, for the message."""
+    """Raises a DataError if a description cannot be a result of `describe`.
+
+    Args:
+        description: the content of a file.
+        where: the file, for the message.
+    """
 
     def whole(value):
         return isinstance(value, int) and 0 < value < 2**31
@@ -274,7 +336,7 @@ def check_description(description: object, where: object) -> None:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation of every channel of uint8 [N, H, W, C], on the scale [0, 1]."""
+    """Returns the per-channel means and standard deviations of uint8 [N, H, W, C], on the scale [0, 1]."""
     values = np.arange(256) / 255
     counts = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(images), 1000):  # bincount makes its input eight times as large

@@ -1,4 +1,4 @@
-"""Errors that a user can mend; files that are opened with care, and written whole or not at all."""
+"""Errors that a user can fix, and files that are opened with care and written whole or not at all."""
 
 import contextlib
 import errno
@@ -14,51 +14,51 @@ from typing import BinaryIO
 
 
 class UserError(Exception):
-    """Something that a user can mend, in one line: what is wrong, with which value, and what to do.
+    """An error that a user can fix. The message is one line: what is wrong, with which value, and what to do.
 
-    Control characters are escaped and long messages shortened, because they may quote a file that someone else wrote.
+    Control characters are escaped and long messages shortened, because a message may quote someone else's file.
     """
 
-    status = 2  # exit status of the script that it ends
+    status = 2  # exit status of a script that ends with this error
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
 
 
 def printable(text: object) -> str:
-    """Returns text with its control characters escaped, so that it cannot steer a terminal.
+    """Returns text with control characters escaped, because they could steer a terminal.
 
-    The middle of a text of more than 1,500 characters is left out.
+    Leaves out the middle of a text of more than 1,500 characters.
     """
     escaped = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
     return escaped if len(escaped) <= 1500 else f'{escaped[:1000]} … {escaped[-400:]}'
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or the name of its class if the message is empty."""
+    """Returns the first line of an error's message, or the class name of the error if the message is empty."""
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
 
 
 def reason(error: BaseException) -> str:
-    """Returns what an error says, without the number and the path of an OSError."""
+    """Returns the message of an error, without the number and the path of an OSError."""
     return getattr(error, 'strerror', None) or first_line(error)
 
 
 def opened(path: Path) -> BinaryIO:
-    """Opens a regular file to read its bytes. Raises OSError, also for a pipe, which would wait for its other end."""
+    """Opens a regular file for reading bytes. Raises OSError, also for a pipe, because a pipe waits for a writer."""
     file = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise OSError(errno.EINVAL, 'it is no regular file', os.fspath(path))
+    raise OSError(errno.EINVAL, 'it is not a regular file', os.fspath(path))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path`. The file or folder written there replaces `path` if the block ends without an error.
+    """Yields a temporary path beside `path`. The file or folder written there then replaces `path`.
 
-    A reader sees the old content or the new one, never a part. Removes what killed processes left of earlier tries.
-    Raises OSError.
+    If the block ends with an error, `path` stays as it was. A reader sees the old content or the new content, never a
+    part. Removes partial files that killed processes left behind. Raises OSError.
     """
     path = Path(path)
     discard_leftovers(path)
@@ -73,13 +73,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole. Raises OSError."""
+    """Writes a file whole or not at all. Raises OSError."""
     with replacing(path) as partial:
         partial.write_bytes(content)
 
 
 def discard_leftovers(path: Path) -> None:
-    """Removes what ended processes of this host, or others an hour ago, left of their tries to write `path`."""
+    """Removes partial files that earlier attempts to write `path` left behind.
+
+    Removes a partial file if its process ran on this host and has ended, or if the file is over an hour old.
+    """
     with contextlib.suppress(OSError):
         for left in os.scandir(Path(path).parent):
             found = _PARTIAL.fullmatch(left.name.removeprefix(Path(path).name))
@@ -107,7 +110,7 @@ def _is_running(process):
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder with all that is in it, if it is there and may be removed."""
+    """Removes a file, or a folder with its content. Ignores errors, such as a missing file or a lack of permission."""
     with contextlib.suppress(OSError):
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -116,7 +119,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk. Some network shares cannot tell; they are not waited for."""
+    """Waits until a file or folder is on the disk. Does not wait on network shares without fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""What a run's configuration means: its network, its loss, its optimizer, its jitted step.
+"""Builds the network, loss, optimizer and jitted step of a run from the configuration.
 
-Flags are turned into the arguments of optimizers here: prior precision → weight decay, epochs → steps.
+Converts flags into the arguments of optimizers: prior precision → weight decay, epochs → steps.
 """
 
 import math
@@ -22,18 +22,18 @@ from runs import training_flags
 
 
 class Experiment(NamedTuple):
-    """The functions of a run. `step` takes what `data.Feed` yields, the others take images uint8 as they are read.
+    """The functions of a run. `step` takes normalised images. All other functions of images take uint8 images.
 
     Attributes:
-        optimizer: with `init`, `step` and `sample`.
+        optimizer: the optimizer, with `init`, `step` and `sample`.
         num_data: N, the number of training examples times the augmentation factor.
         init: init(key) -> the optimizer's first state.
-        normalise: normalise(images uint8 [B, H, W, C]) -> what the network takes, float32.
-        step: step(state, batch, lr_factor) -> (state, loss), jitted. Donates the state. A batch is what `data.Feed`
-            yields, normalised images float32 [B, H, W, C] and labels int32 [B].
+        normalise: normalise(images uint8 [B, H, W, C]) -> the network's inputs, float32 [B, H, W, C].
+        step: step(state, batch, lr_factor) -> (state, loss), jitted. Donates the state. `data.Feed` yields the batches:
+            normalised images float32 [B, H, W, C] and labels int32 [B].
         apply: apply(params, batch_stats, images uint8 [B, H, W, C]) -> logits [B, K].
-        update_batch_stats: of params, batch_stats, images uint8 [B, H, W, C] -> the batch statistics after a batch of
-            training.
+        update_batch_stats: update_batch_stats(params, batch_stats, images uint8 [B, H, W, C]) -> the batch statistics,
+            updated with these images as in training.
     """
 
     optimizer: optimizers.Optimizer
@@ -52,8 +52,8 @@ class Experiment(NamedTuple):
 def create(config: dict) -> Experiment:
     """Returns the Experiment of a configuration {'flags': ..., 'dataset': data.describe(...)}. Raises ModelError.
 
-    Configurations that differ in nothing that the functions depend on, such as the seed, share one Experiment, so that
-    it is compiled once.
+    Configurations share one Experiment if they differ only in values that the functions do not use, such as the seed.
+    A shared Experiment compiles once.
     """
     flags, dataset = config['flags'], config['dataset']
     model = models.create(flags['model'], dataset['num_classes'])
@@ -91,7 +91,10 @@ def _create(model, precision, optim, arguments, num_data, image_shape, mean, std
 
 
 def loss_function(model: nn.Module, dtype: jnp.dtype) -> Callable:
-    """Returns an optimizer's loss: the mean negative log-likelihood of a batch, float [B, H, W, C] and int [B]."""
+    """Returns loss(params, batch_stats, batch) -> (mean negative log-likelihood in nats, new batch statistics).
+
+    A batch is (images float [B, H, W, C], labels int [B]). The network computes in `dtype`.
+    """
 
     def loss(params, batch_stats, batch):
         images, labels = batch
@@ -102,9 +105,9 @@ def loss_function(model: nn.Module, dtype: jnp.dtype) -> Callable:
 
 
 def optimizer_arguments(flags: dict, num_train: int) -> dict:
-    """Returns the keyword arguments of the optimizer that the flags of a run name, without its loss.
+    """Returns the keyword arguments of the chosen optimizer, except the loss.
 
-    Flags whose value the optimizer takes in another form are converted: δ = priorprec / N, epochs → steps.
+    Converts the flags that the optimizer takes in another form: δ = priorprec / N, epochs → steps.
     """
     arguments = {row.argument: flags[row.name] for row in training_flags.rows_of(flags['optim']) if row.argument}
     num_data = num_train * flags['dafactor']
@@ -123,26 +126,29 @@ def optimizer_arguments(flags: dict, num_train: int) -> dict:
 
 
 def is_point(optim: str) -> bool:
-    """Returns whether the posterior of an optimizer is a point, so that every sample is the mean."""
+    """Returns whether the posterior of an optimizer is a point. Every sample then equals the mean."""
     flags = vars(training_flags.parse_args([f'--optim={optim}']))
     return optimizers.OPTIMIZERS[optim](None, **optimizer_arguments(flags, num_train=flags['batchsize'])).is_point
 
 
 def at_once(flags: dict) -> int:
-    """Returns how many sub-batches are computed together: by default all, one on CPUs, whose caches hold no more."""
+    """Returns the most sub-batches that are computed together, over all samples of the weights.
+
+    The default is 1 on CPUs, because CPU caches hold no more. Elsewhere the default is all.
+    """
     sub_batches = (flags['batchsplit'] or 1) * (flags['trainmc'] or 1)
     return flags['atonce'] or (1 if jax.default_backend() == 'cpu' else sub_batches)
 
 
 def lr_factor_of(flags: dict, epoch: int) -> float:
-    """Returns the lr_factor of an epoch, the learning rate over alpha. SWAG's is constant in its last epochs."""
+    """Returns the lr_factor of an epoch, learning rate / alpha. In the last epochs of SWAG the factor is constant."""
     if flags['optim'] == 'swag' and epoch >= training_flags.first_constant_epoch(flags['epochs'], flags['swagstart']):
         return flags['swagrate']
     return optimizers.lr_factor(epoch, flags['epochs'], flags['warmup'])
 
 
 class Keys(NamedTuple):
-    """The independent keys of a run's first state, of its batches and of the samples that test.py draws."""
+    """The independent keys of a run: for the first state, the batches, and the samples that test.py draws."""
 
     init: jax.Array
     batches: jax.Array
@@ -151,12 +157,12 @@ class Keys(NamedTuple):
 
 @partial(jax.jit, static_argnames='seed')
 def keys(seed: int) -> Keys:
-    """Returns the Keys of --randomseed. Jitted, so that it also runs where implicit transfers are disallowed."""
+    """Returns the Keys of --randomseed. Jitted because implicit transfers may be disallowed."""
     return Keys(*jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3))
 
 
 @jax.jit
 def all_finite(arrays: Any) -> jax.Array:
-    """Returns whether every float in a pytree is finite. Tests one flat array, which compiles sooner."""
+    """Returns whether every float in a pytree is finite. Tests one flat array, which compiles faster."""
     floats = [leaf for leaf in jax.tree.leaves(arrays) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.isfinite(ravel_pytree(floats)[0]).all()

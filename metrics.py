@@ -310,11 +310,11 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
     """
     if not np.isfinite(probs).all():
         return float('nan')
-    import scipy.optimize  # imported late: takes a third of a second, which no start of training should wait for
+    import scipy.optimize  # imported late because it takes a third of a second and training does not need it
 
     log_probs = _log(probs)
 
-    def loss(log_temperature):  # in logarithms, because a tempered probability of 1e-5000 has an NLL too
+    def loss(log_temperature):  # in logarithms, because a tempered probability of 1e-5000 has a finite NLL
         scaled = log_probs / np.exp(log_temperature)
         return np.mean(special.logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels])
 
@@ -426,8 +426,8 @@ def _ranked(scores):
 def _by_threshold(scores, counted, weights=None):
     """Returns (sums, weights) for each distinct score, rising, [T] or [R, T] each.
 
-    The first adds up `counted` [N] times the weight over the images with this score, the second the weights. All sums
-    are nan if a score is nan, because nan has no rank.
+    Over the images with this score, `sums` adds up `counted` [N] times the weight, and `weights` adds up the weights.
+    All sums are nan if a score is nan, because nan has no rank.
     """
     order, starts = _ranked(scores)
     weights = np.ones(len(order)) if weights is None else np.take(weights, order, axis=-1)
@@ -454,7 +454,7 @@ def _scalar(values):
 NUM_RESAMPLES = 1000
 LEVEL = 0.95
 
-# Resamples that a thread takes at once. The weights of all resamples, float64 [R, N], are in memory together.
+# Resamples per thread at once. The weights of all resamples, float64 [R, N], are in memory together.
 _BLOCK = 250
 
 
@@ -470,7 +470,7 @@ def resampled(metrics: dict[str, Callable], probs: np.ndarray, labels: np.ndarra
     def of_block(weights):
         return {name: metric(probs, labels, weights) for name, metric in metrics.items()}
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy computes outside of Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads, because NumPy releases the GIL
         blocks = list(pool.map(of_block, _resamples(len(labels))))
     return {name: np.concatenate([block[name] for block in blocks]) for name in metrics}
 
@@ -498,10 +498,10 @@ def difference(observed: float, resampled: np.ndarray) -> tuple[float, float, fl
     """Returns (low, high, p) for a metric's difference between two methods: the interval and the two-sided p-value.
 
     The interval is the basic interval: the percentile interval of 2 · observed − resampled (Davison & Hinkley, 1997,
-    section 5.2.1). It takes away most of the bias of finite sets and of resampling them. A calibration error has more
-    of this bias the smaller it is, so two calibration errors seem nearer than they are. The p-value is for no
-    difference: twice the share on the rarer side of 0, and at least 2/(R + 1). All three are nan if a metric is
-    infinite, such as the NLL of an impossible class.
+    section 5.2.1). This interval removes most of the bias that finite sets and resampling cause. A smaller calibration
+    error has more of this bias, so two calibration errors seem nearer than they are. The p-value is for no difference:
+    twice the share on the rarer side of 0, and at least 2/(R + 1). All three are nan if a metric is infinite, such as
+    the NLL of an impossible class.
 
     Args:
         observed: the difference on the images themselves.

@@ -7,7 +7,7 @@
 
 images: float [B, H, W, C]; logits: float [B, num_classes]. The collections are `params` and, with batch
 normalisation, `batch_stats`. Layers, initial distributions and running averages follow the reference code
-of Möllenhoff & Khan (ICLR 2023). Only LeNet-5's head differs: it lacks an output in the reference code.
+of Möllenhoff & Khan (ICLR 2023). Only LeNet-5's head differs: in the reference code it has num_classes − 1 outputs.
 """
 
 import math
@@ -23,32 +23,40 @@ from ops import convolution, normalisation, pooling
 
 
 class ModelError(errors.UserError):
-    """A network that does not exist, or that does not fit the images."""
+    """An unknown network, or a network that does not fit the images or the evaluation."""
 
 
 def truncated_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Draws from a standard normal cut at ±2, times 1/√fan_in.
+    """Draws from a standard normal truncated at ±2, divided by √fan_in.
 
-    The standard deviation is 0.88/√fan_in, and is not corrected to 1/√fan_in. The product of all dimensions but the
-    last of `shape`, [..., inputs, outputs], is fan_in.
+    The standard deviation is 0.88/√fan_in. It is not corrected to 1/√fan_in.
+
+    Args:
+        key: a JAX random key.
+        shape: [..., inputs, outputs]. The product of all dimensions except the last is fan_in.
+        dtype: of the drawn array.
     """
     return _truncated_normal(key, shape, dtype) / math.sqrt(math.prod(shape[:-1]))
 
 
 def he_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Draws from a standard normal cut at ±2 and scaled to the standard deviation √(2/fan_in) (He et al., 2015).
+    """Draws from a truncated normal with the standard deviation √(2/fan_in) (He et al., 2015).
 
-    Equal to jax.nn.initializers.he_normal. `shape` and fan_in are as in truncated_fan_in.
+    Draws a standard normal truncated at ±2, then rescales it. Returns the same numbers as
+    jax.nn.initializers.he_normal. The arguments are as in `truncated_fan_in`.
     """
     variance = jnp.asarray(2 / math.prod(shape[:-1]), dtype)
-    return _truncated_normal(key, shape, dtype) * (jnp.sqrt(variance) / _DEVIATION_OF_CUT)
+    return _truncated_normal(key, shape, dtype) * (jnp.sqrt(variance) / _TRUNCATED_STD)
 
 
-_DEVIATION_OF_CUT = 0.87962566103423978
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal truncated at ±2
 
 
 def _truncated_normal(key, shape, dtype):
-    """Draws a flat array, to the same numbers, because XLA on CPUs unrolls loops over short dimensions for seconds."""
+    """Draws a flat array and reshapes it, which gives the same numbers.
+
+    XLA on CPUs would otherwise spend seconds on unrolling loops over short dimensions.
+    """
     return jax.random.truncated_normal(key, -2, 2, (math.prod(shape),), dtype).reshape(shape)
 
 
@@ -212,7 +220,7 @@ def apply(
         batch_stats: the batch statistics, {} for a network without batch normalisation.
         images: float [B, H, W, C].
         train: whether to normalise by the batch's statistics and to update `batch_stats`.
-        dtype: of the computation, None to cast nothing.
+        dtype: the precision of the computation. None casts nothing.
 
     Returns:
         The logits [B, num_classes] and the new batch statistics. Both are float32 at least, whatever `dtype` is,
@@ -225,7 +233,7 @@ def apply(
 
 
 def with_features(apply: Callable) -> Callable:
-    """Returns a function of the same arguments that returns (outputs of `apply`, features).
+    """Returns a function that takes the arguments of `apply` and returns (outputs of `apply`, features).
 
     The features are the inputs, float [B, F], of the last nn.Dense that `apply` calls.
     """
@@ -242,7 +250,8 @@ def with_features(apply: Callable) -> Callable:
 def last_layer(apply: Callable, *args: Any) -> tuple[str, ...]:
     """Returns the path in `params` of the last nn.Dense that apply(*args) calls, such as ('head',).
 
-    Only traces `apply`, and computes nothing. Raises a ModelError if the layer has no bias, or if there is none.
+    Only traces `apply`, and computes nothing. Raises a ModelError if the layer has no bias, or if `apply` calls no
+    nn.Dense.
     """
     calls = []
     with _dense_calls(calls):
@@ -253,7 +262,7 @@ def last_layer(apply: Callable, *args: Any) -> tuple[str, ...]:
 
 
 def _dense_calls(calls):
-    """Returns a context that appends the path and the inputs of every called nn.Dense to the list `calls`."""
+    """Returns a context in which every call of an nn.Dense appends (path, inputs, use_bias) to the list `calls`."""
 
     def intercept(function, inputs, options, context):
         if isinstance(context.module, nn.Dense) and context.method_name == '__call__':
@@ -269,7 +278,7 @@ def _require_size(name, images, pixels, reason):
         raise ModelError(f'{name} needs images of {pixels}×{pixels} pixels or more {reason}, not {height}×{width}')
 
 
-_DECAY = 0.9  # of batch normalisation's running averages
+_DECAY = 0.9  # of the running averages of batch normalisation
 
 
 class BatchNorm(nn.Module):
@@ -277,10 +286,11 @@ class BatchNorm(nn.Module):
 
     The running average after t updates is Σ 0.9^(t−i) x_i / Σ 0.9^(t−i), so the first update replaces the initial
     value. Flax's own running average starts at mean 0 and variance 1 and forgets them slowly.
-    `batch_stats`: floats mean [C] and var [C], the debiased averages, and count [], the number of updates.
+    `batch_stats` holds the debiased averages `mean` [C] and `var` [C], and the number of updates `count` []. All are
+    floats.
 
     Attributes:
-        relu: whether ReLU follows.
+        relu: whether to apply ReLU to the outputs.
     """
 
     relu: bool = False
@@ -330,6 +340,6 @@ def _conv(features, kernel_size, stride, kernel_init, use_bias=True, name='conv'
 
 
 def _flax_convolution(x, kernel, strides, padding, **defaults):
-    """Calls `convolve` with what nn.Conv passes. Dilation and groups are dropped, because no network here uses them."""
+    """Calls `convolve` from nn.Conv. Drops dilation and groups, because no network here uses them."""
     del defaults
     return convolution.convolve(x, kernel, strides, padding)

@@ -1,16 +1,21 @@
-"""Optimizers of networks and of posteriors over their weights, each a triple of pure functions over an immutable state.
+"""Optimizers that train the weights of a network, or a posterior over the weights.
 
-    loss(params, batch_stats, batch) -> (value, new batch_stats)      the caller's, the mean negative log-likelihood
+    loss(params, batch_stats, batch) -> (value, new batch_stats)      yours: the mean negative log-likelihood
     optimizer = bsam(loss, learning_rate=0.5, ...)
     state = optimizer.init(params, batch_stats, key)
     state, value = optimizer.step(state, batch, lr_factor)            jittable; the state may be donated
     params = optimizer.sample(state, key)                             a draw from the posterior
 
-`state.params` is the mean of the posterior. `params` and `batch_stats` are any pytrees of arrays (`{}` for a network
-without batch statistics), `batch` any pytree of arrays [B, ...]. SAM, bSAM and their kin, and IVON, cut a batch into
-`num_sub_batches` consecutive sub-batches, each with a perturbation (m-sharpness) or noise of its own. They are computed
-one after another, or in groups of equal size, at most `atonce` together, which uses a GPU better and takes memory for
-each. `bnupdate`, where there are two gradients, is 'both', 'first' or 'second': at which of them batch statistics move.
+Each optimizer is a triple of pure functions over an immutable state. `state.params` is the mean of the posterior.
+`params` and `batch_stats` are any pytrees of arrays. `batch_stats` is `{}` for a network without batch statistics.
+`batch` is any pytree of arrays [B, ...].
+
+SAM, bSAM, SAM-Adam, ASAM and IVON cut a batch into `num_sub_batches` consecutive sub-batches. Each sub-batch has its
+own perturbation (m-sharpness) or noise. Sub-batches are computed one after another, or in groups of equal size with at
+most `atonce` sub-batches. Groups use a GPU better, but each sub-batch of a group takes memory.
+
+SAM, bSAM, SAM-Adam and ASAM take two gradients per step. `bnupdate` is 'both', 'first' or 'second', and says which of
+the two gradients updates the batch statistics.
 
 Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 2023, arXiv 2210.01620):
     w  params         weights, the mean of the posterior
@@ -42,7 +47,7 @@ from jax.sharding import PartitionSpec as P
 
 
 class Optimizer(NamedTuple):
-    """The three functions of an algorithm; their use stands at the top of this module."""
+    """The three functions of an algorithm. The top of this module shows how to use them."""
 
     init: Callable
     step: Callable
@@ -50,12 +55,12 @@ class Optimizer(NamedTuple):
 
     @property
     def is_point(self) -> bool:
-        """Whether the posterior is a point, so that every sample is the mean."""
+        """Returns whether the posterior is a point. Every sample then equals the mean."""
         return self.sample is _mean
 
 
 class MomentumState(NamedTuple):
-    """State of SGD, SAM and ASAM; `momentum` has the structure of `params`."""
+    """State of SGD, SAM and ASAM. `momentum` has the structure of `params`."""
 
     params: Any
     momentum: Any
@@ -64,7 +69,7 @@ class MomentumState(NamedTuple):
 
 
 class BSAMState(NamedTuple):
-    """State of bSAM; `momentum` and `precision` have the structure of `params`."""
+    """State of bSAM. `momentum` and `precision` have the structure of `params`."""
 
     params: Any
     momentum: Any
@@ -74,7 +79,10 @@ class BSAMState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """State of Adam, AdamW and SAM-Adam after `count` steps; `momentum` and `squares` are like `params`."""
+    """State of Adam, AdamW and SAM-Adam after `count` steps.
+
+    `momentum` and `squares` have the structure of `params`.
+    """
 
     params: Any
     momentum: Any
@@ -87,8 +95,13 @@ class AdamState(NamedTuple):
 class SWAGState(NamedTuple):
     """State of SWAG after `count` steps and `num_snapshots` snapshots.
 
-    params: the snapshots' mean, SGD's weights before the first; iterate: SGD's weights; variance: that of the
-    snapshots; deviations: the last snapshots minus the mean of their time, [rank, ...].
+    Attributes:
+        params: the mean of the snapshots. Before the first snapshot: SGD's weights.
+        iterate: SGD's weights.
+        momentum: SGD's momentum.
+        variance: the variance of the snapshots, per weight.
+        deviations: [swagrank, ...], the last snapshots, each minus the mean of all snapshots up to it.
+        batch_stats: the batch statistics of SGD's weights.
     """
 
     params: Any
@@ -103,7 +116,7 @@ class SWAGState(NamedTuple):
 
 
 class IVONState(NamedTuple):
-    """State of IVON after `count` steps; `momentum` and `hessian` have the structure of `params`."""
+    """State of IVON after `count` steps. `momentum` and `hessian` have the structure of `params`."""
 
     params: Any
     momentum: Any
@@ -114,9 +127,12 @@ class IVONState(NamedTuple):
 
 
 def lr_factor(epoch: int, epochs: int, warmup: int) -> float:
-    """Returns the learning rate of an epoch over `learning_rate`: linear warm-up, then half a cosine to almost 0.
+    """Returns the factor on the learning rate in an epoch: linear warm-up, then half a cosine to almost 0.
 
-    epoch: 0, 1, ..., epochs, because the reference runs epochs + 1 of them. warmup: epochs of warm-up.
+    Args:
+        epoch: 0, 1, ..., epochs.
+        epochs: the last epoch. The reference code runs epochs + 1 epochs.
+        warmup: the number of warm-up epochs.
     """
     if epoch < warmup:
         return (epoch + 1) / warmup
@@ -124,9 +140,25 @@ def lr_factor(epoch: int, epochs: int, warmup: int) -> float:
 
 
 def sgd(loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float) -> Optimizer:
-    """Stochastic gradient descent with heavy-ball momentum and coupled weight decay.
+    """Returns stochastic gradient descent with heavy-ball momentum and coupled weight decay.
 
-    m ← β₁m + g + δw;  w ← w − αm. The momentum is a sum of gradients, not their average.
+        m ← β₁m + g + δw
+        w ← w − αm
+
+    The momentum is a sum of gradients, not an average.
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        weight_decay: δ, the prior precision divided by N.
+
+    Returns:
+        An Optimizer whose state is a MomentumState. `sample` returns the weights.
+
+    References:
+        Polyak, "Some methods of speeding up the convergence of iteration methods", 1964 (heavy ball).
+        The code of Möllenhoff & Khan (2023), which has the same update.
     """
     value_and_grad = _value_and_grad(loss)
 
@@ -142,11 +174,35 @@ def sam(
     loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, rho: float, num_sub_batches: int,
     bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
-    """Sharpness-aware minimisation (Foret et al., 2021) with m-sharpness over `num_sub_batches` sub-batches.
+    """Returns sharpness-aware minimisation (SAM) with m-sharpness over `num_sub_batches` sub-batches.
 
-    For each sub-batch g = ∇ℓ(w), g' = ∇ℓ(w + ρ g/‖g‖) with the norm over all parameters; then SGD's
-    update with the average g'. `step` returns the loss at the perturbed weights. Batch statistics are
-    updated at `bnupdate` of the two points, and those of the first sub-batch are kept.
+    For each sub-batch, with the norm over all parameters:
+
+        g = ∇ℓ(w)
+        g' = ∇ℓ(w + ρ g/‖g‖)
+
+    Then SGD's update, with g' averaged over the sub-batches:
+
+        m ← β₁m + g' + δw
+        w ← w − αm
+
+    `step` returns the loss at the perturbed weights. The new batch statistics are from the first sub-batch.
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        weight_decay: δ, the prior precision divided by N.
+        rho: ρ, the Euclidean length of the perturbation, in units of the weights.
+        num_sub_batches: sub-batches per batch. Must divide the batch size B, or `step` raises a ValueError.
+        bnupdate: 'both', 'first' or 'second', the gradients that update the batch statistics.
+        atonce: the most sub-batches that are computed together.
+
+    Returns:
+        An Optimizer whose state is a MomentumState. `sample` returns the weights.
+
+    References:
+        Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021.
     """
     gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), num_sub_batches, bnupdate, atonce)
 
@@ -162,14 +218,42 @@ def bsam(
     num_sub_batches: int, num_data: float, initial_precision: float = 1.0, damping: float = 0.1,
     bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
-    """Bayesian SAM (Möllenhoff & Khan, 2023, Algorithm 1) with a diagonal Gaussian posterior N(w, 1/(N s)).
+    """Returns Bayesian SAM (bSAM) with a diagonal Gaussian posterior N(w, 1/(N s)).
 
-    For each sub-batch, with noise ε ~ N(0, I) of its own: g = ∇ℓ(w + ε/√(N s)), g' = ∇ℓ(w + ρ g/s).
-    The mean is perturbed, not the sampled weights, and nothing is normalised. With averages over the sub-batches,
-    m ← β₁m + (1−β₁)(g' + δw);  w ← w − α m/s;  s ← β₂s + (1−β₂)(√s|g| + γ + δ);  in this order, as in the published
-    code: the mean moves by the precision of before. `step` returns the loss at
-    the perturbed mean. Batch statistics are updated at `bnupdate` of the two points, and those of the first
-    sub-batch are kept. The precision starts at `initial_precision`.
+    For each sub-batch, with its own noise ε ~ N(0, I):
+
+        g = ∇ℓ(w + ε/√(N s))
+        g' = ∇ℓ(w + ρ g/s)
+
+    The perturbation moves the mean, not the sampled weights. Nothing is normalised. Then, with g' and |g| averaged over
+    the sub-batches:
+
+        m ← β₁m + (1−β₁)(g' + δw)
+        w ← w − α m/s
+        s ← β₂s + (1−β₂)(√s|g| + γ + δ)
+
+    The updates run in this order, as in the published code. The mean therefore moves with the old precision. `step`
+    returns the loss at the perturbed mean. The new batch statistics are from the first sub-batch.
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        beta2: β₂ in [0, 1), decay of the precision per step.
+        weight_decay: δ, the prior precision divided by N.
+        rho: ρ, the factor on the perturbation g/s.
+        num_sub_batches: sub-batches per batch. Must divide the batch size B, or `step` raises a ValueError.
+        num_data: N, training examples times the augmentation factor.
+        initial_precision: the first s, the posterior precision divided by N.
+        damping: γ, in units of s.
+        bnupdate: 'both', 'first' or 'second', the gradients that update the batch statistics.
+        atonce: the most sub-batches that are computed together.
+
+    Returns:
+        An Optimizer whose state is a BSAMState. `sample` draws from the posterior.
+
+    References:
+        Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes", ICLR 2023, Algorithm 1.
     """
     value_and_grad = _value_and_grad(loss)
 
@@ -199,7 +283,7 @@ def bsam(
         return state._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, magnitude, rate):
-        """The weights move with the old precision, which is updated last."""
+        """Updates the weights with the old precision, and the precision last."""
         momentum = tree.map(
             lambda m, g, w: beta1 * m + (1 - beta1) * (g + weight_decay * w), state.momentum, grads, state.params
         )
@@ -215,15 +299,53 @@ def bsam(
 
 
 def adam(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float) -> Optimizer:
-    """Adam (Kingma & Ba, 2015) with coupled weight decay, as the paper compares with.
+    """Returns Adam with coupled weight decay, a baseline of Möllenhoff & Khan (2023).
 
-    g ← g + δw;  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸).
+    In step t = 1, 2, ...:
+
+        g ← g + δw
+        m ← β₁m + (1−β₁)g
+        v ← β₂v + (1−β₂)g²
+        w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸)
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        beta2: β₂ in [0, 1), decay of the squared gradients per step.
+        weight_decay: δ, the prior precision divided by N.
+
+    Returns:
+        An Optimizer whose state is an AdamState. `sample` returns the weights.
+
+    References:
+        Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
     return _adam(loss, learning_rate, beta1, beta2, coupled=weight_decay)
 
 
 def adamw(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float) -> Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019): Adam whose weight decay, α δ w, is taken from the weights directly."""
+    """Returns AdamW: Adam with decoupled weight decay, which subtracts α δ w from the weights directly.
+
+    In step t = 1, 2, ...:
+
+        m ← β₁m + (1−β₁)g
+        v ← β₂v + (1−β₂)g²
+        w ← w − α ((m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸) + δw)
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        beta2: β₂ in [0, 1), decay of the squared gradients per step.
+        weight_decay: δ. Each step subtracts the fraction α δ of every weight.
+
+    Returns:
+        An Optimizer whose state is an AdamState. `sample` returns the weights.
+
+    References:
+        Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
     return _adam(loss, learning_rate, beta1, beta2, decoupled=weight_decay)
 
 
@@ -231,7 +353,39 @@ def samadam(
     loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, rho: float,
     num_sub_batches: int, bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
-    """SAM's gradient in Adam's update, with coupled weight decay (SAM-Adam in Möllenhoff & Khan, 2023)."""
+    """Returns SAM-Adam: SAM's gradient in Adam's update, with coupled weight decay.
+
+    For each sub-batch, with the norm over all parameters:
+
+        g = ∇ℓ(w)
+        g' = ∇ℓ(w + ρ g/‖g‖)
+
+    Then, in step t = 1, 2, ..., with g' averaged over the sub-batches:
+
+        g' ← g' + δw
+        m ← β₁m + (1−β₁)g'
+        v ← β₂v + (1−β₂)g'²
+        w ← w − α (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + 10⁻⁸)
+
+    `step` returns the loss at the perturbed weights. The new batch statistics are from the first sub-batch.
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        beta2: β₂ in [0, 1), decay of the squared gradients per step.
+        weight_decay: δ, the prior precision divided by N.
+        rho: ρ, the Euclidean length of the perturbation, in units of the weights.
+        num_sub_batches: sub-batches per batch. Must divide the batch size B, or `step` raises a ValueError.
+        bnupdate: 'both', 'first' or 'second', the gradients that update the batch statistics.
+        atonce: the most sub-batches that are computed together.
+
+    Returns:
+        An Optimizer whose state is an AdamState. `sample` returns the weights.
+
+    References:
+        Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes", ICLR 2023 (SAM-Adam).
+    """
     gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), num_sub_batches, bnupdate, atonce)
 
     def step(state, batch, lr_factor=1.0):
@@ -245,10 +399,39 @@ def asam(
     loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, rho: float, eta: float,
     num_sub_batches: int, bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
-    """Adaptive SAM (Kwon et al., 2021): SAM in weights that are measured by their own size, T = |w| + η.
+    """Returns adaptive SAM (ASAM): SAM with each weight measured relative to its size, T = |w| + η.
 
-    For each sub-batch g' = ∇ℓ(w + ρ T²g/‖Tg‖) with the norm over all parameters. As published, T is 1 for biases; a
-    parameter is one if its name begins with `bias`, or with `threshold` (of filter response normalisation).
+    For each sub-batch, with the norm over all parameters:
+
+        g = ∇ℓ(w)
+        g' = ∇ℓ(w + ρ T²g/‖Tg‖)
+
+    Then SGD's update, with g' averaged over the sub-batches:
+
+        m ← β₁m + g' + δw
+        w ← w − αm
+
+    As published, T is 1 for biases. Biases are the parameters whose names begin with `bias`, or with `threshold`, as in
+    filter response normalisation. `step` returns the loss at the perturbed weights. The new batch statistics are from
+    the first sub-batch.
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        weight_decay: δ, the prior precision divided by N.
+        rho: ρ, the Euclidean length of the perturbation divided by T, dimensionless.
+        eta: η, in units of the weights.
+        num_sub_batches: sub-batches per batch. Must divide the batch size B, or `step` raises a ValueError.
+        bnupdate: 'both', 'first' or 'second', the gradients that update the batch statistics.
+        atonce: the most sub-batches that are computed together.
+
+    Returns:
+        An Optimizer whose state is a MomentumState. `sample` returns the weights.
+
+    References:
+        Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks",
+        ICML 2021.
     """
 
     def perturb(params, grads):
@@ -270,12 +453,35 @@ def swag(
     loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, swagstart: int, swagevery: int,
     swagrank: int = 20,
 ) -> Optimizer:  # fmt: skip
-    """SWAG (Maddox et al., 2019): SGD, and the Gaussian of the weights that it passes.
+    """Returns SWAG: SGD, and a Gaussian posterior fitted to snapshots of SGD's weights θ.
 
-    After step `swagstart` and every `swagevery` steps from there the weights θ are recorded: their mean θ̄ (SWA), their
-    variance, and the last K ≤ `swagrank` deviations D = θ − θ̄. The posterior has half of the covariance
-    diag(mean θ² − θ̄²) + DDᵀ/(K − 1); the variance is updated as by Welford (1962), as the difference of the two squares
-    would lose its digits in float32. Batch statistics are those of SGD's weights: estimate them again for others.
+        m ← β₁m + g + δθ
+        θ ← θ − αm
+
+    The first snapshot is taken after step `swagstart`, then one every `swagevery` steps. The state holds the mean
+    θ̄ of the snapshots (SWA) and the variance. It also holds the last K ≤ `swagrank` deviations D = θ − θ̄. The
+    posterior has the mean θ̄ and half of the covariance
+
+        diag(mean θ² − θ̄²) + DDᵀ/(K − 1)
+
+    Samples equal the mean until the second snapshot. The variance is updated as by Welford (1962), because
+    mean θ² − θ̄² would lose its digits in float32. The batch statistics belong to SGD's weights. Re-estimate them for
+    the mean and for samples.
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        weight_decay: δ, the prior precision divided by N.
+        swagstart: the step of the first snapshot, counted from 1.
+        swagevery: steps from one snapshot to the next.
+        swagrank: the most deviations that are kept. Each takes as much memory as the weights.
+
+    Returns:
+        An Optimizer whose state is a SWAGState. `sample` draws from the posterior.
+
+    References:
+        Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning", NeurIPS 2019.
     """
     value_and_grad = _value_and_grad(loss)
 
@@ -329,12 +535,41 @@ def ivon(
     loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, num_data: float,
     initial_hessian: float, clip: float = math.inf, num_sub_batches: int = 1, num_samples: int = 1, atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
-    """IVON (Shen et al., 2024, Algorithm 1), variational inference with a posterior N(w, 1/(N (h + δ))).
+    """Returns IVON: variational inference with a diagonal Gaussian posterior N(w, 1/(N (h + δ))).
 
-    For each sub-batch and each of `num_samples` samples, with ε ~ N(0, I): θ = w + ε/√(N (h + δ)), ĝ = ∇ℓ(θ),
-    ĥ = N (h + δ) (θ − w) ĝ, which estimates the Hessian's diagonal. With their averages
-    m ← β₁m + (1−β₁)ĝ;  h ← β₂h + (1−β₂)ĥ + ½(1−β₂)²(h − ĥ)²/(h + δ), which stays above −δ;
-    w ← w − α (h₀ + δ) clip((m/(1−β₁ᵗ) + δw)/(h + δ)), clip to [−`clip`, `clip`]; h₀ = `initial_hessian` is the first h.
+    For each sub-batch and each of `num_samples` samples, with ε ~ N(0, I):
+
+        θ = w + ε/√(N (h + δ))
+        ĝ = ∇ℓ(θ)
+        ĥ = N (h + δ) (θ − w) ĝ
+
+    ĥ estimates the diagonal of the Hessian. Then, in step t = 1, 2, ..., with averages of ĝ and ĥ:
+
+        m ← β₁m + (1−β₁)ĝ
+        h ← β₂h + (1−β₂)ĥ + ½(1−β₂)²(h − ĥ)²/(h + δ)
+        w ← w − α (h₀ + δ) clip((m/(1−β₁ᵗ) + δw)/(h + δ))
+
+    h stays above −δ. The first h is h₀. `step` returns the mean loss at the sampled weights. The new batch statistics
+    are from the first sample of the first sub-batch.
+
+    Args:
+        loss: the mean negative log-likelihood, as at the top of this module.
+        learning_rate: α, which `step` multiplies by `lr_factor`.
+        beta1: β₁ in [0, 1), decay of the momentum per step.
+        beta2: β₂ in [0, 1), decay of the Hessian per step.
+        weight_decay: δ, the prior precision divided by N.
+        num_data: N, training examples times the augmentation factor.
+        initial_hessian: h₀, in units of δ.
+        clip: the bound of the clipped term, which is limited to [−`clip`, `clip`]. It has the units of the weights.
+        num_sub_batches: sub-batches per batch. Must divide the batch size B, or `step` raises a ValueError.
+        num_samples: samples of the weights per sub-batch.
+        atonce: the most samples, over all sub-batches, that are computed together.
+
+    Returns:
+        An Optimizer whose state is an IVONState. `sample` draws from the posterior.
+
+    References:
+        Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024, Algorithm 1.
     """
     value_and_grad = _value_and_grad(loss)
 
@@ -429,7 +664,7 @@ def _adam(loss, learning_rate, beta1, beta2, **weight_decay):
 
 
 def _adam_step(state, grads, rate, beta1, beta2, coupled=0.0, decoupled=0.0):
-    """Adam's update with a weight decay that is added to the gradient, or taken from the weights."""
+    """Applies Adam's update. Adds coupled · w to the gradient, and subtracts rate · decoupled · w from the weights."""
     count = state.count + 1
     grads = tree.map(lambda g, w: g + coupled * w, grads, state.params)
     momentum = tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.momentum, grads)
@@ -444,7 +679,7 @@ def _adam_step(state, grads, rate, beta1, beta2, coupled=0.0, decoupled=0.0):
 
 
 def _in_direction_of_gradient(rho):
-    """SAM's perturbation: perturb(w, g) = w + ρ g/‖g‖."""
+    """Returns SAM's perturbation, perturb(w, g) = w + ρ g/‖g‖."""
 
     def perturb(params, grads):
         scale = _over(rho, optax.tree.norm(grads))
@@ -463,9 +698,10 @@ def _is_bias(path):
 
 
 def _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce):
-    """gradient(state, batch) -> (state, grads, value): averages over sub-batches of ∇ℓ at perturb(w, ∇ℓ(w)).
+    """Returns gradient(state, batch) -> (new state, grads, value).
 
-    The state that is returned has new batch statistics and a new key.
+    `grads` and `value` are averages over sub-batches of ∇ℓ and ℓ at perturb(w, ∇ℓ(w)). The new state has new batch
+    statistics and a new key.
     """
     value_and_grad = _value_and_grad(loss)
 
@@ -485,9 +721,10 @@ def _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce):
 
 
 def _value_and_grad(loss):
-    """loss(params, ...) -> ((value, batch_stats), grads), traced once however often it is called.
+    """Returns value_and_grad(params, batch_stats, batch) -> ((value, batch_stats), grads), traced once for all calls.
 
-    With the weights made beforehand both gradients of SAM are the same operations to XLA, which compiles them sooner.
+    The barrier makes XLA compute the weights first. Both gradients of SAM are then the same operations to XLA, which
+    compile faster.
     """
 
     @jax.jit
@@ -499,17 +736,18 @@ def _value_and_grad(loss):
 
 
 def _mean(state, key):
-    """`sample` of optimizers whose posterior is a point."""
+    """Returns the mean. This is the `sample` of optimizers whose posterior is a point."""
     del key
     return state.params
 
 
 def _normal_like(key, params):
-    """Standard normal noise like `params`, drawn in float32: equal blocks with a key each, whatever the leaves are.
+    """Draws standard normal noise with the structure and dtype of `params`.
 
-    XLA is kept from drawing it anew for every leaf, which takes far longer to compile. On CPUs that is by a function of
-    its own, for which all threads work; a loop has one. Elsewhere it is by a loop, of two turns at least, as one of a
-    single turn is none to XLA.
+    The noise is drawn in float32, in blocks of equal size with one key each. The split into leaves does not change the
+    numbers. XLA must not draw the noise again for every leaf, because that takes far longer to compile. CPUs call a
+    function that XLA does not inline. All threads work for the function, but only one thread for a loop. Other devices
+    run a loop of at least two iterations, because XLA removes a loop of one iteration.
     """
     flat, unravel = ravel_pytree(params)
     num_blocks = -(-flat.size // _NOISE_BLOCK)
@@ -527,14 +765,14 @@ def _normal_like(key, params):
     return unravel(noise.reshape(-1)[: flat.size].astype(flat.dtype))
 
 
-# The most values that are drawn from one key. With another the same seed draws other noise.
+# The most values that are drawn from one key. Another number would change the noise of every seed.
 _NOISE_BLOCK = 1 << 18
 
 
 def _normal(key, size):
-    """jax.random.normal(key, (size,)), float32, but sooner on CPUs.
+    """Returns jax.random.normal(key, (size,)) in float32, but faster on CPUs.
 
-    There JAX takes the rounds of Threefry in a loop, with a pass over memory for each turn.
+    On CPUs JAX runs the rounds of Threefry in a loop, and each iteration passes over memory.
     """
     key_data = jax.random.key_data(key)
     counts = jnp.arange(size, dtype=jnp.uint32)
@@ -546,7 +784,11 @@ def _normal(key, size):
 
 
 def _threefry2x32(key0, key1, x0, x1):
-    """Threefry-2x32 of 20 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), all uint32."""
+    """Returns the two outputs of Threefry-2x32 with 20 rounds, in uint32 like all inputs.
+
+    References:
+        Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+    """
     keys = key0, key1, key0 ^ key1 ^ np.uint32(0x1BD11BDA)
     x0, x1 = x0 + keys[0], x1 + keys[1]
     for injection in range(1, 6):
@@ -558,18 +800,35 @@ def _threefry2x32(key0, key1, x0, x1):
 
 
 def _deviation(noise, num_data, precision):
-    """ε/√(N s) as ±√(ε²/(N s)): XLA would keep 1/√(N s), one array more, through all sub-batches."""
+    """Returns ε/√(N s), computed as ±√(ε²/(N s)).
+
+    Otherwise XLA would keep one more array, 1/√(N s), through all sub-batches.
+    """
     return jnp.copysign(jnp.sqrt(jnp.square(noise) / precision * (1 / num_data)), noise)
 
 
 def over_sub_batches(
     gradient: Callable, state: Any, batch: Any, num_sub_batches: int, key: jax.Array, repeats: int = 1, atonce: int = 1
 ) -> tuple[Any, jax.Array, Any]:
-    """Calls gradient(state, sub_batch, key) -> (grads, value, batch_stats) for consecutive sub-batches.
+    """Averages a gradient over consecutive sub-batches of a batch.
 
-    Each is taken `repeats` times, with another key. Returns the averages of grads and value, and the batch statistics
-    of the first sub-batch. They are taken one after another, or together in groups of equal size, at most `atonce`, to
-    the same averages. Under a mesh of several devices each takes its share of them.
+    Calls are computed one after another, or together in groups of equal size. The averages are the same. Under a mesh
+    of several devices, each device computes its share of the calls.
+
+    Args:
+        gradient: gradient(state, sub_batch, key) -> (grads, value, batch_stats).
+        state: the first argument of `gradient`.
+        batch: a pytree of arrays [B, ...].
+        num_sub_batches: sub-batches per batch. Must divide B.
+        key: gives each call of `gradient` its own key.
+        repeats: calls of `gradient` per sub-batch.
+        atonce: the most calls that are computed together.
+
+    Returns:
+        The averages of grads and value over all calls, and the batch statistics of the first call.
+
+    Raises:
+        ValueError: B is not divisible by `num_sub_batches`.
     """
     sub_batches = tree.map(lambda x: jnp.repeat(_split(x, num_sub_batches), repeats, axis=0), batch)
     keys = jax.random.split(key, num_sub_batches * repeats)
@@ -590,7 +849,7 @@ def over_sub_batches(
 
 
 def _totals(gradient, atonce, state, sub_batches, keys):
-    """The sums of grads and value over sub-batches, and the batch statistics of the first."""
+    """Returns the sums of grads and value over sub-batches, and the batch statistics of the first sub-batch."""
 
     def of_several(sub_batches, keys):
         grads, values, batch_stats = jax.vmap(partial(gradient, state))(sub_batches, keys)
@@ -614,9 +873,9 @@ def _totals(gradient, atonce, state, sub_batches, keys):
 
 
 def _over_devices(totals, axis):
-    """Sums over devices, but of batch statistics those of the first device.
+    """Returns the sums of grads and value over devices, and the batch statistics of the first device.
 
-    All go as one array: between processes on CPUs each array is a collective of its own, and takes milliseconds.
+    Sums one flat array, because between processes on CPUs every array is a collective that takes milliseconds.
     """
     grads, value, batch_stats = totals
     of_first = tree.map(lambda x: jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros((), x.dtype)), batch_stats)

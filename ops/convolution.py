@@ -38,9 +38,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding:
     """Returns a 2-D convolution, with a custom gradient. The top of this file says what the arguments are.
 
     JAX's gradient permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for permuted
-    numbers inside loops, where JAX's gradient is some twenty times slower (jax-ml/jax issue 12868). `vmap` over
-    kernels would turn the kernels' gradients into convolutions with windows as large as the image, see
-    `_with_own_kernels`.
+    numbers inside loops. There JAX's gradient is about twenty times slower (jax-ml/jax issue 12868). `vmap` over
+    kernels would turn the kernels' gradients into convolutions with windows as large as the image. The custom gradient
+    avoids this with `_with_own_kernels`.
     """
     return _forward(tuple(strides), padding)(x, kernel)
 
@@ -131,7 +131,7 @@ def _kernel_gradient(x, kernel, grads, strides, padding):
 
     On CPUs the gradient is a sum over blocks of images that stay in a core's caches. Each block is a convolution if
     channels are few, otherwise products of matrices. The products are in tiles, or they multiply the pixels under a
-    weight by `grads`. One product has all weights if there are no strides.
+    weight by `grads`. Without strides, one product gives the gradients of all weights.
     """
     size, (channels, features) = kernel.shape[:2], kernel.shape[2:]
     sides = _sides(x, kernel, grads, strides, padding)
@@ -263,7 +263,10 @@ def _map_over_blocks(function, x):
 
 
 def _sum_over_blocks(function, shape, x, grads, most_values):
-    """Returns function(x, grads), a sum over images [B, H, W, C] with this shape. Adds blocks, in float32 at least."""
+    """Returns function(x, grads), which must be a sum over images with the given shape.
+
+    Adds up blocks of images [B, H, W, C], in float32 at least.
+    """
 
     def add(total, blocks):
         return total + function(*map(at_least_float32, blocks)), None
@@ -275,9 +278,9 @@ def _sum_over_blocks(function, shape, x, grads, most_values):
 
 
 def _images_of_block(x, most_values):
-    """Returns how many images of x [B, H, W, C] a block has: a divisor of B.
+    """Returns the number of images of x [B, H, W, C] in a block: the largest divisor of B within the bounds.
 
-    It is the fastest number instead if all divisors are far below.
+    Returns the largest number within the bounds if the divisor is below a quarter of it. Some images are then left.
     """
     largest = max(1, min(_IMAGES_OF_A_BLOCK, most_values // math.prod(x.shape[1:]), len(x)))
     divisor = max(n for n in range(1, largest + 1) if len(x) % n == 0)
@@ -290,7 +293,7 @@ def _cut(x, size):
     return x[:full].reshape(-1, size, *x.shape[1:]), x[full:]
 
 
-# Fastest on two cores of an AMD EPYC: the most images and the most values in a block, and the fewest channels.
+# The fastest bounds on two cores of an AMD EPYC: the most images and values in a block, and the fewest channels.
 _IMAGES_OF_A_BLOCK, _VALUES_OF_A_BLOCK, _VALUES_OF_A_SMALL_BLOCK = 25, 420_000, 84_000
 _FEWEST_CHANNELS_OF_PRODUCTS, _FEWEST_CHANNELS_OF_TILES, _FEWEST_CHANNELS_OF_KERNEL_GRADIENTS_IN_TILES = 8, 32, 64
 

@@ -3,7 +3,7 @@
 Weights and images are on every device. Under `jax.set_mesh(mesh)` training and evaluation shard their batches. The same
 seeds give the same batches, perturbations and noise on any number of devices. Results are equal up to rounding.
 
-The current mesh is the one of `jax.set_mesh`.
+The current mesh is the mesh that `jax.set_mesh` sets.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def num_devices() -> int:
 
 
 def shareable(number_of_images: int) -> int:
-    """Returns the next number, from `number_of_images` on, that is divisible by the number of devices."""
+    """Returns `number_of_images`, rounded up to a multiple of the number of devices."""
     return -(-number_of_images // num_devices()) * num_devices()
 
 
@@ -73,14 +73,14 @@ def _can_share(number):
 
 
 def shard(x: jax.Array, axis: int = 0) -> jax.Array:
-    """Shards an axis of x over the current mesh if the shards are equal. To be called in a jitted function."""
+    """Shards an axis of x over the current mesh if the shards are equal. Must be called in a jitted function."""
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS)) if _can_share(x.shape[axis]) else x
 
 
 def over_shares(function: Callable, x: jax.Array) -> jax.Array:
     """Returns function(x) of x [B, ...], sharded over the current mesh if the shards are equal.
 
-    Row i of the result [B, ...] must depend on row i of x only. To be called in a jitted function.
+    Row i of the result [B, ...] must depend on row i of x only. Must be called in a jitted function.
     """
     if not _can_share(len(x)):
         return function(x)
@@ -90,7 +90,7 @@ def over_shares(function: Callable, x: jax.Array) -> jax.Array:
 def sum_over_shares(function: Callable, *arrays: jax.Array) -> jax.Array:
     """Returns function(*arrays), a sum over the rows of arrays [B, ...], sharded as in over_shares.
 
-    To be called in a jitted function.
+    Must be called in a jitted function.
     """
     if not _can_share(len(arrays[0])):
         return function(*arrays)
@@ -102,20 +102,20 @@ def sum_over_shares(function: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def gather(arrays: Any) -> Any:
-    """Returns a pytree of arrays, replicated on every device of the current mesh. To be called in a jitted function."""
+    """Replicates a pytree of arrays on every device of the current mesh. Must be called in a jitted function."""
     return arrays if num_devices() == 1 else jax.lax.with_sharding_constraint(arrays, P())
 
 
 def on_all(function: Callable, arrays: Any) -> Any:
-    """Returns function(arrays), computed by all devices together. The function may shard arrays; see also on_each.
+    """Returns function(arrays), computed by all devices together. The function may shard arrays. See also `on_each`.
 
-    To be called in a jitted function.
+    Must be called in a jitted function.
     """
     return function(arrays)
 
 
 def on_each(function: Callable, arrays: Any) -> Any:
-    """Calls a function on each of the D devices, with one part of arrays [D, ...]. To be called in a jitted function.
+    """Calls a function on each of the D devices, with one part of arrays [D, ...]. Must be called in a jitted function.
 
     Args:
         function: a jax.tree_util.Partial of all other arrays that the function needs.
@@ -138,7 +138,10 @@ def key_data(x: jax.Array) -> jax.Array:
 
 
 def like_key(x: jax.Array | np.ndarray, like: Any) -> jax.Array | np.ndarray:
-    """Returns a key of the numbers x if `like`, an array or its jax.ShapeDtypeStruct, is a key. Otherwise returns x."""
+    """Returns a key made of the numbers x if `like` is a key. Otherwise, or if x is a key, returns x.
+
+    `like` is an array or a jax.ShapeDtypeStruct.
+    """
     return jax.random.wrap_key_data(x, impl='threefry2x32') if _is_key(like) and not _is_key(x) else x
 
 
