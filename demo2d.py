@@ -1,4 +1,4 @@
-"""Animate bSAM's posterior over decision boundaries of two moons.
+"""Animate bSAM's posterior over decision boundaries on the two-moons data.
 
 python demo2d.py --output animation.gif
 """
@@ -6,7 +6,7 @@ python demo2d.py --output animation.gif
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves this folder out
 
 from runs import launch
 
@@ -34,22 +34,22 @@ X_RANGE, Y_RANGE = (-1.5, 2.7), (-1.0, 1.4)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the flags. Ends the script for flags that it does not understand."""
-    parser = parsing.Parser("Animate bSAM's posterior over decision boundaries of two moons.")
+    """Returns the flags. Ends the script if a flag is wrong."""
+    parser = parsing.Parser("Animate bSAM's posterior over decision boundaries on the two-moons data.")
     parser.add_argument('--output', type=parsing.new_file, default='animation.gif', help='the GIF to write')
-    parser.add_argument('--epochs', type=parsing.integer(1), default=251, help='epochs; every second one is a frame')
+    parser.add_argument('--epochs', type=parsing.integer(1), default=251, help='epochs; every second epoch is a frame')
     parser.add_argument(
         '--randomseed', type=parsing.integer(0, below=2**32), default=0, help='seed of weights, batches and samples'
     )
     args = parser.parse_args(argv)
     if args.output.suffix != '.gif':
-        parser.error(f'--output {args.output} is not the name of a .gif')
+        parser.error(f'--output {args.output}: the name of the animation must end in .gif')
     return args
 
 
 @launch.script('demo2d.py')
 def main(argv: list[str] | None = None) -> None:
-    """Trains, draws every second epoch and writes the animation."""
+    """Trains, draws a frame every second epoch, and writes the animation."""
     args = parse_args(argv)
     devices.require()
     with jax.enable_x64(True):
@@ -76,7 +76,7 @@ def train(points: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> I
         args: the flags.
 
     Yields:
-        The logits of 20 samples, float64 [20, rows · columns], and of the mean, float64 [rows · columns].
+        The logits of 20 posterior samples, float64 [20, rows · columns], and of the mean, float64 [rows · columns].
     """
     model = models.MLP(num_classes=1, features=(32, 32, 32, 32))
 
@@ -105,7 +105,7 @@ def train(points: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> I
         return jax.vmap(logits, (0, None))(samples, grid), logits(state.params, grid)
 
     step = jax.jit(optimizer.step)
-    key = jax.random.key(args.randomseed, impl='threefry2x32')  # whatever JAX_DEFAULT_PRNG_IMPL is
+    key = jax.random.key(args.randomseed, impl='threefry2x32')  # even if JAX_DEFAULT_PRNG_IMPL names another
     init_key, state_key, order_key, sample_key = jax.random.split(key, 4)
     params = model.init(init_key, points, train=True)['params']
     state = optimizer.init(jax.tree.map(lambda w: w.astype(float), params), {}, state_key)
@@ -148,7 +148,10 @@ def draw(points: np.ndarray, labels: np.ndarray, sample_logits: np.ndarray, mean
 
 
 def boundary(logits: np.ndarray) -> list[np.ndarray]:
-    """Returns the lines, float64 [points, 2] each, where the logits on the grid, float64 [rows · columns], are 0."""
+    """Returns the lines where the logits are 0, float64 [points, 2] each.
+
+    logits: float64 [rows · columns], on the grid.
+    """
     from contourpy import contour_generator
 
     grid = grid_points()
@@ -156,9 +159,9 @@ def boundary(logits: np.ndarray) -> list[np.ndarray]:
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
-    """Writes a GIF whole, with frames of 50 ms that loop forever. Raises RunError.
+    """Writes a GIF that shows each frame for 50 ms and loops forever. Raises RunError.
 
-    The palette has the drawn colours, and each drawn colour mixed half with white.
+    The palette holds white, the drawn colours, and each drawn colour mixed half with white.
     """
     shades = [(1, 1, 1)] + [
         1 - opacity * (1 - np.array(ImageColor.getrgb(c)) / 255) for c in COLOURS for opacity in (0.5, 1)

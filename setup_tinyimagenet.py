@@ -1,14 +1,15 @@
-"""Make TinyImageNet ready: unpack the official zip, sort its validation images into class folders, decode once.
+"""Set up TinyImageNet: unpack the official zip, sort the validation images into class folders, decode all images.
 
     python setup_tinyimagenet.py --datasetfolder datasets
 
-It may be interrupted at any point and run again.
+Downloads the zip if the zip and the folder tiny-imagenet-200 are missing. The script can be interrupted at any point
+and run again.
 """
 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves this folder out
 
 from runs import launch
 
@@ -28,16 +29,16 @@ from runs import parsing
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the flags. Ends the script for flags that it does not understand."""
+    """Returns the flags. Ends the script if a flag is wrong."""
     parser = parsing.Parser(__doc__)
-    help = 'where tiny-imagenet-200.zip or the folder tiny-imagenet-200 is, or will be downloaded to'
+    help = 'folder of tiny-imagenet-200.zip or tiny-imagenet-200/; if both are missing, the zip is downloaded there'
     parser.add_argument('--datasetfolder', type=parsing.path, default=Path('datasets'), help=help)
     return parser.parse_args(argv)
 
 
 @launch.script('setup_tinyimagenet.py')
 def main(argv: list[str] | None = None) -> None:
-    """Makes the data set ready and prints the number of images of each split."""
+    """Sets up the data set, and prints the number of images in each split."""
     args = parse_args(argv)
     root = args.datasetfolder / 'tiny-imagenet-200'
     archive = args.datasetfolder / 'tiny-imagenet-200.zip'
@@ -58,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{split}: {len(images)} images of {len(set(labels.tolist()))} classes')
 
 
-_LARGEST_MEMBER = 1 << 20  # bytes; the largest file of the official zip, the annotations, has 300 thousand
+_LARGEST_MEMBER = 1 << 20  # bytes; the largest file that is unpacked, val_annotations.txt, has 300 thousand
 
 
 def unpack(archive: Path, root: Path) -> None:
-    """Unpacks the training and validation images beside `root`, and moves the folder to `root` when all are unpacked.
+    """Unpacks the training and validation images beside `root`, and moves them to `root` when all are unpacked.
 
     Raises DataError.
     """
@@ -82,7 +83,7 @@ def _unpack_member(members, name, folder):
     if members.getinfo(name).file_size > _LARGEST_MEMBER:
         raise ValueError(f'{name} has more than {_LARGEST_MEMBER} bytes')
     if '..' in PurePosixPath(name).parts:
-        raise ValueError(f'{name} leads out of its folder')
+        raise ValueError(f'{name} leads out of the folder')
     path = folder.joinpath(*PurePosixPath(name).parts[1:])
     if name.endswith('/'):
         path.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ _FILE_NAME = re.compile(r'\w[\w.]{0,99}', re.ASCII)
 
 
 def sort_validation_images(val: Path) -> None:
-    """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says. Images that were moved before stay.
+    """Moves val/images/NAME to val/CLASS/NAME as val_annotations.txt says. Skips images that were moved before.
 
     Raises DataError, or OSError for a file that cannot be moved.
     """
@@ -112,7 +113,7 @@ def sort_validation_images(val: Path) -> None:
     for line in files.read_text(annotations).splitlines():
         name, class_name = [*line.split('\t'), ''][:2]
         if not _FILE_NAME.fullmatch(name) or not _FILE_NAME.fullmatch(class_name):
-            raise DataError(f'{annotations} is damaged: {name[:50]!r} in {class_name[:50]!r} are not plain names')
+            raise DataError(f'{annotations} is damaged: {name[:50]!r} and {class_name[:50]!r} are not plain names')
         (val / class_name).mkdir(exist_ok=True)
         if (unsorted / name).exists():
             os.replace(unsorted / name, val / class_name / name)
@@ -122,7 +123,7 @@ def sort_validation_images(val: Path) -> None:
         os.replace(unsorted / name, val / name)
     leftover = sorted(os.listdir(unsorted))
     if leftover:
-        raise DataError(f'{unsorted / leftover[0]} is not in {annotations}')
+        raise DataError(f'{unsorted / leftover[0]} is not listed in {annotations}')
     unsorted.rmdir()
 
 

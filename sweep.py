@@ -1,7 +1,9 @@
-"""Train a grid or random draws of any flags of train.py, and rank the runs by validation metrics.
+"""Train a grid or random draws of any flags of train.py, and rank the runs by validation NLL.
 
-python sweep.py sweep.toml --output results/sweep_digits
-python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TASK_ID/8
+    python sweep.py sweep.toml --output results/sweep_digits
+    python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TASK_ID/8
+
+The format of sweep.toml:
 
     [flags]                  # flags of every run; validation holds out images to rank the runs by
     dataset = 'digits'
@@ -26,7 +28,7 @@ python sweep.py sweep.toml --output results/sweep_digits --part $SLURM_ARRAY_TAS
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves it out
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH=1 leaves this folder out
 
 from runs import launch
 
@@ -50,23 +52,25 @@ SHOWN = ('nll', 'accuracy', 'ece')
 
 
 class SweepError(errors.UserError):
-    """A sweep file or folder that cannot be used."""
+    """A sweep file or folder cannot be used."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the flags. Ends the script for flags that it does not understand."""
+    """Returns the flags. Ends the script if a flag is wrong."""
     parser = parsing.Parser(__doc__)
-    parser.add_argument('sweep', type=parsing.path, help='the TOML file; its format stands at the top of sweep.py')
-    parser.add_argument('--output', type=parsing.path, required=True, help='folder of the runs and the summary')
-    parser.add_argument('--part', type=_part, default='0/1', metavar='I/M', help='only every M-th run, from I on')
+    parser.add_argument('sweep', type=parsing.path, help='the TOML file, in the format below')
+    parser.add_argument('--output', type=parsing.path, required=True, help='folder for the runs and the summary')
+    parser.add_argument(
+        '--part', type=_part, default='0/1', metavar='I/M', help='train only every M-th run, from run I on'
+    )
     parsing.add_jobs(parser)
-    parser.add_argument('--testmc', type=parsing.integer(1), default=8, help='posterior samples of the evaluation')
+    parser.add_argument('--testmc', type=parsing.integer(1), default=8, help='posterior samples in each evaluation')
     parser.add_argument('--summary', action='store_true', help='train nothing, only write the tables')
     return parser.parse_args(argv)
 
 
 def _part(text):
-    """Returns 'I/M' as two whole numbers, I less than M."""
+    """Reads a flag's value: I/M, two whole numbers with I < M."""
     index, _, number = text.partition('/')
     number = parsing.integer(1)(number)
     return parsing.integer(0, below=number)(index), number
@@ -98,27 +102,30 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         raise SweepError(f'{path} cannot be read: {errors.first_line(error)}') from error
     fixed, grid, ranges = (sweep.get(name, {}) for name in ('flags', 'grid', 'random'))
     if not all(isinstance(table, dict) for table in (fixed, grid, ranges)):
-        raise SweepError(f'{path}: flags, grid and random are tables, [flags], [grid] and [random]')
+        raise SweepError(f'{path}: flags, grid and random must be tables: [flags], [grid] and [random]')
     draws, names = ranges.pop('draws', 1), {*fixed, *grid, *ranges}
     unknown, twice = sweep.keys() - {'flags', 'grid', 'random'}, grid.keys() & ranges.keys()
     reserved = {*training_flags.OF_START, 'resultsfolder', 'devices', 'help'} & names
-    odd = {name for name in names if not name.isidentifier()}  # which could end a flag and begin its value
+    odd = {name for name in names if not name.isidentifier()}  # such a name, like 'a=1', could hold a flag and a value
     has_ranges = type(draws) is int and 0 < draws < 2**31 and all(map(_is_range, ranges.values()))
     for wrong, what in (
-        (unknown, f' has a table [{min(unknown, default="")}]; there are [flags], [grid] and [random]'),
-        (reserved, f': --{min(reserved, default="")} is not for the runs of a sweep: leave it out'),
+        (unknown, f' has an unknown table [{min(unknown, default="")}]: use [flags], [grid] and [random]'),
+        (reserved, f': --{min(reserved, default="")} cannot be set in a sweep: omit it'),
         (odd, f': train.py has no flag {min(odd, default="")!r}'),
-        (twice, f': {min(twice, default="")} is in [grid] and in [random]: leave one out'),
-        (not fixed.get('validation'), ' keeps no images out to choose by: set validation = 0.1 in [flags]'),
-        (not all(isinstance(v, list) and v for v in grid.values()), ': each flag in [grid] has a list of values'),
-        (not has_ranges, ': [random] has a number of draws, and of each flag two numbers, 0 < low < high'),
-        ('random' in sweep and not ranges, ': [random] draws nothing: give it flags, each with two numbers'),
+        (twice, f': {min(twice, default="")} is both in [grid] and in [random]: remove one'),
+        (not fixed.get('validation'), ' holds out no images to rank the runs by: set validation = 0.1 in [flags]'),
+        (not all(isinstance(v, list) and v for v in grid.values()), ': each flag in [grid] needs a list of values'),
+        (not has_ranges, ': [random] needs draws of 1 or more, and for each flag two numbers, 0 < low < high'),
+        (
+            'random' in sweep and not ranges,
+            ': [random] draws nothing: add a flag with two numbers, such as alpha = [0.1, 1]',
+        ),
     ):
         if wrong:
             raise SweepError(f'{path}{what}')
     num_runs = draws * math.prod(len(values) for values in grid.values())
     if num_runs > _MOST_RUNS:
-        raise SweepError(f'{path} asks for {num_runs} runs: {_MOST_RUNS} are the most')
+        raise SweepError(f'{path} asks for {num_runs} runs, but a sweep has at most {_MOST_RUNS}')
     rng = random.Random(0)
     parser = training_flags.create_parser()
     whole = {name for name in ranges if parser.takes_whole_numbers(name)}
@@ -142,7 +149,7 @@ def _is_range(bounds):
 
 
 def _drawn(rng, bounds, whole):
-    """Draws log-uniformly between two numbers: a whole number if `whole`, otherwise one of four digits."""
+    """Draws log-uniformly between two numbers: a whole number if `whole`, otherwise a number of four digits."""
     low, high = map(math.log, bounds)
     value = math.exp(rng.uniform(low, high))
     return round(value) if whole else float(f'{value:.4g}')
@@ -166,7 +173,7 @@ def _request(args):
 
 
 def _measured(args, number, values):
-    """Returns the metrics of the average over samples, or None if the run is not trained and evaluated as asked."""
+    """Returns the metrics of the model average, or None if the run is not yet trained and evaluated as asked."""
     request = _request(args)
     for trained in _folder(args, number).glob('*/*/run_*'):
         try:
@@ -211,7 +218,10 @@ def summarise(args: argparse.Namespace, sweep: list[dict], varied: list[dict]) -
         ]
         for number in complete
     ]
-    text = tables.markdown(header, rows) + f'\n{len(complete)} of {len(sweep)} runs, by validation metrics\n'
+    text = (
+        tables.markdown(header, rows)
+        + f'\n{len(complete)} of {len(sweep)} runs, on validation images, lowest NLL first\n'
+    )
     if complete:
         json_files.write_bytes(args.output / 'summary.md', text.encode())
         json_files.write_bytes(args.output / 'summary.csv', tables.comma_separated(header, rows).encode())

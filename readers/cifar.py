@@ -1,4 +1,7 @@
-"""CIFAR (Krizhevsky, 2009): records of one or two label bytes and 3,072 pixels, or pickles, in folders or .tar.gz."""
+"""Reads CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): binary records or pickles, in folders or .tar.gz archives.
+
+A record is one label byte (CIFAR-10) or two (CIFAR-100: coarse and fine), then 3,072 pixel values channel by channel.
+"""
 
 import gzip
 import os
@@ -16,7 +19,7 @@ from readers.files import DataError, OfficialFile
 
 
 class Layout(NamedTuple):
-    """The names and sizes in which CIFAR-10 and CIFAR-100 differ."""
+    """Names and sizes that differ between CIFAR-10 and CIFAR-100."""
 
     binary_folder: str
     python_folder: str
@@ -37,7 +40,7 @@ class Layout(NamedTuple):
         return self.binary_archive.replace('binary', 'python')
 
 
-LIMIT = 1 << 28  # bytes; the official archives hold 186 million
+LIMIT = 1 << 28  # bytes of an unpacked archive or a file; the official archives unpack to 186 million
 
 CIFAR10 = Layout(
     'cifar-10-batches-bin',
@@ -69,7 +72,19 @@ CIFAR100 = Layout(
 
 
 def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images [N, 32, 32, 3] and labels of a split. Downloads the binary archive if there is nothing."""
+    """Returns the images, uint8 [N, 32, 32, 3], and the labels, int32 [N], of a split.
+
+    Reads the first that exists: the folder of records, its archive, the folder of pickles, its archive. Downloads the
+    archive of records if none exists.
+
+    Args:
+        layout: CIFAR10 or CIFAR100.
+        folder: the folder of the data sets.
+        split: 'train' or 'test'.
+
+    Raises:
+        DataError: a file is missing or damaged, or a download failed.
+    """
     binary = [f'{name}.bin' for name in layout.files[split]]
     places = [
         (folder / layout.binary_folder, layout.binary_folder, binary, _parse_records),
@@ -90,7 +105,15 @@ def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _parse_members(path, inner_folder, names, parse, official):
-    """parse(file, num_bytes, where) of each of the named files in a folder or in a .tar.gz, in the order of names."""
+    """Parses files in a folder or a .tar.gz. Returns the results in the order of `names`.
+
+    Args:
+        path: the folder or the archive.
+        inner_folder: the folder that holds the files within an archive.
+        names: the file names.
+        parse: a function (file, num_bytes, where) -> result, where `where` names the file in messages.
+        official: the official archive, for messages.
+    """
     if path.is_dir():
         parts = {name: _parse_file(path / name, parse) for name in names}
     else:
@@ -104,7 +127,10 @@ def _parse_file(path, parse):
 
 
 def _parse_archive(archive, wanted, parse, official):
-    """parse(file, num_bytes, where) of members of a .tar.gz, {member: name}, by name; it is read to its end."""
+    """Parses the members of a .tar.gz that `wanted`, {member: name}, lists. Returns {name: result}.
+
+    Reads the archive to the end, where gzip compares its checksum.
+    """
     parts = {}
     with files.opened(archive) as raw, files.one_error(archive, official), gzip.open(raw) as unpacked:
         stream = files.Limited(unpacked, LIMIT, archive)
@@ -125,14 +151,17 @@ _LARGEST_PAX = 1 << 16  # bytes
 
 
 def _tar_members(stream: files.Limited) -> Iterator[tuple[str | None, int]]:
-    """Yields the name and size of each regular member of a tar stream, and None for others. Their bytes come next."""
+    """Yields (name, size in bytes) of each member of a tar stream. The name is None if the member is not a plain file.
+
+    The caller must read or skip the member's bytes before the next member.
+    """
     pax = {}
     while (header := stream.read_exactly(_BLOCK)).strip(b'\0'):
         if sum(header[:148]) + 8 * ord(' ') + sum(header[156:]) != int(header[148:156].strip(b' \0') or b'0', 8):
-            raise ValueError('the checksum of a header of the tar is wrong')
+            raise ValueError('a tar header has a wrong checksum')
         num_bytes = int(pax.get(b'size') or int(header[124:136].strip(b' \0') or b'0', 8))
         name = pax.get(b'path') or header[:100].partition(b'\0')[0]
-        if header[156:157] == b'x' and num_bytes <= _LARGEST_PAX:  # about the next member
+        if header[156:157] == b'x' and num_bytes <= _LARGEST_PAX:  # describes the next member
             pax = dict(re.findall(rb'\d+ ([^=\n]+)=([^\n]*)\n', stream.read_exactly(num_bytes)))
         else:
             is_regular = header[156:157] in b'0\0' and not any(key.startswith(b'GNU.sparse') for key in pax)
@@ -144,7 +173,9 @@ def _tar_members(stream: files.Limited) -> Iterator[tuple[str | None, int]]:
 def _parse_records(layout: Layout, file: BinaryIO | files.Limited, num_bytes: int, where: object):
     record = layout.label_bytes + 3072
     if not 0 < num_bytes < LIMIT or num_bytes % record:
-        raise DataError(f'{where} is damaged: {num_bytes} bytes are not a number of CIFAR records of {record} bytes')
+        raise DataError(
+            f'{where} is damaged: {num_bytes} bytes are not a whole number of CIFAR records ({record} bytes each)'
+        )
     images, labels = np.empty((num_bytes // record, 32, 32, 3), np.uint8), np.empty(num_bytes // record, np.uint8)
     for start in range(0, len(images), 1000):
         block = slice(start, min(start + 1000, len(images)))
@@ -156,12 +187,12 @@ def _parse_records(layout: Layout, file: BinaryIO | files.Limited, num_bytes: in
 
 def _parse_pickle(layout: Layout, file: BinaryIO | files.Limited, num_bytes: int, where: object):
     if num_bytes > LIMIT:
-        raise DataError(f'{where} is damaged (it goes on beyond {LIMIT} bytes)')
+        raise DataError(f'{where} is damaged (it exceeds {LIMIT} bytes)')
     try:
         batch = pickles.load(file.read(num_bytes))
         pixels, labels = (pickles.as_array(batch[name]) for name in ('data', layout.label_key))
     except Exception as error:  # a damaged pickle can raise anything
-        reason = f'there is no {error}' if isinstance(error, KeyError) else errors.first_line(error)
+        reason = f'it has no key {error}' if isinstance(error, KeyError) else errors.first_line(error)
         raise DataError(f'{where} is damaged or not a CIFAR batch: {reason}') from error
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or labels.ndim != 1:
         raise DataError(f'{where} is damaged: data is {pixels.dtype} {pixels.shape}, not uint8 [N, 3072] with N labels')
@@ -173,7 +204,10 @@ def _channels_last(pixels):
 
 
 def _joined(parts):
-    """np.concatenate that empties the list of parts on its way: memory is taken when it is written to."""
+    """Concatenates arrays, and frees each part once it is copied. The peak is little more than one copy of all parts.
+
+    np.empty takes memory only as it is written to.
+    """
     if len(parts) == 1:
         return parts.pop()
     joined = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)

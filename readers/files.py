@@ -1,7 +1,7 @@
-"""Shared by all readers: opening files that may be damaged or hostile, the budget for their claims, downloads.
+"""What all readers share: opening files that may be damaged or hostile, a budget for each file, and downloads.
 
 A reader takes the folder of the data sets and a split, 'train' or 'test'. It returns images uint8 [N, H, W, C] and
-labels int32 [N]. It raises a DataError for a file that is missing or damaged.
+labels int32 [N]. It raises a DataError if a file is missing or damaged.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import errors
 
 
 class DataError(errors.UserError):
-    """A data set that is missing, damaged or of no use."""
+    """A data set is missing, damaged or unusable."""
 
 
 class OfficialFile(NamedTuple):
@@ -37,13 +37,16 @@ class OfficialFile(NamedTuple):
 
 
 def opened(path: Path) -> BinaryIO:
-    """Opens a file to read its bytes. Raises DataError, also for a folder, device or pipe, which could hang."""
+    """Opens a file to read its bytes.
+
+    Raises a DataError if the file cannot be read, or is a folder, device or pipe, which could hang.
+    """
     try:
         return errors.opened(path)
     except OSError as error:
         raise DataError(f'{path} cannot be read: {error.strerror or error}') from error
     except ValueError as error:  # NUL in the path
-        raise DataError(f'{path} is no path: {error}') from error
+        raise DataError(f'{path} is not a valid path: {error}') from error
 
 
 def read_text(path: Path) -> str:
@@ -68,66 +71,69 @@ def one_error(path: Path, official: OfficialFile | None = None) -> Iterator[None
 
 
 def is_litter(name: str) -> bool:
-    """Returns whether a file is one that macOS leaves beside others."""
+    """Returns whether macOS leaves files of this name beside others."""
     return name == '.DS_Store' or name.startswith('._')
 
 
-# The budget.
+# The budget: how many bytes a file may claim to hold.
 
 
 def budget(num_bytes: int) -> int:
-    """Returns how many bytes of memory or disk a file of `num_bytes` may stand for: at least its own size."""
+    """Returns how many bytes of memory or disk the content of a file of `num_bytes` bytes may take.
+
+    The budget is 64 times the file's size, but at least 64 MiB and at most 4 GiB. It is never below the file's size.
+    """
     return max(min(max(1 << 26, 64 * num_bytes), 1 << 32), num_bytes)
 
 
 def require_within_budget(path: Path, claimed: int, num_bytes: int | None = None) -> None:
-    """Raises a DataError if a file claims to stand for more bytes than its budget. To be called before they are taken.
+    """Raises a DataError if a file claims to hold more bytes than its budget. Call this before allocating them.
 
     Args:
-        path: The file, for the message.
-        claimed: What the file claims, in bytes.
-        num_bytes: The size of the file, if it is not that of `path`.
+        path: the file, for the message.
+        claimed: how many bytes the file claims to hold.
+        num_bytes: the size of the file. None means the size of `path`.
     """
     held = budget(os.stat(path).st_size if num_bytes is None else num_bytes)
     if claimed > held:
-        raise DataError(f'{path} is damaged: it promises {claimed} bytes, more than the {held} that it may stand for')
+        raise DataError(f'{path} is damaged: it claims to hold {claimed} bytes, more than the {held} that it may')
 
 
 _CHUNK = 1 << 18
 
 
 class Limited:
-    """A stream that can be read up to a limit. Raises DataError beyond, before it takes memory."""
+    """A stream that can be read up to a limit in bytes. Reading further raises a DataError and takes no memory."""
 
     def __init__(self, file: BinaryIO, limit: int, where: object) -> None:
         self._file, self.left, self._limit, self._where = file, limit, limit, where
 
     def _require(self, num_bytes):
         if num_bytes > self.left:
-            raise DataError(f'{self._where} is damaged (it goes on beyond {self._limit} bytes)')
+            raise DataError(f'{self._where} is damaged (it exceeds {self._limit} bytes)')
 
     def read(self, num_bytes: int) -> bytes:
-        """Returns the next bytes, fewer at the end."""
+        """Returns the next `num_bytes` bytes, or fewer at the end of the file."""
         self._require(num_bytes)
         payload = self._file.read(num_bytes)
         self.left -= len(payload)
         return payload
 
     def read_exactly(self, num_bytes: int) -> bytes:
-        """Returns the next bytes. Raises EOFError if there are fewer."""
+        """Returns the next `num_bytes` bytes. Raises EOFError if the file ends before."""
         payload = self.read(num_bytes)
         if len(payload) < num_bytes:
             raise EOFError('it ends too early')
         return payload
 
     def skip(self, num_bytes: int) -> None:
-        """Reads on without keeping the bytes. Raises EOFError if there are fewer."""
+        """Skips `num_bytes` bytes. Raises EOFError if the file ends before."""
         self._require(num_bytes)
         for start in range(0, num_bytes, _CHUNK):
             self.read_exactly(min(_CHUNK, num_bytes - start))
 
     def skip_rest(self) -> None:
-        """Reads to the end, where a compressed stream has its checksum."""
+        """Skips to the end, where a compressed stream compares its checksum."""
         while payload := self._file.read(_CHUNK):
             self._require(len(payload))
             self.left -= len(payload)
@@ -135,9 +141,10 @@ class Limited:
 
 @contextlib.contextmanager
 def opened_zip(path: Path, official: OfficialFile | None = None) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip file whose members are within the budget together. Raises DataError, also for what its users raise.
+    """Opens a zip file. Raises a DataError if it is damaged, or if its members together exceed the budget.
 
-    An OSError of its users, such as a full disk, is passed on.
+    An exception in the with block also becomes a DataError, because reading a damaged member can raise anything. An
+    OSError in the block, for instance because the disk is full, stays an OSError.
     """
     with opened(path) as file:
         try:
@@ -145,9 +152,9 @@ def opened_zip(path: Path, official: OfficialFile | None = None) -> Iterator[zip
             require_within_budget(path, sum(max(0, member.file_size) for member in members.infolist()))
             for member in members.infolist():
                 if member.header_offset < 0:
-                    raise ValueError('a member starts before the file')
-                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 raises an OSError
-                    raise ValueError(f'{member.filename} is compressed by method {member.compress_type}')
+                    raise ValueError('a member has a negative offset')
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 raises OSErrors
+                    raise ValueError(f'{member.filename} is neither stored nor deflated: method {member.compress_type}')
             yield members
         except (errors.UserError, OSError):
             raise
@@ -159,17 +166,32 @@ def opened_zip(path: Path, official: OfficialFile | None = None) -> Iterator[zip
 
 
 def damaged(path: Path, reason: object, official: OfficialFile | None = None) -> str:
-    """Returns the line on a damaged file, with its checksum beside the published one, where that is known."""
+    """Returns the message for a damaged file.
+
+    Args:
+        path: the file.
+        reason: what is wrong.
+        official: the official file, if there is one. If `path` has its name, the message compares the checksums.
+    """
     message = f'{path} is damaged ({reason})'
     if official is None or Path(path).name != official.url.rsplit('/', 1)[1]:
         return message
     with opened(path) as file:
         sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-    return f'{message}: its SHA-256 is {sha256}, the published one {official.sha256}; delete it to download it again'
+    return f'{message}: its SHA-256 is {sha256}, not the published {official.sha256}; delete it to download it again'
 
 
 def checked_labels(labels: np.ndarray, num_classes: int, where: object) -> np.ndarray:
-    """Returns labels as int32 [N]. Raises DataError if there are none, or if some are not in [0, num_classes)."""
+    """Returns labels as int32 [N].
+
+    Args:
+        labels: whole numbers [N].
+        num_classes: labels must be from 0 to num_classes − 1.
+        where: the file, for the message.
+
+    Raises:
+        DataError: there are no labels, or some are out of range.
+    """
     if not len(labels):
         raise DataError(f'{where} holds no images')
     if not 0 <= labels.min() <= labels.max() < num_classes:
@@ -181,9 +203,10 @@ def checked_labels(labels: np.ndarray, num_classes: int, where: object) -> np.nd
 
 
 def download(official: OfficialFile, path: Path) -> None:
-    """Fetches a file to `path` with a progress bar. It appears there whole and checked, or not at all.
+    """Downloads a file to `path` with a progress bar. The file appears only when it is complete and its SHA-256 right.
 
-    Raises a DataError that says which file to put where, for instance if there is no answer within 10 seconds.
+    Raises a DataError if the download fails, for instance if no answer comes within 10 seconds. The message says which
+    file to put where.
     """
     new_folders = []
     try:
@@ -192,15 +215,15 @@ def download(official: OfficialFile, path: Path) -> None:
         with errors.replacing(path) as unfinished:
             sha256 = _fetch(official, unfinished)
             if sha256 != official.sha256:
-                raise DataError(f'what {official.url} sent has the SHA-256 {sha256}, not {official.sha256}: not kept')
+                raise DataError(f'{official.url} has the SHA-256 {sha256}, not {official.sha256}: it was not kept')
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, 'reason', None) or error
         raise DataError(
-            f'{path} is missing and could not be fetched ({reason}): download {official.url} and put it there'
+            f'{path} is missing and could not be downloaded ({reason}): download {official.url} and put it there'
         ) from error
     finally:
         for folder in new_folders:
-            with contextlib.suppress(OSError):  # it is missing, or a file is in it
+            with contextlib.suppress(OSError):  # the folder was not made, or is not empty
                 folder.rmdir()
 
 
@@ -213,7 +236,7 @@ def _fetch(official, path):
         open(path, 'wb') as file,
         tqdm(None, path.name, official.num_bytes, unit='B', unit_scale=True, disable=None) as progress,
     ):
-        left = official.num_bytes + 1  # a longer answer is another file, and need not end
+        left = official.num_bytes + 1  # stops one byte later, because a wrong file might never end
         while left and (chunk := response.read(min(1 << 20, left))):
             file.write(chunk)
             sha256.update(chunk)
@@ -223,7 +246,10 @@ def _fetch(official, path):
 
 
 def _open_url(url, seconds=10):
-    """urlopen within `seconds`: its own timeout holds for every address of a host and not for looking them up."""
+    """Returns what urlopen returns, or raises a TimeoutError after `seconds`.
+
+    The timeout of urlopen applies to each address of a host separately, and not to the DNS lookup.
+    """
     answers = queue.SimpleQueue()
 
     def connect():

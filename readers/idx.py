@@ -1,4 +1,4 @@
-"""MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao et al., 2017): idx files, plain or compressed."""
+"""Reads MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao et al., 2017) from idx files, plain or .gz."""
 
 import gzip
 import math
@@ -13,7 +13,13 @@ from readers.files import DataError, OfficialFile
 
 
 class Layout(NamedTuple):
-    """The folders in which the four files of a set may be, and their official addresses."""
+    """Where the four files of a data set are.
+
+    Attributes:
+        folders: the folders that may hold the files.
+        url: the official address, without the file name.
+        sha256: {file name: (SHA-256, size in bytes)}.
+    """
 
     folders: tuple[str, ...]
     url: str
@@ -44,15 +50,26 @@ FASHION = Layout(
 
 
 def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images [N, H, W, 1] and labels of a split. Downloads the files if they are missing."""
+    """Returns the images, uint8 [N, H, W, 1], and the labels, int32 [N], of a split. Downloads missing files.
+
+    Args:
+        layout: MNIST or FASHION.
+        folder: the folder of the data sets.
+        split: 'train' or 'test'.
+
+    Raises:
+        DataError: a file is damaged, or a download failed.
+    """
     prefix = {'train': 'train', 'test': 't10k'}[split]
     images_path = _find(layout, folder, f'{prefix}-images-idx3-ubyte')
     labels_path = _find(layout, folder, f'{prefix}-labels-idx1-ubyte')
     images, labels = (read_file(path, _official(layout, path.name)) for path in (images_path, labels_path))
     if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise DataError(f'{images_path} holds {images.shape} and {labels_path} {labels.shape}, not N images, N labels')
+        raise DataError(
+            f'{images_path} has the shape {images.shape} and {labels_path} {labels.shape}, not [N, H, W] and [N]'
+        )
     if not images[:1].size and len(images):
-        raise DataError(f'{images_path} holds {images.shape}: its images have no pixels')
+        raise DataError(f'{images_path} has the shape {images.shape}: its images have no pixels')
     return images[..., None], files.checked_labels(labels, 10, labels_path)
 
 
@@ -70,12 +87,12 @@ def _official(layout, name):
     return OfficialFile(layout.url + name, *layout.sha256[name]) if name in layout.sha256 else None
 
 
-_DEFLATE_LIMIT = 1032  # the most bytes that a byte of a .gz file can stand for
+_DEFLATE_LIMIT = 1032  # the most bytes that one byte of a .gz file can expand to
 _MAX_RANK = 4
 
 
 def read_file(path: Path, official: OfficialFile | None = None) -> np.ndarray:
-    """Returns the unsigned bytes of an idx file, plain or .gz, in the shape that its header gives. Raises DataError."""
+    """Returns the array of an idx file, plain or .gz, as uint8 in the shape that the header gives. Raises DataError."""
     with files.opened(path) as raw:
         num_bytes = os.fstat(raw.fileno()).st_size
         limit = min(files.budget(num_bytes), _DEFLATE_LIMIT * num_bytes) if path.suffix == '.gz' else num_bytes
@@ -92,13 +109,13 @@ def _parse(file, path, limit):
     shape = [int(n) for n in np.frombuffer(header, '>u4')]
     expected = math.prod(shape)
     if expected > limit:
-        raise DataError(f'{path} is damaged: its header promises {expected} bytes, more than the file can hold')
+        raise DataError(f'{path} is damaged: its header claims {expected} bytes, more than the file can hold')
     values, num_bytes = np.empty(expected, np.uint8), 0
     while block := file.read(1 << 18):
         if num_bytes + len(block) > expected:
-            raise DataError(f'{path} is damaged: more bytes follow a header that promises {expected}')
+            raise DataError(f'{path} is damaged: its header claims {expected} bytes, but more follow')
         values[num_bytes : num_bytes + len(block)] = np.frombuffer(block, np.uint8)
         num_bytes += len(block)
     if num_bytes < expected:
-        raise DataError(f'{path} is damaged: {num_bytes} bytes follow a header that promises {expected}')
+        raise DataError(f'{path} is damaged: its header claims {expected} bytes, but {num_bytes} follow')
     return values.reshape(shape)

@@ -1,4 +1,4 @@
-"""JPEGs to arrays. Processes that decode import this module alone, and neither JAX nor the main script."""
+"""Decodes JPEGs to arrays. The decoding processes import only this module, and neither JAX nor the main script."""
 
 import multiprocessing
 import os
@@ -17,16 +17,16 @@ from PIL import Image
 
 
 class DamagedError(Exception):
-    """A file that is no JPEG of the size that is wanted. Its arguments are the path and the reason, in one line."""
+    """A file is not a JPEG of the expected size. The arguments are the path and the reason, in one line."""
 
 
-BLOCK = 500  # images that are decoded at once
+BLOCK = 500  # images that one task decodes
 
 
 def decode(shape: tuple[int, int, int], paths: Sequence[str]) -> np.ndarray:
-    """Returns image files as one array uint8 [N, *shape], grey ones as RGB. Raises DamagedError.
+    """Returns the N image files as one array, uint8 [N, *shape]. Grey images become RGB. Raises DamagedError.
 
-    They are pasted into one tall image, which is converted once: each on its own would take longer.
+    Pastes all images into one tall image, because one conversion to an array is faster than N.
     """
     height, width, _ = shape
     tall = Image.new('RGB', (width, len(paths) * height))
@@ -44,15 +44,15 @@ def decode(shape: tuple[int, int, int], paths: Sequence[str]) -> np.ndarray:
 
 
 def decode_with_checksum(shape: tuple[int, int, int], paths: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Returns image files as one array uint8 [N, *shape], and the CRC-32 of the array. Raises DamagedError."""
+    """Returns the N image files as one array, uint8 [N, *shape], and the array's CRC-32. Raises DamagedError."""
     images = decode(shape, paths)
     return images, zlib.crc32(images)
 
 
 def decoded_blocks(shape: tuple[int, int, int], paths: Sequence[str]) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields blocks of images, in order, with their checksums. Decodes on all cores, a few blocks ahead.
+    """Yields (images, CRC-32) of each block of up to BLOCK images, in order. Decodes on all cores, a few blocks ahead.
 
-    Raises DamagedError, and BrokenExecutor if a process that decodes ends.
+    Raises a DamagedError, or a BrokenExecutor if a decoding process dies.
     """
     blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
     pending = deque()
@@ -69,7 +69,10 @@ def decoded_blocks(shape: tuple[int, int, int], paths: Sequence[str]) -> Iterato
 
 
 def decoders(num_blocks: int) -> Executor:
-    """Returns a pool of processes, as Pillow leaves its threads little to do at once; or a thread for a few blocks."""
+    """Returns a pool of processes to decode N blocks, or a pool of one thread if N <= 2.
+
+    Pillow hardly decodes in parallel in several threads of a process.
+    """
     if num_blocks <= 2:
         return ThreadPoolExecutor(1)
     context = multiprocessing.get_context('spawn')
@@ -77,9 +80,10 @@ def decoders(num_blocks: int) -> Executor:
 
 
 def submit(pool: Executor, function: Callable, *arguments: object) -> Future:
-    """Submits a call to a pool, which may start a process for it, and returns the call's future.
+    """Submits a call to a pool, which may start a process for it. Returns the call's future.
 
-    A spawned process imports the main script again, unless __main__ has no file. A script without a guard would run.
+    A spawned process imports the main script again, and a script without an `if __name__ == '__main__'` guard would
+    run twice. An empty `__main__` without a file prevents the import.
     """
     main = sys.modules['__main__']
     sys.modules['__main__'] = types.ModuleType('__main__')
@@ -90,7 +94,7 @@ def submit(pool: Executor, function: Callable, *arguments: object) -> Future:
 
 
 def _end_with_parent():
-    """In a process that decodes: Ctrl-C is the main one's business, and its end, even by SIGKILL, is this one's too."""
+    """Makes a decoding process ignore Ctrl-C, and end when the main process ends, even by SIGKILL."""
 
     def wait():
         multiprocessing.parent_process().join()

@@ -1,7 +1,8 @@
-"""Pickles of dictionaries of arrays, read without building what they name: each opcode makes a plain value or a Call.
+"""Reads pickles of dictionaries of arrays, and runs nothing that a pickle names.
 
-The opcodes and their arguments are pickletools.genops's. A Call is what a pickle says of an object: a name, arguments
-and a state. `as_array` understands the Calls of NumPy's arrays of whole numbers; all others stay what they are.
+pickletools.genops yields the opcodes and their arguments. Each opcode makes a plain value or a `_Call`. A `_Call`
+describes an object by a name, arguments and a state. `as_array` understands the `_Call`s of NumPy arrays of whole
+numbers. Other `_Call`s stay as they are.
 """
 
 import math
@@ -17,15 +18,15 @@ class _Name(NamedTuple):
 
 
 class _Call:
-    """An object as a pickle describes it. It is compared by identity and never called."""
+    """Describes an object as a pickle does. Never calls the name. Compares by identity."""
 
     def __init__(self, name, arguments):
         self.name, self.arguments, self.state = name, arguments, None
 
 
-_MOST_OPCODES = 1 << 21  # CIFAR-100 takes 750,000 in the longest of the protocols
+_MOST_OPCODES = 1 << 21  # CIFAR-100 takes up to 750,000, depending on the protocol
 _MARK = object()
-_CORES = ('numpy.core', 'numpy._core')  # of NumPy 1 and 2
+_CORES = ('numpy.core', 'numpy._core')  # in NumPy 1 and NumPy 2
 _NUMPY_NAMES = {
     'dtype': {_Name('numpy', 'dtype')},
     'ndarray': {_Name('numpy', 'ndarray')},
@@ -43,13 +44,13 @@ _WITH_ARGUMENT = {
     'STRING', 'BINSTRING', 'SHORT_BINSTRING', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8', 'BYTEARRAY8',
     'UNICODE', 'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8',
 }  # fmt: skip
-_STRINGS = {'STRING', 'BINSTRING', 'SHORT_BINSTRING'}  # bytes of Python 2, which genops decodes as Latin-1
+_STRINGS = {'STRING', 'BINSTRING', 'SHORT_BINSTRING'}  # Python 2's bytes; genops decodes them as Latin-1
 
 
 def load(payload: bytes) -> dict[str, Any]:
-    """Returns the dictionary in a pickle, with text for its keys and plain values or Calls for its values.
+    """Returns the dictionary in a pickle. Its keys are text, and its values are plain values or `_Call`s.
 
-    It takes a small multiple of the payload's memory. Raises many kinds of errors on what is damaged.
+    Takes a small multiple of the payload's size in memory. A damaged pickle can raise any exception.
     """
     machine = _Machine(len(payload))
     for count, (opcode, argument, _) in enumerate(pickletools.genops(payload)):
@@ -63,7 +64,7 @@ def load(payload: bytes) -> dict[str, Any]:
 
 
 class _Machine:
-    """The stack and the memo of a pickle that is read."""
+    """Runs the opcodes of a pickle on a stack and a memo."""
 
     def __init__(self, num_bytes):
         self.stack, self.memo, self.bytes_left = [], {}, num_bytes
@@ -106,7 +107,7 @@ class _Machine:
             state = pop()
             _of_type(_Call, self.stack[-1]).state = state
         elif name not in ('PROTO', 'FRAME', 'STOP'):
-            raise ValueError(f'it has the opcode {name}; only arrays and plain containers are admitted')
+            raise ValueError(f'it has the opcode {name}; only arrays and plain containers are allowed')
 
     def pop_to_mark(self):
         values = []
@@ -115,14 +116,18 @@ class _Machine:
         return values[::-1]
 
     def call(self, name, arguments):
-        """Bytes, which Python 3 writes as encoded text, or a Call. A pickle holds each text that it encodes once."""
+        """Returns the result of a call: bytes, or a `_Call`.
+
+        Python 3 writes bytes as text that a call encodes. An honest pickle encodes each text once, so all encoded texts
+        together are shorter than the pickle.
+        """
         if name in _EMPTY_BYTES and not arguments:
             return b''
         if name != _ENCODE:
             return _Call(name, arguments)
         text, encoding = arguments
         if encoding not in ('latin1', b'latin1'):
-            raise ValueError('it encodes bytes in another way than latin1')
+            raise ValueError('it encodes bytes with another encoding than latin1')
         self.bytes_left -= len(_of_type(str, text))
         if self.bytes_left < 0:
             raise ValueError('it encodes more bytes than it has')
@@ -132,7 +137,7 @@ class _Machine:
 def _admitted(module, name):
     found = _Name(_of_type(str, module), _of_type(str, name))
     if found not in _ADMITTED:
-        raise ValueError(f'it refers to {module[:50]}.{name[:50]}; only arrays and plain containers are admitted')
+        raise ValueError(f'it refers to {module[:50]}.{name[:50]}; only arrays and plain containers are allowed')
     return found
 
 
@@ -149,10 +154,10 @@ def _set_items(items, keys_and_values):
 
 
 def as_array(value: Any) -> np.ndarray:
-    """Returns a list of whole numbers, or what a pickle says of an array of them, as an array. Raises ValueError."""
+    """Returns a list, or the `_Call` of a NumPy array, as an array. Raises ValueError unless it holds whole numbers."""
     if type(value) is list:
         if not all(type(x) is int for x in value):
-            raise ValueError('a list holds other values than whole numbers')
+            raise ValueError('a list holds values that are not whole numbers')
         return np.array(value, np.int64)
     call = _of_type(_Call, value)
     if call.name in _NUMPY_NAMES['reconstruct'] and call.arguments[0] in _NUMPY_NAMES['ndarray']:
@@ -161,7 +166,7 @@ def as_array(value: Any) -> np.ndarray:
         content, dtype, shape, order = call.arguments
         is_fortran = order == 'F'
     else:
-        raise ValueError(f'it makes an array by {call.name.name}')
+        raise ValueError(f'it makes an array by calling {call.name.name}')
     if type(content) not in (bytes, bytearray) or not all(type(n) is int and n >= 0 for n in _of_type(tuple, shape)):
         raise ValueError('an array has no bytes or no shape')
     dtype = _dtype(_of_type(_Call, dtype))
@@ -175,7 +180,7 @@ def _dtype(call):
     code = code.decode('latin-1') if type(code) is bytes else code
     order = order.decode('latin-1') if type(order) is bytes else order
     if call.name not in _NUMPY_NAMES['dtype'] or code not in ('u1', 'i1', 'u2', 'i2', 'u4', 'i4', 'u8', 'i8'):
-        raise ValueError('an array holds other values than whole numbers')
+        raise ValueError('an array holds values that are not whole numbers')
     if order not in ('<', '>', '|'):
-        raise ValueError('the numbers of an array have no order of bytes')
+        raise ValueError('an array has no byte order')
     return np.dtype(order + code)

@@ -1,4 +1,4 @@
-"""SVHN (Netzer et al., 2011), cropped digits: MATLAB files of version 5, of which plain arrays of bytes are read."""
+"""Reads the cropped digits of SVHN (Netzer et al., 2011) from MATLAB files of version 5."""
 
 import math
 import os
@@ -22,7 +22,10 @@ OFFICIAL = {
 
 
 def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images [N, 32, 32, 3] and labels of a split. Downloads the file if it is missing."""
+    """Returns the images, uint8 [N, 32, 32, 3], and the labels, int32 [N], of a split. Downloads a missing file.
+
+    In the file, the label 10 is the digit 0. Raises DataError.
+    """
     name = f'{split}_32x32.mat'
     found = [path for path in (folder / 'svhn' / name, folder / name) if path.exists()]
     path = found[0] if found else folder / 'svhn' / name
@@ -31,21 +34,30 @@ def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     content = read_mat(path, ('X', 'y'), OFFICIAL[split])
     pixels, labels = content['X'], content['y']
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
-        raise DataError(f'{path} holds X {pixels.dtype} {pixels.shape}, not uint8 [32, 32, 3, N]')
+        raise DataError(f'{path}: X is {pixels.dtype} {pixels.shape}, not uint8 [32, 32, 3, N]')
     if labels.dtype.kind not in 'iu' or labels.size != pixels.shape[3] or max(labels.shape) != labels.size:
-        raise DataError(f'{path} holds y {labels.dtype} {labels.shape}, not whole numbers [{pixels.shape[3]}, 1]')
+        raise DataError(f'{path}: y is {labels.dtype} {labels.shape}, not whole numbers [{pixels.shape[3]}, 1]')
     labels = files.checked_labels(labels.ravel(), 11, path) % 10
     return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)), labels
 
 
 _TYPES = {1: 'i1', 2: 'u1', 3: 'i2', 4: 'u2', 5: 'i4', 6: 'u4', 7: 'f4', 9: 'f8', 12: 'i8', 13: 'u8'}
 _MATRIX, _COMPRESSED = 14, 15
-_NUMERIC_CLASSES = range(6, 16)  # of arrays, from double to uint64
-_COMPLEX = 0x08  # a flag of arrays
+_NUMERIC_CLASSES = range(6, 16)  # MATLAB's classes of arrays from double to uint64
+_COMPLEX = 0x08  # the flag of an array of complex numbers
 
 
 def read_mat(path: Path, names: tuple[str, ...], official: OfficialFile | None = None) -> dict[str, np.ndarray]:
-    """Returns the named arrays of a MATLAB file, which have to be full arrays of real numbers. Raises DataError."""
+    """Returns the named arrays of a MATLAB file, {name: array}. Skips all others.
+
+    Args:
+        path: the file.
+        names: the names of the arrays.
+        official: the official file, for messages.
+
+    Raises:
+        DataError: the file is damaged, or a named array is missing, sparse, complex or not numeric.
+    """
     with files.opened(path) as file, files.one_error(path, official):
         limit = files.budget(os.fstat(file.fileno()).st_size)
         header = file.read(128)
@@ -75,6 +87,7 @@ def read_mat(path: Path, names: tuple[str, ...], official: OfficialFile | None =
 
 
 def _parse_matrix(stream, order, names):
+    """Returns the name and the values of an array. The values of an array that is not in `names` are not read."""
     flags = _parse_element(stream, order, 8)
     if flags.dtype.itemsize != 4 or len(flags) != 2:
         raise ValueError('an array has no flags')
@@ -83,30 +96,34 @@ def _parse_matrix(stream, order, names):
     if name not in names:
         return name, np.empty(0)
     if flags[0] & 0xFF not in _NUMERIC_CLASSES or flags[0] >> 8 & _COMPLEX or min(shape) < 0:
-        raise ValueError(f'{name} is no full array of real numbers')
+        raise ValueError(f'{name} is not a full array of real numbers')
     values = _parse_element(stream, order)
     if math.prod(shape) != len(values):
-        raise ValueError(f'{name} has {len(values)} values and the shape {shape}')
+        raise ValueError(f'{name} has {len(values)} values, but the shape {shape}')
     return name, values.reshape(shape, order='F')
 
 
 def _parse_element(stream, order, most_bytes=None):
-    """The numbers of an element, whose tag has four bytes and as many of data, or eight; padded to eight."""
+    """Returns the numbers of the next element.
+
+    An element is a tag of eight bytes, followed by data that are padded to a multiple of eight bytes. In a small
+    element, tag and data have four bytes each.
+    """
     tag = stream.read_exactly(8)
     kind, num_bytes = np.frombuffer(tag, f'{order}u4').tolist()
     is_small = kind >> 16
     if is_small:
         kind, num_bytes = kind & 0xFFFF, kind >> 16
     if kind not in _TYPES or (is_small and num_bytes > 4) or num_bytes > (most_bytes or math.inf):
-        raise ValueError(f'it has an element of type {kind} and {num_bytes} bytes')
+        raise ValueError(f'it has an element of unknown type or size: type {kind}, {num_bytes} bytes')
     payload = tag[4 : 4 + num_bytes] if is_small else stream.read_exactly(num_bytes)
     if not is_small:
-        stream.read(min(-num_bytes % 8, stream.left))  # some writers leave the last padding out
+        stream.read(min(-num_bytes % 8, stream.left))  # some writers omit the last padding
     return np.frombuffer(payload, order + _TYPES[kind])
 
 
 class _Inflated:
-    """Reads what a zlib stream of `num_bytes` stands for, in pieces."""
+    """Decompresses a zlib stream of `num_bytes` bytes piece by piece, as a file that can be read."""
 
     def __init__(self, file, num_bytes):
         self._file, self._left, self._inflater = file, num_bytes, zlib.decompressobj()

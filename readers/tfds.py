@@ -1,4 +1,4 @@
-"""TensorFlow Datasets: image classification sets that are prepared in the folder. Nothing in them is imported."""
+"""Reads image classification sets that TensorFlow Datasets (TFDS) prepared. Imports no code that a set names."""
 
 import contextlib
 import importlib.util
@@ -22,11 +22,11 @@ from readers.files import DataError
 
 _NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*){0,2}')
 _MOST_CLASSES = 1 << 16
-_DEEPEST = 3  # folders below NAME: a configuration and a version, and one to spare
+_DEEPEST = 3  # levels of folders below NAME to search: configuration, version, one to spare
 
 
 class Opened(NamedTuple):
-    """A prepared set: TFDS's builder, and how to read an image and its label from a record."""
+    """A prepared data set: the builder of TFDS, and how to read an image and its label from a record."""
 
     builder: object
     features: object
@@ -39,13 +39,13 @@ class Opened(NamedTuple):
 
 
 def open_set(name: str, folder: Path) -> Opened:
-    """Opens the set `name`, such as mnist or mnist/3.0.1, in the folder of the data sets. Raises DataError."""
+    """Opens the data set `name`, such as mnist or mnist/3.0.1, in the folder of the data sets. Raises DataError."""
     if not _NAME.fullmatch(name):
-        raise DataError(f'tfds/{name}: {name!r} is no name of a data set, such as mnist or mnist/3.0.1')
+        raise DataError(f'tfds/{name}: {name!r} is not the name of a data set, such as mnist or mnist/3.0.1')
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
-        raise DataError(f'tfds/{name}: there is no {error.name}, run pip install -r requirements.txt') from error
+        raise DataError(f'tfds/{name}: {error.name} is not installed: run pip install -r requirements.txt') from error
     try:
         builder = _builder(tfds, name, folder)
         image_key, label_key = (builder.info.supervised_keys or ('image', 'label'))[:2]
@@ -53,7 +53,7 @@ def open_set(name: str, folder: Path) -> Opened:
         has_images = image_key in features and isinstance(features[image_key], tfds.features.Image)
         has_classes = label_key in features and isinstance(features[label_key], tfds.features.ClassLabel)
         if not (has_images and has_classes) or 'train' not in builder.info.splits:
-            raise DataError(f'tfds/{name} is no image classification set with a split "train"')
+            raise DataError(f'tfds/{name} is not an image classification set with a split "train"')
         num_classes, channels = features[label_key].num_classes, features[image_key].shape[-1]
         dtype = features[image_key].np_dtype
     except DataError:
@@ -61,7 +61,7 @@ def open_set(name: str, folder: Path) -> Opened:
     except Exception as error:  # TFDS has no error of its own for unknown names and damaged folders
         raise DataError(f'{folder / name} cannot be read by TFDS: {errors.first_line(error)}') from error
     if dtype != np.uint8 or channels not in _MODES:
-        raise DataError(f'tfds/{name} has images of {channels} channels of {dtype}; uint8 and 1 to 4 are needed')
+        raise DataError(f'tfds/{name} has {dtype} images of {channels} channels, not uint8 images of 1 to 4 channels')
     if not num_classes or not 0 < num_classes <= _MOST_CLASSES:
         raise DataError(f'tfds/{name} has {num_classes} classes, not 1 to {_MOST_CLASSES}')
     wanted = tfds.features.FeaturesDict({key: features[key] for key in (image_key, label_key)})  # decodes no others
@@ -77,9 +77,9 @@ def _builder(tfds, name, folder):
         return tfds.builder_from_directory(newest)
     if importlib.util.find_spec('tensorflow') is None:
         raise DataError(
-            f'{folder / name} holds no prepared data set, and TFDS needs tensorflow to prepare one: where it is '
-            f"installed, run tfds.builder('{name}', data_dir='{folder}', file_format='array_record')"
-            '.download_and_prepare(), or install tensorflow here'
+            f'{folder / name} holds no prepared data set, and TFDS needs tensorflow to prepare one: install it here, '
+            f"or run tfds.builder('{name}', data_dir='{folder}', file_format='array_record').download_and_prepare() "
+            'where it is installed'
         )
     builder = tfds.builder(name, data_dir=folder, file_format='array_record')
     builder.download_and_prepare()
@@ -87,7 +87,7 @@ def _builder(tfds, name, folder):
 
 
 def _prepared(folder: Path, name: str) -> list[Path]:
-    """Returns the dataset_info.json files of a set. Links to folders below the set are not followed."""
+    """Returns the dataset_info.json files of a data set. Does not follow links to folders below its folder."""
     found, top = [], folder / name
     for path, folders, names in os.walk(top):
         path = Path(path)
@@ -98,7 +98,7 @@ def _prepared(folder: Path, name: str) -> list[Path]:
     return found
 
 
-# features.json names classes, which TFDS imports.
+# Checks of features.json, because TFDS imports the classes that it names.
 
 _FEATURES = 'tensorflow_datasets.core.features.'
 _ADMITTED = {
@@ -114,17 +114,17 @@ _ADMITTED = {
 
 
 def _require_harmless(folder):
-    """Raises a DataError for pipes and devices in a prepared folder, and for names of classes that TFDS lacks."""
+    """Raises a DataError if a prepared folder holds a pipe or device, or names a class that is not part of TFDS."""
     for entry in os.scandir(folder):
         if not (entry.is_file() or entry.is_dir()):
-            raise DataError(f'{entry.path} is no regular file')
+            raise DataError(f'{entry.path} is not a regular file')
     path = folder / 'features.json'
     with files.one_error(path):
         _require_known_classes(path, json.loads(files.read_text(path)))
 
 
 def _require_known_classes(path, value):
-    """Looks at every class that TFDS would import, in whichever of its formats."""
+    """Raises a DataError if a part of features.json, in any format of TFDS, names a class that is not in _ADMITTED."""
     if isinstance(value, list):
         for inner in value:
             _require_known_classes(path, inner)
@@ -132,8 +132,8 @@ def _require_known_classes(path, value):
         for key, inner in value.items():
             if key in ('pythonClassName', 'python_class_name', 'type') and isinstance(inner, str):
                 if inner not in _ADMITTED:
-                    raise DataError(f'{path} names the class {inner[:100]!r}, which is none of TFDS: not imported')
-            elif key == 'content' and isinstance(inner, str):  # JSON within JSON, as older versions wrote it
+                    raise DataError(f'{path} names the class {inner[:100]!r}, which is not part of TFDS: not imported')
+            elif key == 'content' and isinstance(inner, str):  # older versions wrote JSON within JSON
                 _require_known_classes(path, json.loads(inner))
             else:
                 _require_known_classes(path, inner)
@@ -145,7 +145,10 @@ _MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
 def read(opened: Opened, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images [N, H, W, C] and labels of a split; 'test' is the validation split if there is no other."""
+    """Returns the images, uint8 [N, H, W, C], and the labels, int32 [N], of a split. Raises DataError.
+
+    The split 'test' is the validation split if the data set has no test split.
+    """
     builder, folder = opened.builder, opened.folder
     splits = [s for s in ((split,) if split == 'train' else ('test', 'validation')) if s in builder.info.splits]
     if not splits:
@@ -164,7 +167,7 @@ def read(opened: Opened, split: str) -> tuple[np.ndarray, np.ndarray]:
             image, label = _image(opened, source, i)
             if image.size != (width, height):
                 sizes = f'{shape} and {(*image.size[::-1], opened.channels)}'
-                raise DataError(f'{builder.info.full_name} has images of different sizes, {sizes}; one size is needed')
+                raise DataError(f'{builder.info.full_name} has images of different sizes, {sizes}: one size is needed')
             with _damage_of(folder, i):
                 images[i] = np.asarray(image.convert(_MODES[opened.channels])).reshape(shape)
                 labels[i] = label
@@ -174,7 +177,7 @@ def read(opened: Opened, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _records(builder, split, folder):
-    """The undecoded records of a split, and how many bytes its files have. Raises DataError."""
+    """Returns the undecoded records of a split, and the size of its files in bytes. Raises DataError."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -203,12 +206,12 @@ def _records(builder, split, folder):
 
 
 def _image(opened, source, i):
-    """An image whose pixels are not decoded yet, and its label. Raises DataError."""
+    """Returns an image, whose pixels are not decoded yet, and its label. Raises DataError."""
     with _damage_of(opened.folder, i):
         example = opened.features.deserialize_example_np(source[i], decoders=opened.decoders)
         image = Image.open(io.BytesIO(example[opened.image_key]), formats=('PNG', 'JPEG'))
         if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA'):
-            raise ValueError(f'its pixels are {image.mode}, not of 8 bits')
+            raise ValueError(f'its pixels are {image.mode}, not 8 bits per channel')
         return image, example[opened.label_key]
 
 
@@ -221,7 +224,7 @@ def _damage_of(folder, i):
 
 
 def _for_each(decode, num_images):
-    """Calls decode(i) for every image, on all cores, under a progress bar."""
+    """Calls decode(i) for every image, on all cores, with a progress bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         calls = pool.map(decode, range(num_images))
         for _ in tqdm(calls, 'decoding', num_images, unit=' images', leave=False, disable=None):

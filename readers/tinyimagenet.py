@@ -1,4 +1,4 @@
-"""TinyImageNet: 200 folders of 64×64 JPEGs, decoded once into a cache of checked blocks."""
+"""Reads TinyImageNet: 200 folders of 64×64 JPEGs. Decodes them once, and writes a cache with checksums."""
 
 import contextlib
 import hashlib
@@ -26,16 +26,22 @@ SHAPE = (64, 64, 3)
 
 
 def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images [N, 64, 64, 3], mapped from the cache, and the labels of a split that has been set up."""
+    """Returns the images, uint8 [N, 64, 64, 3], mapped from the cache, and the labels, int32 [N], of a split.
+
+    setup_tinyimagenet.py must have run before. The split 'test' is the validation set. Raises DataError.
+    """
     root = folder / 'tiny-imagenet-200'
     split_folder = root / {'train': 'train', 'test': 'val'}[split]
     if not all(path.is_dir() for path in (split_folder, root / 'train')) or (root / 'val' / 'images').exists():
         setup = f'python setup_tinyimagenet.py --datasetfolder {shlex.quote(str(folder))}'
-        raise DataError(f'{split_folder} is missing or not sorted: run {setup}')
+        raise DataError(f'{split_folder} is missing or not set up: run {setup}')
     classes = sorted(entry.name for entry in os.scandir(root / 'train') if entry.is_dir() and entry.name[0] == 'n')
     paths, labels, fingerprint = _list_image_folders(split_folder, classes)
     if len(classes) != 200 or len(set(labels)) != 200:
-        raise DataError(f'{split_folder} holds images of {len(set(labels))} of {len(classes)} classes, not of 200')
+        raise DataError(
+            f'{split_folder} holds images of {len(set(labels))} classes, and {root / "train"} has {len(classes)} '
+            'class folders: both must be 200'
+        )
     cache = root / f'{split}-{fingerprint}.npy'
     with contextlib.suppress(DataError):  # no cache, or a damaged one
         return _read_cache(cache, len(paths)), labels
@@ -44,12 +50,16 @@ def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     except jpegs.DamagedError as error:
         raise DataError(files.damaged(*error.args)) from error
     except BrokenExecutor as error:
-        raise DataError('a process that decodes images ended, perhaps for lack of memory: start again') from error
+        raise DataError('a process that decodes images died, perhaps for lack of memory: start again') from error
 
 
 def _list_image_folders(folder, classes):
-    """Paths of the JPEGs below each class folder, their labels in the order of `classes`, and a fingerprint of
-    names and sizes that changes with the images."""
+    """Lists the JPEGs in each class folder.
+
+    Returns:
+        Their paths, their labels int32 [N], which are indices into `classes`, and a fingerprint. The fingerprint is a
+        hash of file names and sizes, and so changes when the images change.
+    """
     paths, labels, fingerprint = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
         inner = folder / name / 'images'
@@ -59,18 +69,18 @@ def _list_image_folders(folder, classes):
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.endswith('.JPEG') and not files.is_litter(entry.name):
                 if not entry.is_file():
-                    raise DataError(f'{entry.path} is no regular file')
+                    raise DataError(f'{entry.path} is not a regular file')
                 paths.append(entry.path)
                 labels.append(label)
                 fingerprint.update(f'{name}/{entry.name} {entry.stat().st_size}\n'.encode(errors='surrogateescape'))
     return paths, np.array(labels, np.int32), fingerprint.hexdigest()[:16]
 
 
-# The cache: an .npy file of all images, and behind its array the CRC-32 of every block as little-endian uint32.
+# The cache is an .npy file of all images. The CRC-32 of every block follows the array, as little-endian uint32.
 
 
 def _read_cache(path: Path, num_images: int) -> np.ndarray:
-    """Returns the images of a cache, mapped. Reads all of it once to compare checksums. Raises DataError."""
+    """Returns the images of a cache, mapped. Reads the whole file once to compare checksums. Raises DataError."""
     images = npy.load(path, tail=4 * -(-num_images // jpegs.BLOCK))
     if images.shape != (num_images, *SHAPE) or images.dtype != np.uint8 or not images.flags.c_contiguous:
         raise DataError(f'{path} holds other images')
@@ -78,7 +88,7 @@ def _read_cache(path: Path, num_images: int) -> np.ndarray:
         end = images.offset + images.nbytes
         sizes = [images[start : start + jpegs.BLOCK].nbytes for start in range(0, num_images, jpegs.BLOCK)]
         starts = images.offset + np.cumsum([0, *sizes[:-1]])
-        # read and not mapped, because pages that are mapped count as the memory of this process
+        # pread, because mapped pages count as memory of this process
         found = pool.map(lambda size, start: zlib.crc32(os.pread(file.fileno(), size, start)), sizes, starts)
         if np.array(list(found), '<u4').tobytes() != os.pread(file.fileno(), 4 * len(sizes), end):
             raise DataError(files.damaged(path, 'its pixels have changed'))
@@ -86,9 +96,10 @@ def _read_cache(path: Path, num_images: int) -> np.ndarray:
 
 
 def _decode(paths, cache):
-    """Image files as one array uint8 [N, *SHAPE], mapped from `cache`, which is written; in memory where it cannot be.
+    """Decodes image files, writes them to `cache`, and returns them mapped from there, uint8 [N, 64, 64, 3].
 
-    Raises jpegs.DamagedError and BrokenExecutor.
+    If the cache cannot be written, prints a line and returns the images in memory. Raises jpegs.DamagedError or
+    BrokenExecutor.
     """
     try:
         _write_cache(paths, cache)
