@@ -9,7 +9,7 @@ train: $(VENV)/requirements
 	    --batchsize 50 --batchsplit 5 --epochs 40
 	$(BIN)/python test.py --testmc 32 --resultsfolder "$$(ls -td $(RUN)/run_* | head -n 1)"
 
-# Writes results/README.md and its pictures again from the records in results/.
+# Rewrites results/README.md and its pictures from the records in results/.
 results: $(VENV)/requirements
 	$(BIN)/python studies/report.py
 	$(BIN)/python benchmarks/growth.py --plot results/growth.json results/growth.png
@@ -20,7 +20,7 @@ test: $(VENV)/test-requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
-# What takes too long for every change: the slow tests, and 10,000 damaged files for every reader.
+# Runs what takes too long for every change: the slow tests, and 10,000 damaged files for every reader.
 test-slow: $(VENV)/test-requirements
 	$(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python tests/fuzz.py --cases 10000

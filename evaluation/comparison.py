@@ -1,4 +1,4 @@
-"""Methods side by side. Runs that differ only in the seed are one method, and several methods make one table."""
+"""Tables that compare methods. Runs with the same flags, apart from the seed, are runs of one method."""
 
 import collections
 import json
@@ -17,22 +17,24 @@ from runs import json_files, training_flags
 _NOT_OF_THE_METHOD = {'randomseed', 'resultsfolder', *training_flags.MAY_CHANGE} - {'epochs'}
 
 SHOWN = (*metrics.SHORT, 'auroc')
+_TITLES = {'accuracy': 'accuracy %', 'nll': 'NLL', 'ece': 'ECE', 'auroc': 'AUROC'}
 _HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')
 
 
 class ComparisonError(errors.UserError):
-    """Runs that cannot be compared."""
+    """Raised for runs that cannot be compared."""
 
 
 class Result(NamedTuple):
     """The predictions of a run for N images.
 
     Attributes:
-        flags: the flags of the training.
+        flags: the training flags of the run.
         labels: int [N].
         probs_at_mean: float [N, K], at the posterior mean.
         probs: float [N, K], averaged over posterior samples.
-        num_samples: the number of samples. An ensemble has a text, such as '8/32' for runs with 8 and 32 samples each.
+        num_samples: the number of posterior samples. For an ensemble of runs with different numbers, a text such as
+            '16/32'.
         with_laplace: whether the samples are from a Laplace approximation.
     """
 
@@ -45,11 +47,11 @@ class Result(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method at the posterior mean or averaged over samples: a row of the tables.
+    """A row of the tables: a method at its posterior mean, or averaged over posterior samples.
 
     Attributes:
-        name: the method and the weights that predict, such as 'bsam, 32 samples'.
-        probs: float [N, K] for each run of the method.
+        name: the method and what predicts, such as 'bsam, mean' or 'bsam, 32 samples'.
+        probs: float [N, K] of each run of the method.
     """
 
     name: str
@@ -57,7 +59,10 @@ class Row(NamedTuple):
 
 
 def rows(results: list[Result]) -> list[Row]:
-    """Returns the Rows of results: each method at the mean, and averaged over samples if that makes a difference."""
+    """Returns the Rows of each method: at the posterior mean, and averaged over samples if the average differs.
+
+    Samples from a Laplace approximation make a row of their own.
+    """
     found = {}
     for name, of_method in _methods(results).items():
         for with_laplace in (False, True):
@@ -68,12 +73,12 @@ def rows(results: list[Result]) -> list[Row]:
             found.setdefault(f'{name}, mean', at_mean)
             if not all(np.allclose(a, b, atol=1e-6) for a, b in zip(at_mean, averaged, strict=True)):
                 laplace = ' laplace' if with_laplace else ''
-                found[f'{name}{laplace}, {_num_samples(group)} samples'] = averaged
+                found[f'{name}{laplace}, {tables.samples(_num_samples(group))}'] = averaged
     return [Row(name, probs) for name, probs in found.items()]
 
 
 def _methods(results):
-    """Returns {name: results}. Results are of one method if their flags differ only in _NOT_OF_THE_METHOD."""
+    """Returns {method name: its results}. The flags of one method's runs differ only in _NOT_OF_THE_METHOD."""
     groups = collections.defaultdict(list)
     for result in results:
         groups[_method(result.flags)].append(result)
@@ -81,7 +86,9 @@ def _methods(results):
 
 
 def _num_samples(results):
-    return '/'.join(sorted({str(result.num_samples) for result in results}))
+    """Returns the number of samples of each result, or a text such as '16/32' if the numbers differ."""
+    numbers = {result.num_samples for result in results}
+    return numbers.pop() if len(numbers) == 1 else '/'.join(sorted(map(str, numbers)))
 
 
 def _method(flags):
@@ -89,7 +96,7 @@ def _method(flags):
 
 
 def _names(methods):
-    """Returns a name for each method: the optimizer, and the flags in which methods with this optimizer differ."""
+    """Returns a name for each method: its optimizer, and the flags in which methods with this optimizer differ."""
     methods = [json.loads(method) for method in methods]
     names = []
     for method in methods:
@@ -100,16 +107,23 @@ def _names(methods):
 
 
 def check_flags(flags: list[dict], split: str) -> None:
-    """Raises a ComparisonError unless runs have the same images, and runs of the same method have different seeds."""
+    """Raises a ComparisonError if runs have different images, or if runs of one method have the same seed.
+
+    Args:
+        flags: the training flags of each run.
+        split: 'test' or 'validation', the images of the evaluation.
+    """
     for other in flags:
         for name in ('dataset', *(['validation', 'trainimages'] if split == 'validation' else [])):
             if other[name] != flags[0][name]:
                 values = f'--{name} {flags[0][name]} and --{name} {other[name]}'
-                raise ComparisonError(f'runs with {values} are not evaluated on the same images: compare those of one')
+                raise ComparisonError(f'runs with {values} have different images: compare runs with the same --{name}')
     seeds = [(_method(f), f['randomseed']) for f in flags]
     for twice in (seed for seed in seeds if seeds.count(seed) > 1):
         optim = json.loads(twice[0])['optim']
-        raise ComparisonError(f'two runs of {optim} have the same flags and --randomseed {twice[1]}: leave one out')
+        raise ComparisonError(
+            f'two runs of {optim} have the same flags and --randomseed {twice[1]}: leave out one of them'
+        )
 
 
 def check_labels(results: list[Result]) -> None:
@@ -117,14 +131,15 @@ def check_labels(results: list[Result]) -> None:
     first = results[0]
     same = (np.array_equal(r.labels, first.labels) and r.probs.shape == first.probs.shape for r in results)
     if not all(same):
-        raise ComparisonError('the runs were evaluated on different images: evaluate them again, without --reuse')
+        raise ComparisonError('the runs were evaluated on different images: evaluate them again without --reuse')
 
 
 def ensembles(results: list[Result]) -> list[Result]:
-    """Returns deep ensembles (Lakshminarayanan et al., 2017): averages over runs, posterior samples included.
+    """Returns deep ensembles (Lakshminarayanan et al., 2017), which average the probabilities of several runs.
 
-    Each method with several runs gives an ensemble. Several methods together give one more ensemble of all runs.
-    Results with a Laplace approximation are left out.
+    An ensemble has predictions at the posterior means and over the posterior samples of its runs. Each method with
+    several runs gives one ensemble. Several methods give one more ensemble, of all runs. Ignores results with a Laplace
+    approximation.
     """
     results = [result for result in results if not result.with_laplace]
     methods = _methods(results)
@@ -140,15 +155,21 @@ def _ensemble(name, results):
 
 
 def values(rows: list[Row], labels: np.ndarray, num_bins: int) -> list[dict[str, list[float]]]:
-    """Returns every metric of every run: for each row a dict {metric: [value of each run]}."""
+    """Returns all metrics of all runs: a dict {metric: [value of each run]} for each row.
+
+    Args:
+        rows: as from `rows`.
+        labels: int [N].
+        num_bins: the number of bins of ECE and MCE.
+    """
     summaries = [[metrics.summary(probs, labels, num_bins) for probs in row.probs] for row in rows]
     return [{name: [s[name] for s in runs] for name in metrics.METRICS} for runs in summaries]
 
 
 def order(values: list[dict]) -> list[int]:
-    """Returns the row numbers by mean NLL, the lowest first and nan last.
+    """Returns the row indices, sorted by mean NLL: the lowest first, nan last.
 
-    The NLL ranks the rows because the NLL is a proper score: it measures accuracy and calibration at once.
+    The NLL ranks the rows because it is a proper scoring rule: it measures accuracy and calibration at once.
     """
     nlls = [np.mean(v['nll']) for v in values]
     return sorted(range(len(values)), key=lambda i: (np.isnan(nlls[i]), nlls[i]))
@@ -157,11 +178,14 @@ def order(values: list[dict]) -> list[int]:
 def main_table(rows: list[Row], values: list[dict], bold: bool) -> tuple[list[str], list[list[str]]]:
     """Returns the header and rows of the main table: mean ± standard deviation over the runs of each method.
 
-    If `bold` is set, the best value of each column is in bold.
+    Args:
+        rows: as from `rows`.
+        values: as from `values`, for the same rows.
+        bold: whether the best value of each column is in bold.
     """
     means = {name: [round(float(np.mean(v[name])), 4) for v in values] for name in SHOWN}
     best = {name: _best(name, column) for name, column in means.items()}
-    header = ['method', 'runs', *SHOWN]
+    header = ['method', 'runs', *(_TITLES[name] for name in SHOWN)]
     cells = [
         [
             row.name,
@@ -187,7 +211,7 @@ def _mean_and_deviation(name, values, best):
 
 
 def full_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and rows of a table for programs: a mean and a standard deviation column for each metric."""
+    """Returns the header and rows of the table for other programs: the mean and standard deviation of all metrics."""
     header = ['method', 'runs', *(f'{name}_{part}' for name in metrics.METRICS for part in ('mean', 'sd'))]
     cells = [
         [row.name, str(len(row.probs))]
@@ -203,7 +227,15 @@ def _standard_deviation(values):
 
 
 def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and rows of differences: each row against the first, 95 % interval and p-value (bootstrap)."""
+    """Returns the header and rows of paired bootstrap tests over images: the difference of each row from the first row.
+
+    Each difference has a 95 % interval and a p-value.
+
+    Args:
+        rows: as from `rows`.
+        labels: int [N].
+        num_bins: the number of bins of the ECE.
+    """
     tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in metrics.SHORT}
     measured = [_averages(tested, row.probs, labels) for row in rows]
     cells = []
@@ -219,10 +251,10 @@ def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list
 
 
 def seeds_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Returns a table like `test_table`, but over seeds: what other seeds would have given (Welch's t-test).
+    """Returns a table like `test_table`, but with Welch's t-test over seeds.
 
-    The table has the rows with several runs. The table is ([], []) if fewer than two rows have several runs.
-    Interval and p-value are nan if the runs of both rows are all alike, or if a value is infinite.
+    The table has only rows with several runs, and is ([], []) if there are fewer than two. Intervals and p-values are
+    nan if the runs within each row are all alike, or if a value is infinite.
 
     Args:
         rows: as from `rows`.
@@ -240,14 +272,14 @@ def seeds_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[li
                 difference = np.mean(numbers) - np.mean(firsts)
                 test = scipy.stats.ttest_ind(numbers, firsts, equal_var=False)
                 low, high = test.confidence_interval(metrics.LEVEL)
-            told = (low, high, test.pvalue) if low < high else (np.nan,) * 3
-            line += _test_cells(metric, difference, *told)
+            shown = (low, high, test.pvalue) if low < high else (np.nan,) * 3
+            line += _test_cells(metric, difference, *shown)
         cells.append(line)
     return (_test_header(of_several[0][0]), cells) if cells else ([], [])
 
 
 def _test_header(first):
-    return [f'against {first}', *(part for name in metrics.SHORT for part in (name, 'p'))]
+    return [f'against {first}', *(part for name in metrics.SHORT for part in (_TITLES[name], 'p'))]
 
 
 def _test_cells(name, difference, low, high, p):
@@ -266,31 +298,36 @@ def _averages(tested, probs, labels):
 
 
 def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[str, list[Row], list[dict]]:
-    """Returns the tables of several runs as a text, the Rows and their values, the lowest NLL first.
+    """Returns the tables that compare several runs.
 
     Args:
         results: a Result of each run, all for the same images.
         num_bins: the number of bins of ECE and MCE.
         with_ensembles: whether the tables also have `ensembles(results)`.
+
+    Returns:
+        The tables as one text, the Rows, and the values of the Rows as from `values`, sorted by NLL, the lowest first.
     """
     found = rows([*results, *ensembles(results)] if with_ensembles else results)
     measured = values(found, results[0].labels, num_bins)
     first_to_last = order(measured)
     found, measured = [found[i] for i in first_to_last], [measured[i] for i in first_to_last]
-    text = '\nmean ± standard deviation over runs; the lowest NLL first\n\n'
+    text = '\nmean ± standard deviation over runs, lowest NLL first\n\n'
     text += tables.markdown(*main_table(found, measured, bold=False)) + '\n'
     if len(found) > 1:
-        text += 'difference to the first: 95 % interval and p-value over resampled test images (paired bootstrap)\n\n'
+        text += 'difference from the first row: 95 % interval, p-value (paired bootstrap over images)\n\n'
         text += tables.markdown(*test_table(found, results[0].labels, num_bins)) + '\n'
     header, over_seeds = seeds_table(found, measured)
     if over_seeds:
-        text += "difference to the first of several runs: 95 % interval and p-value over seeds (Welch's t-test)\n\n"
+        text += (
+            "difference from the first row with several runs: 95 % interval, p-value (Welch's t-test over seeds)\n\n"
+        )
         text += tables.markdown(header, over_seeds) + '\n'
     return text, found, measured
 
 
 def write(folder: Path, rows: list[Row], values: list[dict]) -> list[Path]:
-    """Writes comparison.md, .csv and .tex to a folder and returns the paths. Raises RunError."""
+    """Writes comparison.md, comparison.csv and comparison.tex to a folder. Returns their paths. Raises RunError."""
     main, full = main_table(rows, values, bold=True), full_table(rows, values)
     texts = {'md': tables.markdown(*main), 'csv': tables.comma_separated(*full), 'tex': tables.latex(*main)}
     paths = [Path(folder) / f'comparison.{suffix}' for suffix in texts]

@@ -1,8 +1,8 @@
-"""Corrupted images: the official CIFAR-10-C and CIFAR-100-C (Hendrycks & Dietterich, 2019), and a set of our own.
+"""Corrupted images: the official CIFAR-10-C and CIFAR-100-C (Hendrycks & Dietterich, 2019), and built-in corruptions.
 
-`corrupt(name, severity, images)` is for any image set. Its corruptions are of the same kind as the official ones but
-not the same images, so their numbers cannot be compared with published ones. All are seeded: the same images in the
-same order are always corrupted in the same way.
+`corrupt(name, severity, images)` corrupts any images. The built-in corruptions resemble the official ones, but give
+other images. Their results cannot be compared with published results. The built-in corruptions are seeded: the same
+images in the same order are always corrupted in the same way.
 """
 
 import io
@@ -20,7 +20,7 @@ from readers.files import DataError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# Published means are over these 15. The official folders hold four more, for validation.
+# Published results are means over these 15 corruptions. The official folders hold four more, for validation.
 BENCHMARK = (
     'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow',
     'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression',
@@ -28,29 +28,34 @@ BENCHMARK = (
 
 
 def in_mean(names: Collection[str]) -> list[str]:
-    """Returns the corruptions that means are taken over: all built-in ones, or the benchmark's of an official folder.
+    """Returns the corruptions to average over: all built-in corruptions, or those in BENCHMARK from an official folder.
 
-    Returns all names if none of them is the benchmark's.
+    Returns all names if none of them is in BENCHMARK.
     """
-    if set(names) == set(CORRUPTIONS):  # some of which have official names
+    if set(names) == set(CORRUPTIONS):  # tested first because some built-in corruptions have official names
         return list(names)
     return [name for name in names if name in BENCHMARK] or list(names)
 
 
 def description(names: Collection[str]) -> str:
-    """Returns what means over these corruptions are over, such as `mean of the benchmark's 15 corruptions`."""
+    """Returns a caption for the mean over these corruptions, such as `mean of the benchmark's 15 corruptions`."""
     if set(names) == set(CORRUPTIONS):
         return f'mean of the {len(names)} built-in corruptions'
     number, official = len(in_mean(names)), len(BENCHMARK)
     if not set(names) & set(BENCHMARK):
-        return f"mean of {number} corruptions, none of them the benchmark's"
+        return f'mean of {number} corruptions, none of them in the benchmark'
     return f"mean of {'' if number == official else f'{number} of '}the benchmark's {official} corruptions"
 
 
 def corrupt(name: str, severity: int, images: np.ndarray) -> np.ndarray:
-    """Returns images uint8 [N, H, W, C] with the corruption `name` of CORRUPTIONS at a severity from 1 to 5.
+    """Returns corrupted images, uint8 [N, H, W, C].
 
-    An alpha channel, the last of two or four, stays as it is.
+    Leaves an alpha channel as it is. Images with two or four channels have one, the last channel.
+
+    Args:
+        name: a key of CORRUPTIONS.
+        severity: from 1 to 5.
+        images: uint8 [N, H, W, C].
     """
     function, amounts = CORRUPTIONS[name]
     colours = images.shape[-1] - (images.shape[-1] in (2, 4))
@@ -61,28 +66,31 @@ def corrupt(name: str, severity: int, images: np.ndarray) -> np.ndarray:
 def read_official(
     folder: str | Path, shape: tuple[int, ...], labels: np.ndarray
 ) -> dict[str, Callable[[int], np.ndarray]]:
-    """Reads the corruptions of a folder CIFAR-10-C or CIFAR-100-C, {name: function(severity) -> uint8 [N, H, W, C]}.
-
-    Passes over hidden files, such as the ._NAME.npy that macOS leaves.
+    """Reads the corruptions of a folder CIFAR-10-C or CIFAR-100-C. Ignores hidden files, such as ._NAME.npy from macOS.
 
     Args:
-        folder: holds NAME.npy, uint8 [5 N, H, W, C], for every corruption, and labels.npy.
-        shape: [H, W, C] of the test images.
-        labels: int [N], of the test images.
+        folder: holds NAME.npy, uint8 [5 N, H, W, C], for every corruption, and labels.npy, [5 N].
+        shape: [H, W, C], the shape of a test image.
+        labels: int [N], the labels of the test images.
+
+    Returns:
+        {name: function(severity) -> images uint8 [N, H, W, C]}.
 
     Raises:
-        DataError: a file is missing, damaged or of other images.
+        DataError: a file is missing, is damaged or does not belong to the test images.
     """
     folder = Path(folder)
     if '\0' in str(folder):
-        raise DataError(f'{folder} is no path')
+        raise DataError(f'{folder} is not a path: it contains a NUL character')
     arrays = [path for path in folder.glob('*.npy') if not files.is_litter(path.name)]
     names = sorted(path.stem for path in arrays if path.name != 'labels.npy')
     if not names:
         raise DataError(f'{folder} holds no corruptions: unpack CIFAR-10-C.tar or CIFAR-100-C.tar there')
     held = npy.load(folder / 'labels.npy')
     if not np.array_equal(held, np.tile(labels, len(SEVERITIES))):
-        raise DataError(f'{folder / "labels.npy"} has other labels than the test images: it is of another data set')
+        raise DataError(
+            f'{folder / "labels.npy"} does not match the labels of the test images: it is for another data set'
+        )
     arrays = {name: npy.load(folder / f'{name}.npy') for name in names}
     for name, array in arrays.items():
         if array.dtype != np.uint8 or array.shape != (len(held), *shape):
@@ -95,7 +103,12 @@ def _official(array, num_images, severity):
 
 
 def _on_device(function):
-    """A corruption from function(key, amount, image float [H, W, C] in [0, 1]), with a key for every image."""
+    """Returns a corruption of uint8 images [N, H, W, C] that is computed in JAX.
+
+    Args:
+        function: function(key, amount, image float32 [H, W, C] in [0, 1]) -> the corrupted image. Each image has its
+            own key.
+    """
 
     @jax.jit
     def block(amount, keys, images):
@@ -103,7 +116,7 @@ def _on_device(function):
         return jnp.round(255 * jnp.clip(corrupted, 0, 1)).astype(jnp.uint8)
 
     def run(amount, images):
-        first = jax.random.key(0, impl='threefry2x32')  # whatever JAX_DEFAULT_PRNG_IMPL is
+        first = jax.random.key(0, impl='threefry2x32')  # the same images for every JAX_DEFAULT_PRNG_IMPL
         keys = jax.vmap(partial(jax.random.fold_in, first))(jnp.arange(len(images)))
         blocks = range(0, len(images), 1000)
         parts = [block(amount, keys[i : i + 1000], images[i : i + 1000]) for i in blocks]
@@ -117,7 +130,7 @@ def _gaussian_noise(key, deviation, image):
 
 
 def _shot_noise(key, photons, image):
-    """As many photons as a white pixel stands for; their Poisson noise."""
+    """Adds Poisson noise. `photons` is the expected number of photons of a white pixel."""
     return jax.random.poisson(key, photons * image) / photons
 
 
@@ -133,21 +146,21 @@ def _contrast(key, factor, image):
 
 
 def _blur(key, deviation, image):
-    """A Gaussian whose standard deviation is relative to the image's sides."""
+    """Blurs with a Gaussian. `deviation` is the standard deviation relative to the sides of the image."""
     del key
     rows, columns = (_gaussian_average(size, deviation * size) for size in image.shape[:2])
     return jnp.einsum('ij,kl,jlc->ikc', rows, columns, image)
 
 
 def _gaussian_average(size, deviation):
-    """Each row averages the pixels around one, those beyond the border left out, [size, size]."""
+    """Returns weights [size, size]. Row i averages the pixels around pixel i, without pixels beyond the border."""
     distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
     kernel = jnp.exp(-jnp.square(distance / deviation) / 2)
     return kernel / kernel.sum(axis=1, keepdims=True)
 
 
 def _haze(key, density, image):
-    """A bright veil whose density changes smoothly over the image."""
+    """Adds a bright veil whose density changes smoothly over the image."""
     coarse = jax.random.uniform(key, (4, 4, 1))
     veil = density * (0.5 + jax.image.resize(coarse, (*image.shape[:2], 1), 'cubic'))
     veil = jnp.clip(veil, 0, 1)
@@ -155,7 +168,7 @@ def _haze(key, density, image):
 
 
 def _occlusion(key, side, image):
-    """A grey square somewhere, its side relative to the image's."""
+    """Covers the image with a grey square at a random place. `side` is relative to the sides of the image."""
     height, width, _ = image.shape
     top, left = jax.random.uniform(key, (2,)) * (1 - side)
     row, column = jnp.mgrid[:height, :width]
@@ -165,7 +178,7 @@ def _occlusion(key, side, image):
 
 
 def _with_pillow(function):
-    """A corruption from function(amount, image), a PIL image in and out."""
+    """Returns a corruption of uint8 images [N, H, W, C] from function(amount, PIL image) -> PIL image."""
 
     def run(amount, images):
         return np.stack([_to_array(function(amount, _to_pillow(image)), image) for image in images])

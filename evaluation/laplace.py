@@ -32,21 +32,21 @@ class Factors(NamedTuple):
 
 
 def fit(outputs: Callable, images: np.ndarray, batch_size: int, num_data: float, prior_precision: float) -> Factors:
-    """Returns the Factors of a last layer over images.
+    """Returns the Factors of a network's last layer, computed over images.
 
     Args:
-        outputs: outputs(images) -> (logits [B, K], features [B, F]) of the trained network, a jax.tree_util.Partial of
-            the weights.
+        outputs: outputs(images) -> (logits [B, K], features [B, F]) of the trained network. It is a
+            jax.tree_util.Partial that holds the weights.
         images: uint8 [M, H, W, C].
-        batch_size: rounded up to a batch size that the devices can share equally.
+        batch_size: rounded up until the devices can share a batch equally.
         num_data: N, the number of training examples times the augmentation factor.
         prior_precision: τ.
     """
     batch_size = sharding.shareable(batch_size)
     totals = [_products(outputs, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     a, b = (np.sum(jax.device_get(part), axis=0, dtype=np.float64) / len(images) for part in zip(*totals, strict=True))
-    (of_a, features), (of_b, classes) = np.linalg.eigh(a), np.linalg.eigh(b)
-    curvature = num_data * np.outer(np.maximum(of_a, 0), np.maximum(of_b, 0))
+    (values_a, features), (values_b, classes) = np.linalg.eigh(a), np.linalg.eigh(b)
+    curvature = num_data * np.outer(np.maximum(values_a, 0), np.maximum(values_b, 0))
     deviations = 1 / np.sqrt(curvature + prior_precision)
     return Factors(*sharding.send([x.astype(np.float32) for x in (features, classes, deviations)]))
 
@@ -61,10 +61,16 @@ def _products(outputs, images):
 
 @partial(jax.jit, static_argnames='layer')
 def sample(layer: tuple[str, ...], factors: Factors, params: Any, key: jax.Array) -> Any:
-    """Returns `params` with noise added to the kernel [F, K] and the bias [K] of the dense layer at the path `layer`.
+    """Draws weights from the posterior: returns `params` with noise added to the kernel and bias of the last layer.
 
-    The noise is multiplied by the symmetric root of the covariance. The symmetric root is the same for any choice of
-    eigenvectors of equal eigenvalues.
+    Multiplies standard normal noise by the symmetric square root of the covariance. This root does not depend on the
+    choice of eigenvectors for equal eigenvalues.
+
+    Args:
+        layer: the path of the last layer in `params`. The layer has a kernel [F, K] and a bias [K].
+        factors: as from `fit`.
+        params: the trained weights.
+        key: the key of the noise.
     """
     noise = jax.random.normal(key, factors.deviations.shape)
     along = factors.deviations * (factors.features.T @ noise @ factors.classes)

@@ -1,4 +1,4 @@
-"""Measurements besides the metrics: curves over samples, temperature, unknown and corrupted images."""
+"""Further measurements: curves over samples, temperature scaling, out-of-distribution detection, corrupted images."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from runs import hosts
 
 
 def curve(predictions: list, numbers: Sequence[int], labels: np.ndarray, num_bins: int) -> list[dict[str, float]]:
-    """Returns accuracy, NLL and ECE after each number of samples, [{'testmc': n, 'accuracy': ..., ...}, ...].
+    """Returns accuracy, NLL and ECE for each number of samples, [{'testmc': n, 'accuracy': ..., ...}, ...].
 
     Args:
         predictions: a posteriors.Prediction for each number of samples.
@@ -34,15 +34,16 @@ def tempered(
     posterior: posteriors.Posterior, prediction: posteriors.Prediction, labels: np.ndarray, held_out: tuple,
     num_samples: int, num_bins: int,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Returns the metrics at the temperature that is best for held-out images, {'mean': ..., 'average': ...}.
+    """Returns the metrics after temperature scaling, {'mean': {name: value}, 'average': {name: value}}.
 
-    Both also have the temperature, as 'temperature'.
+    Mean and average have a temperature each, returned as 'temperature'. The temperature minimises the NLL of the
+    held-out images.
 
     Args:
         posterior: the posterior of the run.
         prediction: the posterior's prediction for the evaluated images.
         labels: int [N], of the evaluated images.
-        held_out: the held-out images and labels, uint8 [M, H, W, C] and int [M].
+        held_out: (images uint8 [M, H, W, C], labels int [M]), held out of training.
         num_samples: the number of posterior samples.
         num_bins: the number of bins of ECE and MCE.
     """
@@ -60,11 +61,11 @@ def tempered(
 def all_ood(
     posterior: posteriors.Posterior, known: posteriors.Prediction, sets: dict[str, tuple], num_samples: int
 ) -> dict[str, dict]:
-    """Returns `ood_detection` for every data set, {name: {'num_images', 'shape', 'mean', 'average'}}.
+    """Returns the result of `ood_detection` for every data set, {name: {'num_images', 'shape', 'mean', 'average'}}.
 
     Args:
         posterior: the posterior of the run.
-        known: the prediction for images that the run knows.
+        known: the prediction for images of the run's data set (in distribution).
         sets: {name: (images uint8 [N, H, W, C] in the run's shape, the shape [H, W, C] before resizing)}.
         num_samples: the number of posterior samples.
     """
@@ -81,24 +82,25 @@ def ood_detection(known: posteriors.Prediction, prediction: posteriors.Predictio
     Each score has these measures (Hendrycks & Gimpel, 2017; Liang et al., 2018):
         auroc: the area under the ROC curve.
         aupr_unknown, aupr_known: the average precision with unknown images, or known images, as positives.
-        fpr95: the share of unknown images that pass the threshold which 95 % of the known images pass.
+        fpr95: the share of unknown images that are accepted if the threshold accepts 95 % of the known images.
 
     Args:
-        known: the prediction for images that the run knows.
-        prediction: the prediction for unknown images.
+        known: the prediction for images of the run's data set (in distribution).
+        prediction: the prediction for unknown images (out of distribution).
     """
     is_unknown = np.repeat([False, True], [len(known.probs), len(prediction.probs)])
     results = {}
     for at in ('mean', 'average'):
         of_unknown = _scores(prediction, at)
         scores = {name: np.concatenate([s, of_unknown[name]]) for name, s in _scores(known, at).items()}
-        varying = {name: s for name, s in scores.items() if not np.ptp(s) <= 1e-9}  # a point has no mutual information
+        # Leaves out constant scores, such as the mutual information of a point estimate, which is 0.
+        varying = {name: s for name, s in scores.items() if not np.ptp(s) <= 1e-9}
         results[at] = {name: _separation(s, is_unknown) for name, s in varying.items()}
     return results
 
 
 def _scores(prediction, at):
-    """Returns several scores of every image, {name: float [N]}, greater for less certain images."""
+    """Returns several scores of every image, {name: float [N]}. A higher score means a less certain prediction."""
     probs = prediction.probs_at_mean if at == 'mean' else prediction.probs
     scores = {'max_prob': -probs.max(axis=1), 'entropy': metrics.entropy(probs)}
     return scores if at == 'mean' else scores | {'mutual_information': prediction.mutual_information}
@@ -116,7 +118,7 @@ def _separation(scores, is_unknown):
 def all_corrupted(
     posterior: posteriors.Posterior, sets: dict[str, Callable], labels: np.ndarray, num_samples: int, num_bins: int
 ) -> dict[str, list[dict]]:
-    """Returns accuracy, NLL and ECE on corrupted images, {name: [{'mean': {...}, 'average': {...}} of each severity]}.
+    """Returns accuracy, NLL and ECE on corrupted images.
 
     Args:
         posterior: the posterior of the run.
@@ -124,6 +126,9 @@ def all_corrupted(
         labels: int [N].
         num_samples: the number of posterior samples.
         num_bins: the number of bins of the ECE.
+
+    Returns:
+        {name: [{'mean': {...}, 'average': {...}} for each severity]}.
     """
     results = {}
     total = len(sets) * len(corruptions.SEVERITIES)
@@ -145,7 +150,9 @@ def _corrupted(posterior, images, labels, num_samples, num_bins):
 
 
 def over_corruptions(results: dict[str, list[dict]], at: str) -> list[dict[str, float]]:
-    """Returns the mean of each metric over corruptions.in_mean, [{name: value} of severity 1, ..., 5].
+    """Returns the mean of each metric over the corruptions, [{metric: value} at severity 1, ..., 5].
+
+    `corruptions.in_mean` chooses the corruptions.
 
     Args:
         results: as from `all_corrupted`.
@@ -156,7 +163,7 @@ def over_corruptions(results: dict[str, list[dict]], at: str) -> list[dict[str, 
 
 
 def over_severities(points: list[dict]) -> dict[str, dict[str, float]]:
-    """Returns the mean of each metric over the severities of a corruption, {'mean': {name: value}, 'average': ...}."""
+    """Returns the mean of each metric over the severities, {'mean': {metric: value}, 'average': ...}."""
     return {at: _means(points, at) for at in ('mean', 'average')}
 
 

@@ -1,6 +1,6 @@
-"""Predictions of a posterior over a network's weights for images, at the mean and averaged over samples.
+"""Predictions of a posterior over a network's weights: at the mean, and averaged over samples.
 
-Several devices run a sample each, or shard the images of one sample.
+Several devices run one sample each, or share the images of one sample.
 """
 
 import itertools
@@ -24,15 +24,15 @@ def logits(
     apply: Callable, params: Any, batch_stats: Any, images: jax.Array, batch_size: int,
     where: Callable = sharding.on_all,
 ) -> jax.Array:  # fmt: skip
-    """Returns the logits of images, computed in batches. The last batch may be smaller. Every image counts once.
+    """Returns the logits of images, computed in batches. The last batch may be smaller, because nothing is padded.
 
     Args:
         apply: apply(params, batch_stats, images uint8 [B, H, W, C]) normalises the images and returns logits [B, K].
         params: the weights.
         batch_stats: the batch statistics of the weights.
         images: uint8 [N, H, W, C].
-        batch_size: rounded up to a batch size that the devices can share equally.
-        where: sharding.on_all, or sharding.on_each for weights [D, ...] with an entry for each of D devices.
+        batch_size: rounded up until the devices can share a batch equally.
+        where: sharding.on_all, or sharding.on_each for weights [D, ...] that differ between the D devices.
 
     Returns:
         float32 [N, K], or [D, N, K] with sharding.on_each.
@@ -51,18 +51,18 @@ def _logits_at(apply, batch_size, images, weights):
     return jnp.concatenate(parts)
 
 
-PART = 1 << 28  # bytes of images that are sent at once if not all images are
+PART = 1 << 28  # bytes of images in a part that is sent from the host
 
 
 def parts(images: np.ndarray, batch_size: int, stream: bool = False) -> list:
-    """Returns images as a list of parts for `over_parts`, which can evaluate the images once or several times.
+    """Splits images into a list of parts for `over_parts`. The list can be used several times.
 
-    By default, all images are one part on the devices of the mesh that is set. If `stream` is set or the images would
-    fill a device, the parts stay on the host. Each of these parts, except the last, holds whole batches.
+    By default, all images are one part on the devices of the current mesh. If `stream` is set or the images would fill
+    a device, the parts stay on the host. Then every part but the last holds whole batches.
 
     Args:
         images: uint8 [N, H, W, C].
-        batch_size: the images in a batch.
+        batch_size: the number of images in a batch.
         stream: whether to leave the images on the host.
     """
     if not (stream or hosts.must_stream(images)):
@@ -73,18 +73,23 @@ def parts(images: np.ndarray, batch_size: int, stream: bool = False) -> list:
 
 
 def over_parts(function: Callable, parts: list) -> np.ndarray:
-    """Returns the results [..., N, K] of a function of images on the devices, concatenated on the host.
+    """Applies a function of images to each part on the devices. Returns the results [..., N, K] on the host.
 
-    Sends each part that is on the host when the part is due.
+    Sends a part from the host to the devices just before the function needs it.
     """
     sent = (part if isinstance(part, jax.Array) else sharding.send(part) for part in parts)
     return np.concatenate([jax.device_get(function(part)) for part in sent], axis=-2)
 
 
 def probs_at(apply: Callable, params: Any, batch_stats: Any, parts: list, batch_size: int) -> np.ndarray:
-    """Returns class probabilities, float64 [N, K] on the host, for images as from `parts`.
+    """Returns class probabilities, float64 [N, K] on the host.
 
-    The other arguments are as for `logits`.
+    Args:
+        apply: as for `logits`.
+        params: the weights.
+        batch_stats: the batch statistics of the weights.
+        parts: N images, as from `parts`.
+        batch_size: as for `logits`.
     """
     return metrics.softmax(over_parts(lambda part: logits(apply, params, batch_stats, part, batch_size), parts))
 
@@ -104,13 +109,13 @@ def _refreshed(params, refresh, where):
 
 
 class Prediction(NamedTuple):
-    """The prediction of a posterior for N images, and how much the posterior's samples agree.
+    """The prediction of a posterior for N images, and how much the samples agree.
 
     Attributes:
-        logits: float32 [N, K], at the mean.
+        logits: float32 [N, K], at the posterior mean.
         probs: float64 [N, K], averaged over samples.
-        expected_entropy: float64 [N], the mean entropy of the samples in nats.
-        votes: int32 [N, K], the number of samples that give class k the largest probability.
+        expected_entropy: float64 [N], the entropy of each sample in nats, averaged over samples.
+        votes: int32 [N, K], the number of samples that predict class k.
     """
 
     logits: np.ndarray
@@ -120,7 +125,7 @@ class Prediction(NamedTuple):
 
     @property
     def probs_at_mean(self) -> np.ndarray:
-        """Returns the class probabilities at the mean, float64 [N, K]."""
+        """Returns the class probabilities at the posterior mean, float64 [N, K]."""
         return metrics.softmax(self.logits)
 
     @property
@@ -130,7 +135,7 @@ class Prediction(NamedTuple):
 
     @property
     def mutual_information(self) -> np.ndarray:
-        """Returns the mutual information of label and weights in nats, float64 [N]."""
+        """Returns the mutual information between label and weights in nats, float64 [N]."""
         return metrics.mutual_information(self.entropy, self.expected_entropy)
 
     @property
@@ -139,7 +144,7 @@ class Prediction(NamedTuple):
         return metrics.disagreement(self.votes)
 
     def measure(self, labels: np.ndarray, num_bins: int) -> dict[str, dict]:
-        """Returns all metrics at the mean and of the average over samples.
+        """Returns all metrics at the posterior mean and averaged over samples.
 
         Args:
             labels: int [N].
@@ -147,8 +152,8 @@ class Prediction(NamedTuple):
 
         Returns:
             {'mean': {name: value}, 'average': ..., 'intervals': {'mean': {name: (low, high)}, 'average': ...},
-            'reliability': {'mean': {name: list}, 'average': ...}}. Mean and average also have the entropy, averaged
-            over images. The average also has mutual information and disagreement, averaged over images.
+            'reliability': {'mean': {name: list}, 'average': ...}}. 'mean' and 'average' include the entropy, averaged
+            over images. 'average' also includes mutual information and disagreement, averaged over images.
         """
         probs = {'mean': self.probs_at_mean, 'average': self.probs}
         measured = {at: metrics.summary(p, labels, num_bins) for at, p in probs.items()}
@@ -165,18 +170,18 @@ class Prediction(NamedTuple):
 
 
 class Posterior:
-    """A posterior over a network's weights: the mean and samples. Each call of `predict` takes the same samples.
+    """A posterior over a network's weights: the mean and samples. Each call of `predict` uses the same samples.
 
     Args:
         apply: as for `logits`.
-        sample: sample(key) -> params, a jax.tree_util.Partial of the arrays that it needs.
-        params: the mean.
+        sample: sample(key) -> params. It is a jax.tree_util.Partial that holds the arrays it needs.
+        params: the posterior mean.
         batch_stats: the batch statistics of the mean.
         key: the key of the samples.
         batch_size: as for `logits`.
-        is_point: whether every sample is the mean. Then no sample is run.
-        refresh: refresh(params) -> batch statistics of these weights, a jax.tree_util.Partial of the arrays that it
-            needs. Without it, all samples have the batch statistics of the mean.
+        is_point: whether every sample equals the mean. If so, only the mean is run.
+        refresh: refresh(params) -> re-estimated batch statistics of these weights. It is a jax.tree_util.Partial that
+            holds the arrays it needs. If it is None, all samples use the batch statistics of the mean.
     """
 
     def __init__(
@@ -190,7 +195,12 @@ class Posterior:
         self._batch_stats = {}
 
     def predict(self, images: np.ndarray, numbers: Sequence[int]) -> Iterator[Prediction]:
-        """Yields the Prediction for images uint8 [N, H, W, C] after each number of samples. The numbers must rise."""
+        """Yields the Prediction for images after each number of samples.
+
+        Args:
+            images: uint8 [N, H, W, C].
+            numbers: the numbers of samples, in increasing order.
+        """
         hosts.require_same_arrays('images', images)
         sent = parts(images, self._batch_size)
         logits_at_mean = self._logits(self._mean, sent, sharding.on_all)
@@ -206,7 +216,8 @@ class Posterior:
     def _logits_of_samples(self, parts, num_samples):
         """Yields the logits of each sample.
 
-        Samples run in groups, one sample on each device. The samples of an incomplete group run on all devices each.
+        Samples run in groups, one sample on each device. Samples that do not fill a group run one after another, each
+        on all devices.
         """
         size = sharding.num_devices()
         left = num_samples if size == 1 else num_samples % size
@@ -217,11 +228,11 @@ class Posterior:
             yield self._logits(self._sampled_weights(np.int32(i), sharding.on_all), parts, sharding.on_all)
 
     def _logits(self, weights, parts, where):
-        """Returns the logits of the images of all parts, float32 [N, K], or [D, N, K] for weights on each device."""
+        """Returns the logits of all images, float32 [N, K], or [D, N, K] for weights that differ between devices."""
         return over_parts(lambda part: logits(self._apply, *weights, part, self._batch_size, where), parts)
 
     def _sampled_weights(self, index, where):
-        """Returns the sample at an index, or the samples at int [D] on each device, with their batch statistics."""
+        """Returns (weights, batch statistics) of the sample at `index`, or of one sample per device for index [D]."""
         params = _draw_samples(index, self._sample, self._key, where)
         held = where, int(np.min(index))
         if held not in self._batch_stats:
@@ -236,7 +247,7 @@ def _same_for_all(batch_stats, params):
 
 @partial(jax.jit, static_argnames='update')
 def batch_statistics(update: Callable, batch_stats: Any, batches: jax.Array, params: Any) -> Any:
-    """Returns batch statistics of weights: the statistics of each batch on its own, averaged over batches.
+    """Returns re-estimated batch statistics of weights: the statistics of single batches, averaged over batches.
 
     Args:
         update: update(params, batch_stats, images uint8 [B, H, W, C]) -> the batch statistics after a training batch.

@@ -1,4 +1,4 @@
-"""predictions.npz: the predictions of an evaluation, from which the metrics can be recomputed."""
+"""The file predictions.npz: the predictions of an evaluation. The metrics can be recomputed from it."""
 
 import io
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def write(
         prediction: the Prediction for N images.
         labels: int [N].
         num_samples: the number of samples of the Prediction.
-        progress: how far the training of the run was.
+        progress: the training progress of the evaluated checkpoint.
     """
     with np.errstate(divide='ignore'):
         log_probs = np.log(prediction.probs)
@@ -60,7 +60,7 @@ def read(path: Path) -> tuple[np.ndarray, posteriors.Prediction, int, checkpoint
     fits = fits and n and 0 <= held['labels'].min() <= held['labels'].max() < k
     fits = fits and held['trained'].min() >= 0 and held['votes'].min() >= 0 and held['num_samples'] > 0
     if not fits or (held['votes'].sum(axis=1) != held['num_samples']).any():
-        raise folders.RunError(f'{path} is not what test.py writes: evaluate the run without --reuse')
+        raise folders.RunError(f'{path} does not have the format of test.py: evaluate the run without --reuse')
     probs = metrics.softmax(held['log_probs'])
     prediction = posteriors.Prediction(held['logits'], probs, held['expected_entropy'], held['votes'])
     return held['labels'], prediction, int(held['num_samples']), checkpoints.Progress(*held['trained'].tolist())
@@ -69,7 +69,10 @@ def read(path: Path) -> tuple[np.ndarray, posteriors.Prediction, int, checkpoint
 def results_of(
     run: Path, config: dict, split: str = 'test'
 ) -> Iterator[tuple[checkpoints.Progress, comparison.Result]]:
-    """Yields the written predictions of a run, with the run's own posterior, with Laplace or both. Raises RunError."""
+    """Yields the saved predictions of a run: with its own posterior, with a Laplace approximation, or with both.
+
+    Raises RunError if neither file exists, or if one is damaged.
+    """
     files = {laplace: Request(split, laplace=laplace).predictions_file(run) for laplace in (False, True)}
     for laplace, path in files.items():
         if path.exists() or not any(other.exists() for other in files.values()):

@@ -1,4 +1,4 @@
-"""A trained run: its weights, its images and its posterior."""
+"""A trained run: its weights, images and posterior."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,15 @@ from runs import checkpoints, folders, hosts, training_flags
 
 
 class Trained(NamedTuple):
-    """A run folder, its configuration, what the configuration means, the optimizer's state and how far training was."""
+    """A restored run.
+
+    Attributes:
+        run: the run folder.
+        config: the content of config.json.
+        experiment: the functions that the configuration describes.
+        state: the state of the optimizer.
+        progress: the training progress of the checkpoint.
+    """
 
     run: Path
     config: dict
@@ -33,10 +41,14 @@ class Trained(NamedTuple):
 
 
 def restore(run: Path, step: int | None = None, config: dict | None = None) -> Trained:
-    """Returns the newest checkpoint of a run, or the checkpoint of `step`.
+    """Restores the newest checkpoint of a run, or the checkpoint of `step`. Raises DataError, ModelError and RunError.
 
-    Puts the state's arrays on the devices of the mesh that is set, or on the first device. Raises DataError, ModelError
-    and RunError.
+    Sends the state to the devices of the current mesh, or to the first device without a mesh.
+
+    Args:
+        run: the run folder.
+        step: the number of training steps at the checkpoint, None for the newest checkpoint.
+        config: the configuration of the run. By default, it is read from the run folder.
     """
     config = config or hosts.from_first(lambda: training_flags.checked_config(run))
     functions = experiment.create(config)
@@ -45,15 +57,16 @@ def restore(run: Path, step: int | None = None, config: dict | None = None) -> T
 
 
 class Images(NamedTuple):
-    """What a run is evaluated on: images uint8 [N, H, W, C] and labels int32 [N].
+    """The images of an evaluation, uint8 [N, H, W, C], and their labels, int32 [N].
 
     Attributes:
-        images, labels: of the split, or a part of it.
-        train, held_out: images and labels that the run was trained on and held out, None if no part of the request
-            needs them.
-        augmented: whether the run augmented its images.
-        ood: {name: (images in the run's shape, the shape that they had)}.
-        corrupted: {name: function(severity) -> images}.
+        images: the images of the test or validation split, or a part of them.
+        labels: the labels of `images`.
+        train: (images, labels) that the run was trained on, or None if the request does not need them.
+        held_out: (images, labels) that the run held out of training, or None if the request does not need them.
+        augmented: whether training augmented the images.
+        ood: {name of another data set: (images in the run's shape, their shape [H, W, C] before resizing)}.
+        corrupted: {name of a corruption: function(severity) -> images}.
     """
 
     images: np.ndarray
@@ -66,7 +79,16 @@ class Images(NamedTuple):
 
 
 def read_images(trained: Trained, request: Request, dataset_folder: str | None) -> Images:
-    """Reads all images that a request is about. Raises DataError, also if they are not the images of the run."""
+    """Reads all images that a request needs.
+
+    Args:
+        trained: the restored run.
+        request: what to evaluate.
+        dataset_folder: the folder of the data sets, None for the folder that training used.
+
+    Raises:
+        DataError: images cannot be read, or are not the images of the run.
+    """
     flags, described = trained.flags, trained.config['dataset']
     folder = dataset_folder or training_flags.folder_or_default(flags['datasetfolder'])
     dataset = data.dataset(flags['dataset'], folder)
@@ -80,7 +102,9 @@ def read_images(trained: Trained, request: Request, dataset_folder: str | None) 
     images, labels = data.subset('--testimages', request.testimages, *whole_split)
     shape = images.shape[1:]
     if list(shape) != described['image_shape']:
-        raise data.DataError(f'the {request.split} images are {shape}, not {described["image_shape"]} as in training')
+        raise data.DataError(
+            f'the {request.split} images are {shape}, but the training images are {described["image_shape"]}'
+        )
     augmented = dataset.augment and not flags['noaugment']
     ood = {name: _read_ood(name, folder, request.testimages, shape) for name in request.ood}
     corrupted = {} if request.corruptions is None else _read_corrupted(images, labels, request.corruptions)
@@ -100,7 +124,14 @@ def _read_corrupted(images, labels, folder):
 
 
 def posterior(trained: Trained, images: Images, request: Request, batch_size: int) -> posteriors.Posterior:
-    """Returns the posterior of a run, or a Laplace approximation of its last layer. Raises RunError."""
+    """Returns the posterior of a run, or a Laplace approximation of its last layer. Raises RunError.
+
+    Args:
+        trained: the restored run.
+        images: the images of the evaluation, as from `read_images`.
+        request: what to evaluate.
+        batch_size: the number of images in a batch.
+    """
     functions, state = trained.experiment, trained.state
     sample_key, refresh_key = jax.random.split(experiment.keys(trained.flags['randomseed']).samples)
     sample, is_point = Partial(functions.optimizer.sample, state), functions.optimizer.is_point
@@ -121,7 +152,7 @@ def _laplace_sample(trained, images, batch_size):
     """Returns sample(key) of a Laplace approximation around the trained weights. Raises RunError."""
     functions, state = trained.experiment, trained.state
     if not jax.device_get(experiment.all_finite(state)):
-        raise folders.RunError('--laplace: weights of the run are not finite, so that there is nothing to approximate')
+        raise folders.RunError('--laplace: the weights of the run are not finite, so a posterior cannot be fitted')
     layer = models.last_layer(functions.apply, state.params, state.batch_stats, images[:1])
     outputs = Partial(models.with_features(functions.apply), state.params, state.batch_stats)
     factors = laplace.fit(outputs, images, batch_size, functions.num_data, trained.flags['priorprec'])

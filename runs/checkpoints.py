@@ -1,13 +1,13 @@
-"""Checkpoints of a run: written whole or not at all, and checked when they are read.
+"""Checkpoints of a run: written atomically, and checked against checksums when read.
 
     RUN/checkpoints/STEP/       after STEP training steps
-        state.npz               weights and the optimizer's other arrays, by name
-        progress.json           how far training was, and its log up to there
+        state.npz               weights and optimizer state, one named array each
+        progress.json           progress of training, and the log so far
         checksums.json          SHA-256 of the other files
 
-A checkpoint is written under another name, read back, flushed to the disk and renamed, so a run that is killed at any
-moment leaves whole ones only. A process that reads one keeps a lock on it, so that the process that trains does not
-remove it meanwhile.
+A checkpoint is written under a temporary name, read back, flushed to the disk and renamed. Therefore a run that is
+killed at any moment leaves only complete checkpoints. A process that reads a checkpoint locks it. Training does not
+remove locked checkpoints.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from runs import folders, hosts, json_files
 
 
 class Progress(NamedTuple):
-    """How far training is.
+    """The progress of training.
 
     Attributes:
-        epoch: from 0.
-        step: how many steps of the epoch are done.
+        epoch: the index of the epoch, from 0.
+        step: the number of steps done in this epoch.
         loss: the sum of the losses of these steps.
         seconds: the time that these steps took.
-        lr_factor: of the epoch, None before it begins.
+        lr_factor: the factor of the learning rate in this epoch, None before the epoch begins.
         log: the records of earlier epochs, as in log.jsonl.
     """
 
@@ -54,18 +54,18 @@ class Progress(NamedTuple):
     log: tuple = ()
 
     def trained(self) -> dict:
-        """Returns what metrics.json says of a run that has come so far."""
+        """Returns the entry 'trained' of metrics.json for a run with this progress."""
         return {'epoch': self.epoch, 'steps_of_epoch': self.step}
 
 
 class Writer:
     """Saves the checkpoints of a run in the background, one at a time.
 
-    The newest two are kept, and with `keep_best` the checkpoint of the epoch of best accuracy. Checkpoints later than
-    `progress`, from which training resumes, are removed when the first new one is there. A failure is reported once and
-    the next checkpoint is another try. `failed` tells whether the last try failed.
+    Keeps the newest two checkpoints, and with `keep_best` also the checkpoint of the most accurate epoch. Training
+    resumes from `progress`. Later checkpoints are removed once the first new checkpoint is saved. A failed save is
+    reported once, and the next checkpoint is another try. `failed` says whether the last save failed.
 
-    All processes of a run make a Writer. The first one writes, because the state is the same in every process.
+    Every process of a run makes a Writer. Only the first process writes, because the state is the same in all of them.
     """
 
     def __init__(
@@ -81,25 +81,25 @@ class Writer:
         self._thread = ThreadPoolExecutor(1)
 
     def close(self) -> None:
-        """Waits until the last save has ended."""
+        """Waits until the last save has ended, and stops the thread that saves."""
         self.wait()
         self._thread.shutdown()
 
     def save(self, state: Any, progress: Progress) -> None:
-        """Copies a state, so that it may be donated at once. The first process writes it while training goes on."""
+        """Copies a state, which may be donated at once. The first process writes the copy in the background."""
         self.wait()
-        copied = _copy(state)  # in all processes, because they have to run the same programs
+        copied = _copy(state)  # in every process, because all must run the same programs
         if hosts.is_first():
             self._saving = self._thread.submit(self._write, copied, progress)
 
     def wait(self) -> None:
-        """Waits until the last save has ended. Warns if it failed and the save before had not."""
+        """Waits until the last save has ended. Warns if this save failed and the previous save did not."""
         if self._saving is None:
             return
         error, self._saving = self._saving.exception(), None
         if error and not self.failed:
             what = f'a checkpoint could not be saved in {self.folder} ({errors.reason(error)})'
-            self.warn(f'{what}; training goes on to the next one')
+            self.warn(f'{what}; training continues and tries again at the next checkpoint')
         self.failed = error is not None
 
     def _write(self, state, progress):
@@ -112,7 +112,7 @@ class Writer:
             np.savez(partial / 'state.npz', **arrays)
             held = npy.load_npz(partial / 'state.npz')
             if any(held[name].tobytes() != array.tobytes() for name, array in arrays.items()):
-                raise OSError('it cannot be read back')
+                raise OSError('the file read back differs from the state')
             self._complete(partial, progress)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -132,21 +132,21 @@ class Writer:
         self._steps = sorted({*steps[-2:], *self._best(progress.log, steps)})
         for old in set(all_steps(self.folder)) - set(self._steps):
             with _locked(self.folder / str(old), fcntl.LOCK_EX | fcntl.LOCK_NB) as is_free:
-                if is_free:  # else it is tried again at the next save
+                if is_free:  # otherwise the next save tries again
                     _discard(self.folder / str(old))
 
     def _step(self, progress):
         return progress.epoch * self.steps_per_epoch + progress.step
 
     def _best(self, log, steps):
-        """Returns, in a list, the step of the most accurate epoch that has a checkpoint, [] without any."""
+        """Returns [step] of the most accurate epoch that has a checkpoint. Returns [] if there is none to keep."""
         accuracies = {(record['epoch'] + 1) * self.steps_per_epoch: _accuracy(record) for record in log}
         held = [step for step in accuracies if step in steps] if self.keep_best else []
         return [max(held, key=accuracies.get)] if held else []
 
 
 class Due:
-    """Tells when a checkpoint within an epoch is due: every N steps, every N minutes ('30min'), or never."""
+    """Says when a checkpoint within an epoch is due: every N steps, every N minutes ('30min'), or never (None)."""
 
     def __init__(self, every: int | str | None) -> None:
         self.steps = every if isinstance(every, int) else None
@@ -164,14 +164,15 @@ class Due:
 
 @contextlib.contextmanager
 def _locked(checkpoint, how):
-    """Locks a checkpoint until the context ends, where the file system has locks. Yields whether it is there and free.
+    """Locks a checkpoint until the context ends. Yields whether the checkpoint exists and no other process locks it.
 
-    how: fcntl.LOCK_SH to read it, fcntl.LOCK_EX | fcntl.LOCK_NB to remove it.
+    On a file system without locks, yields whether the checkpoint exists.
+    how: fcntl.LOCK_SH to read the checkpoint, fcntl.LOCK_EX | fcntl.LOCK_NB to remove it.
     """
     try:
         file = errors.opened(checkpoint / 'checksums.json')
     except OSError:
-        yield False  # it is none of ours, or damaged
+        yield False  # not a checkpoint of train.py, or damaged
         return
     with file:
         try:
@@ -185,7 +186,7 @@ def _locked(checkpoint, how):
 
 
 def _accuracy(record):
-    """Returns the accuracy of an epoch, −1 if it is no number, as after a divergence."""
+    """Returns the accuracy of an epoch, or −1 for NaN or None, as after a divergence."""
     accuracy = record['validation_accuracy'] if 'validation_accuracy' in record else record['test_accuracy']
     return -1.0 if accuracy is None or math.isnan(accuracy) else accuracy
 
@@ -196,18 +197,27 @@ def _copy(state):
 
 
 def all_steps(folder: str | Path) -> list[int]:
-    """Returns the steps of the checkpoints in a folder `checkpoints`, the newest last. The folder may be missing."""
+    """Returns the steps of all checkpoints in a folder `checkpoints`, in ascending order. The folder may be missing."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch('0|[1-9][0-9]*', name))
 
 
 def restore(run: Path, like: Any, step: int | None = None) -> tuple[int, Any, Progress]:
-    """Returns a checkpoint, the newest or the checkpoint of `step`, as (step, state, progress).
+    """Reads a checkpoint in the first process, and returns it in every process.
 
-    Only the first process reads the checkpoint. The arrays are on the first device of the process, or on the host if
-    there are several processes. like: the jax.ShapeDtypeStructs of the state. Raises a RunError, which names the newest
-    whole checkpoint before a damaged one.
+    Args:
+        run: the run folder.
+        like: the jax.ShapeDtypeStructs of the state.
+        step: the step of the checkpoint. None means the newest checkpoint.
+
+    Returns:
+        (step, state, progress). The arrays are on the first device of the process. In a run of several processes they
+        are on the host.
+
+    Raises:
+        RunError: the checkpoint is missing, damaged or of another state. If it is damaged, the message names the newest
+            intact checkpoint before it.
     """
     state = like
 
@@ -223,13 +233,13 @@ def restore(run: Path, like: Any, step: int | None = None) -> tuple[int, Any, Pr
 def require_whole(run: Path, step: int | None = None) -> Path:
     """Returns the folder of a run's newest checkpoint, or of the checkpoint of `step`.
 
-    Raises folders.RunError if there is none, or its files are not as they were written.
+    Raises folders.RunError if the checkpoint is missing or damaged.
     """
     return _of_whole(run, step, lambda checkpoint: checkpoint)
 
 
 def _of_whole(run, step, function):
-    """Returns function(checkpoint) of a whole checkpoint, which is not removed meanwhile."""
+    """Returns function(checkpoint) for an intact checkpoint. Training cannot remove the checkpoint during the call."""
     while True:
         checkpoint = _folder_of(run, step)
         with _locked(checkpoint, fcntl.LOCK_SH):
@@ -238,7 +248,8 @@ def _of_whole(run, step, function):
                 return function(checkpoint)
             except folders.RunError:
                 if checkpoint.exists():
-                    raise  # else training removed it before it was locked: take the newest of now
+                    raise
+                # Training removed the checkpoint before this process locked it: try again.
 
 
 def _folder_of(run, step):
@@ -248,9 +259,9 @@ def _folder_of(run, step):
     except OSError as error:
         raise folders.RunError(f'{folder} cannot be read: {error.strerror}') from error
     if not steps:
-        raise folders.RunError(f'{run} holds no checkpoint: no epoch of it was completed')
+        raise folders.RunError(f'{run} holds no checkpoint: training has not saved one yet')
     if step is not None and step not in steps:
-        raise folders.RunError(f'{folder} holds no checkpoint {step}; there are {", ".join(map(str, steps))}')
+        raise folders.RunError(f'{folder} holds no checkpoint {step}; choose from {", ".join(map(str, steps))}')
     return folder / str(steps[-1] if step is None else step)
 
 
@@ -259,14 +270,14 @@ def _require_whole(checkpoint):
     if damage:
         before = [step for step in all_steps(checkpoint.parent) if step < int(checkpoint.name)]
         whole = [step for step in before if not find_damage(checkpoint.with_name(str(step)))]
-        offer = 'there is no whole one before'
+        offer = 'no earlier checkpoint is intact'
         if whole:
-            offer = f'{whole[-1]} is whole: take it with --checkpoint {whole[-1]}, of this run alone'
+            offer = f'checkpoint {whole[-1]} is intact: use --checkpoint {whole[-1]} with this run folder only'
         raise folders.RunError(f'{checkpoint} is damaged: {damage}; {offer}')
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Returns what is wrong with the files of a checkpoint, None if they are as they were written."""
+    """Returns what is damaged in a checkpoint, or None if all checksums match."""
     try:
         expected = json_files.read_json(checkpoint / 'checksums.json')
         found = _checksums(checkpoint)
@@ -289,7 +300,7 @@ def _checksums(checkpoint):
     checksums = {}
     for path in sorted(checkpoint.iterdir()):
         if path.is_symlink() or not path.is_file():
-            raise ValueError(f'{path.name} is no regular file')
+            raise ValueError(f'{path.name} is not a regular file')
         if path.name != 'checksums.json':
             with errors.opened(path) as file:
                 checksums[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -303,7 +314,7 @@ def _read_state(checkpoint, like):
         for name in sorted({*held, *needed}):
             is_there, should_be = _type(held.get(name)), _type(needed.get(name))
             if is_there != should_be:
-                raise errors.UserError(f'{name} is {is_there} and should be {should_be}')
+                raise errors.UserError(f'{name}: found {is_there}, expected {should_be}')
     except errors.UserError as error:
         raise folders.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {error}') from error
     leaves = jax.device_put([held[name] for name in needed], jax.local_devices()[0])
@@ -317,7 +328,7 @@ def _named(arrays):
 
 
 def _type(array):
-    return 'missing' if array is None else f'{array.dtype} {list(array.shape)}'
+    return 'nothing' if array is None else f'{array.dtype} {list(array.shape)}'
 
 
 def _read_progress(checkpoint):
@@ -325,7 +336,7 @@ def _read_progress(checkpoint):
     try:
         held = Progress(**json_files.read_json(path))
         if not all(type(n) is int and 0 <= n < 2**31 for n in held[:2]) or not isinstance(held.log, list):
-            raise ValueError('its epoch or step is no whole number, or its log no list')
+            raise ValueError('epoch or step is not a whole number, or log is not a list')
         json_files.require_numbers(held._asdict(), ('loss', 'seconds', 'lr_factor'))
         for record in held.log:
             folders.require_record_of_epoch(record)
@@ -337,7 +348,7 @@ def _read_progress(checkpoint):
 
 
 def _discard(checkpoint):
-    """Removes a checkpoint so that at no moment half of it is in its place."""
+    """Removes a checkpoint. Renames it first, so that an interruption leaves no incomplete checkpoint."""
     removed = checkpoint.with_name(f'{checkpoint.name}.removed')
     errors.remove(removed)
     os.replace(checkpoint, removed)

@@ -1,4 +1,4 @@
-"""The devices of a run: a mesh of all devices or some, and checks of the devices."""
+"""The devices of a run: the mesh, and checks that the devices work and can share a batch."""
 
 import argparse
 import collections
@@ -16,16 +16,16 @@ from ops.sharding import AXIS
 
 
 class DeviceError(errors.UserError):
-    """Devices that are missing, or that cannot share a batch equally."""
+    """Devices that are missing, fail a check, or cannot share a batch equally."""
 
 
 def create_mesh(number: int | None = None) -> jax.sharding.Mesh:
-    """Returns a mesh of the first N devices, or of all devices without a number. Raises DeviceError."""
+    """Returns a mesh of the first `number` devices. None means all devices. Raises DeviceError."""
     devices = jax.devices()
     if number is not None and jax.process_count() > 1:
-        raise DeviceError(f'--devices {number} is for a run of one process: start fewer processes')
+        raise DeviceError(f'--devices {number} works in a run of one process only: start fewer processes instead')
     if number is not None and number > len(devices):
-        raise DeviceError(f'--devices {number}: there are {len(devices)} ({devices[0].platform})')
+        raise DeviceError(f'--devices {number} is too many: JAX finds {len(devices)} ({devices[0].platform})')
     devices = devices[:number]
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -33,7 +33,7 @@ def create_mesh(number: int | None = None) -> jax.sharding.Mesh:
 def require() -> None:
     """Raises a DeviceError if JAX finds no device, or if processes have different numbers of devices.
 
-    Also raises it if this jaxlib computes wrong numbers, see require_right_numbers.
+    Also raises it if this jaxlib computes wrong numbers. See require_right_numbers.
     """
     try:
         found = jax.devices()
@@ -43,7 +43,7 @@ def require() -> None:
     require_right_numbers()
     numbers = sorted(set(collections.Counter(device.process_index for device in found).values()))
     if len(numbers) > 1:
-        raise DeviceError(f'some processes have {numbers[0]} devices and some {numbers[-1]}: give each as many')
+        raise DeviceError(f'some processes have {numbers[0]} devices, others {numbers[-1]}: give all the same number')
 
 
 def require_right_numbers() -> None:
@@ -58,8 +58,8 @@ def require_right_numbers() -> None:
     found = float(jax.device_get(_squared_norms(jax.device_put(rows)))[-1])
     if found != 2.0**30:
         raise DeviceError(
-            f'jaxlib {jax.lib.__version__} computes wrong numbers on this CPU ({found:.0f} for {2**30}, '
-            "JAX's issue 39103): run pip install -r requirements.txt, which leaves such versions out"
+            f'jaxlib {jax.lib.__version__} computes wrong numbers on this CPU ({found:.0f} instead of {2**30}, '
+            'JAX issue 39103): run pip install -r requirements.txt, which excludes such versions'
         )
 
 
@@ -69,28 +69,28 @@ def _squared_norms(rows):
 
 
 def mesh_of_training(args: argparse.Namespace, flags_hold: bool = False) -> jax.sharding.Mesh:
-    """Returns the mesh of the devices that the flags of a run name. Raises DeviceError if they cannot share a batch.
+    """Returns the mesh of devices that the flags ask for. Raises DeviceError if the devices cannot share a batch.
 
     Args:
         args: the flags of train.py.
-        flags_hold: whether the run is resumed. The error then suggests no other flag than --devices.
+        flags_hold: whether the run is resumed. Its batch size is fixed, so the error suggests only --devices.
     """
     mesh = create_mesh(args.devices)
     if isinstance(args.checkpointevery, str) and jax.process_count() > 1:
-        raise DeviceError(f'--checkpointevery {args.checkpointevery}: of several processes, give steps')
+        raise DeviceError(f'--checkpointevery {args.checkpointevery}: several processes need steps, not minutes')
     what, number = ('--batchsize', args.batchsize) if args.batchsplit is None else ('--batchsplit', args.batchsplit)
     if number * (args.trainmc or 1) % mesh.size:
         offers = [] if flags_hold else _shareable(args.batchsize, args.batchsplit, mesh.size)
         fewer = max(n for n in range(1, mesh.size) if number % n == 0)
         one_process = jax.process_count() == 1
-        offers.append(f'--devices {fewer}' if one_process else f'processes that have {fewer} devices together')
-        what = f'{what} {number} cannot be shared out over {mesh.size} devices'
-        raise DeviceError(f'{what}: take {", or ".join(offers)}')
+        offers.append(f'--devices {fewer}' if one_process else f'processes with {fewer} devices in total')
+        what = f'{what} {number} cannot be sharded equally over {mesh.size} devices'
+        raise DeviceError(f'{what}: use {", or ".join(offers)}')
     return mesh
 
 
 def _shareable(batch_size, batchsplit, num_devices):
-    """Returns flags with the nearest batch sizes that N devices can share, or with the nearest --batchsplit."""
+    """Returns flags that N devices can share, with the nearest --batchsize, --batchsplit or both."""
     multiples = range(num_devices, batch_size + num_devices + 1, num_devices)
     if batchsplit is None:
         return [f'--batchsize {size}' for size in _nearest(batch_size, multiples)]
@@ -105,16 +105,16 @@ def _shareable(batch_size, batchsplit, num_devices):
 
 
 def _nearest(number, possible):
-    """Returns the neighbours of a number, below and above, among rising numbers without this number."""
+    """Returns the next smaller and the next larger of the `possible` numbers, which are ascending."""
     return [n for n in possible if n < number][-1:] + [n for n in possible if n > number][:1]
 
 
 @contextlib.contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
-    """Raises a DeviceError if the memory of a device is exhausted. advice: what takes less memory."""
+    """Raises a DeviceError if a device runs out of memory. advice: how to use less memory, for the message."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        raise DeviceError(f'a device has not enough memory: {advice}') from error
+        raise DeviceError(f'a device ran out of memory: {advice}') from error

@@ -1,13 +1,13 @@
-"""Run folders: configuration, log, metrics; `checkpoints` has the states of training.
+"""Run folders: configuration, log and metrics. The module `checkpoints` saves and reads the states of training.
 
     RESULTSFOLDER/DATASET_MODEL/OPTIM/run_K/
         config.json     format, all flags, the data set's properties, versions, git commit, device
         log.jsonl       one line per epoch
-        checkpoints/    the last two states, and with --keepbest the state of best accuracy
+        checkpoints/    the last two states, and with --keepbest the most accurate state
         metrics.json    the metrics of test.py
         predictions.npz the predictions behind the metrics
-        plots/          pictures of test.py --plots
-        lock            held by the process that trains
+        plots/          plots of test.py --plots
+        lock            locked by the process that trains
 
 No file is a pickle.
 """
@@ -29,10 +29,11 @@ import errors
 from runs import hosts, json_files
 from runs.json_files import RunError
 
-# The format of run folders, to be raised when older versions would misread a new run. A new flag they refuse by name.
+# The format of run folders. Raise it when older versions would misread a new run. A new flag needs no new format,
+# because older versions report an unknown flag.
 FORMAT = 1
-READABLE = (1,)  # formats; tests/runs has a run of each
-LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # what a process was writing or removing
+READABLE = (1,)  # formats; tests/runs holds a run of each
+LEFTOVER_CHECKPOINT = re.compile('[0-9]+[.](partial|removed)')  # writing or removing it was interrupted
 
 
 def create(results_folder: str | Path, dataset: str, model: str, optim: str) -> Path:
@@ -48,7 +49,7 @@ def create(results_folder: str | Path, dataset: str, model: str, optim: str) -> 
                 continue
             return run
     except OSError as error:
-        raise RunError(f'no run folder can be made in {parent}: {error.strerror}') from error
+        raise RunError(f'cannot make a run folder in {parent}: {error.strerror}') from error
 
 
 def require_place(results_folder: str | Path, dataset: str, model: str, optim: str) -> None:
@@ -56,7 +57,7 @@ def require_place(results_folder: str | Path, dataset: str, model: str, optim: s
     parent = parent_of(results_folder, dataset, model, optim)
     nearest = next(path for path in (parent.absolute(), *parent.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f'no run folder can be made in {parent}: {nearest} is no folder, or read-only')
+        raise RunError(f'cannot make a run folder in {parent}: {nearest} is not a folder, or is read-only')
 
 
 def parent_of(results_folder: str | Path, dataset: str, model: str, optim: str) -> Path:
@@ -66,7 +67,7 @@ def parent_of(results_folder: str | Path, dataset: str, model: str, optim: str) 
 
 @contextlib.contextmanager
 def locked(run: str | Path) -> Iterator[None]:
-    """Locks a run folder until the context ends. Raises RunError if another process holds it or writing fails."""
+    """Locks a run folder until the context ends. Raises RunError if another process locks it or writing fails."""
     path = Path(run) / 'lock'
     try:
         if not path.parent.is_dir():
@@ -76,8 +77,8 @@ def locked(run: str | Path) -> Iterator[None]:
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise RunError(f'{path} is no regular file: remove it')
-        with contextlib.suppress(OSError):  # a file system without locks
+            raise RunError(f'{path} is not a regular file: remove it')
+        with contextlib.suppress(OSError):  # some file systems have no locks
             _lock(descriptor, run)
         yield
     finally:
@@ -85,7 +86,7 @@ def locked(run: str | Path) -> Iterator[None]:
 
 
 def _lock(descriptor, run):
-    """Locks a file and writes the process into it for people. The system frees the lock however the process ends."""
+    """Locks a file and writes the name of the process into it. The system frees the lock when the process ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -96,7 +97,7 @@ def _lock(descriptor, run):
 
 
 def locked_by(parent: str | Path, process: int | None) -> list[Path]:
-    """Returns the run folders in `parent` whose last lock was by the process with this number on this host."""
+    """Returns the run folders in `parent` that the process with this number on this host locked last."""
     holder = _holder(process)
     return [path.parent for path in Path(parent).glob('run_*/lock') if path.is_file() and path.read_text() == holder]
 
@@ -111,15 +112,15 @@ def has_checkpoint(run: str | Path) -> bool:
 
 
 def write_log(run: str | Path, records: list[dict]) -> None:
-    """Writes log.jsonl whole, one line per epoch. If it raises a RunError, the old log stays."""
+    """Writes log.jsonl atomically, one line per epoch. Raises RunError if writing fails. Then the old log stays."""
     lines = [json.dumps(json_files.finite(record)) + '\n' for record in records]
     json_files.write_text(Path(run) / 'log.jsonl', ''.join(lines))
 
 
 class Log:
-    """The log of a run in training. Only the first process writes it.
+    """Writes the log of a run during training, in the first process only.
 
-    A failure is reported once by warn(text), and the log is tried again after the next epoch.
+    A failed write is reported once, by warn(text). The log is written again after the next epoch.
 
     Attributes:
         failed: whether the last write failed.
@@ -137,12 +138,12 @@ class Log:
             self.failed = False
         except RunError as error:
             if not self.failed:
-                self._warn(f'{error}; training goes on, and the log is tried again after the next epoch')
+                self._warn(f'{error}; training continues and writes the log again after the next epoch')
             self.failed = True
 
 
 def read_log(run: str | Path) -> list[dict]:
-    """Returns the records of log.jsonl, or an empty list without a log. Raises RunError if the log is damaged."""
+    """Returns the records of log.jsonl, or an empty list if there is no log. Raises RunError if the log is damaged."""
     path = Path(run) / 'log.jsonl'
     if not path.exists():
         return []
@@ -160,7 +161,7 @@ def require_record_of_epoch(record: Any) -> None:
     accuracies = {'test_accuracy', 'validation_accuracy'} & record.keys() if isinstance(record, dict) else ()
     numbers = ('loss', 'learning_rate', *accuracies)
     if not accuracies or type(record.get('epoch')) is not int or record['epoch'] < 0:
-        raise ValueError('a line is no record of an epoch')
+        raise ValueError('a line is not the record of an epoch')
     json_files.require_numbers(record, numbers)
 
 
@@ -180,13 +181,13 @@ def read_config(run: str | Path) -> dict:
     config = json_files.read_record(path)
     sha256 = config.pop('sha256', None)
     if sha256 is None:
-        raise RunError(f'{path} lacks its checksum: it is incomplete, or of another version of train.py')
+        raise RunError(f'{path} has no checksum: it is incomplete, or another version of train.py wrote it')
     if sha256 != _digest(config):
-        raise RunError(f'{path} is damaged: its SHA-256 is {_digest(config)}, not {sha256} as it was written')
+        raise RunError(f'{path} is damaged: its SHA-256 is {_digest(config)}, but train.py recorded {sha256}')
     if config.get('format') not in READABLE:
         raise RunError(
-            f'{path} has format {config.get("format", 0)}, and this version reads {READABLE[-1]}: '
-            'take the version of train.py that wrote it, or train again'
+            f'{path} has format {config.get("format", 0)}, but this version reads format {READABLE[-1]}: '
+            'use the version of train.py that wrote it, or train again'
         )
     return config
 
@@ -200,6 +201,4 @@ def end_of_training(config: dict, epochs: int) -> dict:
     try:
         return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise RunError(
-            'a config.json does not say on how many images, in which batches, its run was trained'
-        ) from error
+        raise RunError('a config.json lacks the number of training images or the batch size') from error

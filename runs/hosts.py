@@ -1,6 +1,6 @@
-"""Processes, on one host or several, that train or evaluate one run together after `join`.
+"""Several processes that train or evaluate one run together, on one host or several. `join` connects them.
 
-All processes run the same program. The first process reads and writes the run folder.
+All processes run the same program. Only the first process, process 0, reads and writes the run folder.
 """
 
 import argparse
@@ -28,16 +28,19 @@ from runs.devices import DeviceError
 def joined(
     script: str, start: argparse.Namespace, *, after_an_end: str, less_memory: str, stops_by_step: bool = False
 ) -> Iterator[contextlib.ExitStack]:
-    """Joins the processes that --coordinator names, and checks the devices. Yields a stack that closes at the end.
+    """Joins the processes of a run if --coordinator is given, and checks the devices.
 
-    Only the first process prints. Errors end the script in one line, and all processes together.
+    Only the first process prints to stdout. An error ends the script with one line, and ends all processes.
 
     Args:
         script: the name of the script, for messages.
         start: the flags `coordinator`, `processes`, `processid` and `jointimeout`.
-        after_an_end: what to do after the end of another process.
-        less_memory: what takes less memory of a device.
+        after_an_end: what to do after another process has ended, for the message.
+        less_memory: how to use less memory of a device, for the message.
         stops_by_step: as for `join`.
+
+    Yields:
+        A stack that closes when the context ends.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(ended_together(script, after_an_end))
@@ -46,7 +49,7 @@ def joined(
         if start.coordinator:
             join(script, start.coordinator, start.processes, start.processid, start.jointimeout, stops_by_step)
         devices.require()
-        wait_for_all()  # before they read data: it may take one of them longer than the others would wait
+        wait_for_all()  # before data is read, because one process may read for longer than the others would wait
         if not is_first():
             stack.enter_context(contextlib.redirect_stdout(None))
         yield stack
@@ -56,23 +59,24 @@ def join(
     script: str, coordinator: str, processes: int | None, process_id: int | None, timeout: int | None = None,
     stops_by_step: bool = False,
 ) -> None:  # fmt: skip
-    """Joins the processes that call this function. Then jax.devices() lists the devices of all processes.
+    """Connects all processes that call this function. Then jax.devices() lists the devices of all processes.
 
-    A process that is silent for half a minute later on ends the others.
+    If a process sends no heartbeat for 30 seconds later on, the other processes end.
 
     Args:
         script: the name of the script, for messages.
-        coordinator: 'HOST:PORT' of process 0, or 'auto' to ask Slurm, Open MPI or Kubernetes for everything.
+        coordinator: 'HOST:PORT' of process 0, or 'auto' if Slurm, Open MPI or Kubernetes describes the processes.
         processes: the number of processes, None with 'auto'.
         process_id: the index of this process, None with 'auto'.
-        timeout: seconds until all processes must have joined, None for 60. Otherwise each ends with a message and
-            status 2.
-        stops_by_step: whether reached_stop reports the signals of signals.STOPPING. Otherwise they end the process.
+        timeout: seconds within which all processes must join. None means 60. After that, a waiting process ends with a
+            message and status 2.
+        stops_by_step: whether reached_stop reports the signals of signals.STOPPING. If not, the signals end the
+            process.
 
     Raises:
         DeviceError: the processes cannot be joined.
     """
-    if jax.__version_info__ < (0, 10, 2):  # cached collectives never return there, and other processes wait for them
+    if jax.__version_info__ < (0, 10, 2):  # cached collectives never return in older versions, and block all processes
         jax.config.update('jax_enable_compilation_cache', False)
     jax.config.update('jax_enable_preemption_service', stops_by_step)
     address = {'coordinator_address': coordinator, 'cluster_detection_method': 'deactivate'}
@@ -93,8 +97,8 @@ def join(
     except (ValueError, RuntimeError) as error:
         reason = ' '.join(str(error).split())[:300]
         if coordinator == 'auto' and isinstance(error, ValueError):
-            where = 'neither Slurm, Open MPI nor Kubernetes says which processes there are'
-            reason = f'{where}; give HOST:PORT, --processes and --processid'
+            found = 'this process is not in a job of Slurm, Open MPI or Kubernetes'
+            reason = f'{found}; give --coordinator HOST:PORT, --processes and --processid'
         raise DeviceError(f'--coordinator {coordinator}: {reason}') from error
     finally:
         waiting.cancel()
@@ -105,28 +109,28 @@ def join(
 def _give_up(script, coordinator, timeout):
     """Ends the process with a message, because JAX would abort without saying why."""
     what = f'--coordinator {coordinator}: not all processes joined within {timeout} s'
-    print(f'{script}: error: {what}; see what those say that ended, or give a longer --jointimeout', file=sys.stderr)
+    print(f'{script}: error: {what}; see the output of the other processes, or raise --jointimeout', file=sys.stderr)
     _leave(2)
 
 
 def _terminate(number, frame):
-    """Sends SIGTERM to this process on another signal. A second signal ends the process at once."""
+    """Turns a signal into SIGTERM, which JAX reports to all processes. The same signal again ends this process."""
     del frame
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def require_same(held: dict) -> None:
-    """Raises a DeviceError if a process holds other values {name: value} than the first. JSON must hold the values."""
+    """Raises a DeviceError if the values {name: value} differ between processes. The values must fit in JSON."""
     held = json.loads(json.dumps(held))
     for name, value in from_first(lambda: held).items():
         if held.get(name) != value:
-            where = f'process {jax.process_index()}'
-            raise DeviceError(f'{where} has other {name} than process 0: start all with the same flags and data')
+            where = f'process {jax.process_index()} and process 0'
+            raise DeviceError(f'{where} differ in their {name}: start all processes with the same flags and data')
 
 
 def require_same_arrays(name: str, *arrays: np.ndarray) -> None:
-    """Raises a DeviceError if a process holds other arrays than the first. name: of the arrays, for the message."""
+    """Raises a DeviceError if the arrays differ between processes. name: what the arrays are, for the message."""
     if jax.process_count() > 1:
         require_same({name: [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]})
 
@@ -137,9 +141,9 @@ def is_first() -> bool:
 
 
 def from_first(function: Callable) -> Any:
-    """Calls function() in the first process only, and returns the result in every process. JSON must hold the result.
+    """Calls function() in the first process, and returns its result in every process.
 
-    All processes must call from_first.
+    All processes must call from_first. The result must fit in JSON.
     """
     if jax.process_count() == 1:
         return function()
@@ -155,7 +159,7 @@ def wait_for_all() -> None:
 
 
 def arrays_from_first(arrays: Any) -> Any:
-    """Returns the first process's pytree of arrays in every process. Arrays may be keys.
+    """Returns the first process's pytree of arrays in every process. Arrays may be random keys.
 
     The other processes pass jax.ShapeDtypeStructs of the arrays.
     """
@@ -168,11 +172,11 @@ def arrays_from_first(arrays: Any) -> Any:
     return jax.tree.map(sharding.like_key, multihost_utils.broadcast_one_to_all(numbers), arrays)
 
 
-_SHARE = 0.4  # of a device's memory that images may take
+_SHARE = 0.4  # the largest fraction of a device's memory that images may take
 
 
 def must_stream(images: np.ndarray) -> bool:
-    """Returns, in all processes, whether images would take too much memory of a device of the first process.
+    """Returns whether images would take too much of a device's memory. All processes get the first process's answer.
 
     images: uint8 [N, H, W, C].
     """
@@ -183,8 +187,8 @@ def must_stream(images: np.ndarray) -> bool:
 def reached_stop(stop: signals.Stop) -> bool:
     """Returns whether training must end after a step. All processes end after the same step.
 
-    To be called once a step. JAX's preemption service reports a SIGTERM of any process to all processes. The service
-    takes the number of the call, from 1 on, and reports an earlier signal at number 1.
+    Must be called once a step. If any process gets a SIGTERM, JAX's preemption service reports it to all processes.
+    The service needs the number of the call, from 1. It reports a signal before the first call at call 1.
     """
     stop.calls += 1
     if not jax.distributed.is_initialized():
@@ -196,13 +200,13 @@ def reached_stop(stop: signals.Stop) -> bool:
 
 @contextlib.contextmanager
 def ended_together(script: str, advice: str) -> Iterator[None]:
-    """Ends this process at once after an error, or after the end of another process.
+    """Ends this process at once after an error, or after another process has ended.
 
-    Otherwise the processes would wait for each other. A run of one process is left alone.
+    Otherwise the processes would wait for each other. Changes nothing in a run of one process.
 
     Args:
         script: the name of the script, for messages.
-        advice: what to do after the end of another process.
+        advice: what to do after another process has ended, for the message.
     """
     try:
         yield
@@ -212,7 +216,7 @@ def ended_together(script: str, advice: str) -> Iterator[None]:
         if isinstance(error, SystemExit):
             _leave(error.code)
         if any(name in str(error) for name in ('Gloo', 'NCCL', 'UNAVAILABLE')):
-            ended = f'{script}: error: another process ended, so process {jax.process_index()} does too'
+            ended = f'{script}: error: another process ended, so process {jax.process_index()} ends too'
             print(f'{ended}; {advice}', file=sys.stderr)
         else:
             traceback.print_exc()

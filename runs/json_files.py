@@ -1,4 +1,4 @@
-"""JSON files that are written whole, and read with care, because they may be damaged or somebody else's."""
+"""Reads and writes JSON files. Writes are atomic. Reads check the content, because a file may be damaged or hostile."""
 
 import json
 import math
@@ -10,16 +10,16 @@ import errors
 
 
 class RunError(errors.UserError):
-    """A run folder that cannot be made, or is not what it should be."""
+    """A run folder that cannot be made, or whose files are missing, damaged or wrong."""
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole. Raises RunError."""
+    """Writes a JSON file atomically. Raises RunError."""
     write_text(path, json.dumps(finite(content), indent=2) + '\n')
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in UTF-8 whole. Raises RunError."""
+    """Writes a text file in UTF-8 atomically. Raises RunError."""
     write_bytes(path, text.encode())
 
 
@@ -27,11 +27,11 @@ def require_numbers(record: dict, names: Iterable[str]) -> None:
     """Raises a ValueError if a dict lacks a number under one of these names. None stands for NaN or infinity."""
     for name in names:
         if name not in record or not isinstance(record[name], int | float | None) or isinstance(record[name], bool):
-            raise ValueError(f'{name} is {str(record.get(name))[:50]}, no number')
+            raise ValueError(f'{name} is {str(record.get(name))[:50]}, not a number')
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old file or the new one, never a part. Raises RunError."""
+    """Writes a file atomically: a reader sees the old or the new content, never a part. Raises RunError."""
     try:
         errors.write_bytes(path, content)
     except OSError as error:
@@ -41,11 +41,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_json(path: Path) -> dict:
     """Returns the object of a JSON file that these scripts wrote.
 
-    Raises OSError, or ValueError for other content and for files that are far too large.
+    Raises OSError, or ValueError if the content is not a JSON object or larger than `read_text` allows.
     """
     content = parse(read_text(path))
     if not isinstance(content, dict):
-        raise ValueError('it holds no object')
+        raise ValueError('it is not a JSON object')
     return content
 
 
@@ -70,7 +70,7 @@ def read_text(path: Path, limit: int = 1 << 24) -> str:
 
 
 def parse(text: str) -> Any:
-    """Returns the content of JSON. Raises ValueError, also for NaN, infinity and numbers that no float64 holds."""
+    """Returns the content of a JSON text. Raises ValueError for bad JSON, NaN, infinity and numbers beyond float64."""
     try:
         content = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_whole_number)
     except RecursionError as error:
@@ -80,7 +80,7 @@ def parse(text: str) -> Any:
 
 
 def _require_shallow(content, depth=50):
-    """Raises a ValueError for content that is nested so deeply that a recursive function might fail."""
+    """Raises a ValueError for content that is nested too deeply for recursive functions."""
     if isinstance(content, dict | list):
         if not depth:
             raise ValueError('it is nested too deeply')
@@ -91,7 +91,7 @@ def _require_shallow(content, depth=50):
 def _number(text):
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f'{text[:30]} is no finite number')
+        raise ValueError(f'{text[:30]} is not a finite number')
     return value
 
 

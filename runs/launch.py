@@ -1,4 +1,4 @@
-"""The start of every script: imports JAX, configures it as scripts need, and reports errors in one line.
+"""Starts every script: imports and configures JAX, and reports errors as one line.
 
 Scripts import this module before anything that imports JAX.
 """
@@ -20,7 +20,7 @@ import errors
 _ROOT = Path(__file__).resolve().parent.parent
 _script = Path(getattr(sys.modules['__main__'], '__file__', None) or '').resolve()
 if _script.parent in (_ROOT, _ROOT / 'benchmarks', _ROOT / 'studies'):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports ends the script without a traceback
 
 
 if metadata.version('jaxlib') == '0.10.1':  # logs an error for each cached function, because it misreads CPU features
@@ -31,7 +31,7 @@ except ValueError as error:  # an environment variable that JAX does not underst
     print(f'{os.path.basename(sys.argv[0])}: error: JAX cannot start: {errors.first_line(error)}', file=sys.stderr)
     sys.exit(2)
 
-# The part of JAX's configuration that changes a run's numbers, or that the scripts depend on.
+# JAX settings that change the numbers of a run, or that the scripts depend on.
 _CONFIGURATION = {
     'jax_default_prng_impl': 'threefry2x32',
     'jax_threefry_partitionable': True,
@@ -49,7 +49,7 @@ _CONFIGURATION = {
     'jax_transfer_guard_device_to_device': 'allow',
     'jax_transfer_guard_device_to_host': 'allow',
 }
-for _name, _value in _CONFIGURATION.items():  # whatever the environment says
+for _name, _value in _CONFIGURATION.items():  # overrides the environment variables of JAX
     if _name in jax.config.values:
         jax.config.update(_name, _value)
 
@@ -60,7 +60,7 @@ def use_compilecache(folder: str) -> None:
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-            print(f'warning: --compilecache {folder} cannot be written: what is compiled is not kept', file=sys.stderr)
+            print(f'warning: --compilecache {folder} is not writable: compiled functions are not kept', file=sys.stderr)
             warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')
         folder = folder if os.path.isdir(folder) else 'off'
     jax.config.update('jax_enable_compilation_cache', folder != 'off')
@@ -76,21 +76,20 @@ def _remove_empty_entries(folder):
         for entry in os.scandir(folder):
             if entry.name.endswith('-cache') and entry.is_file(follow_symlinks=False):
                 status = entry.stat()
-                if status.st_size == 0 and time.time() - status.st_mtime > 60:  # younger ones are being written
+                if status.st_size == 0 and time.time() - status.st_mtime > 60:  # newer files may still be written
                     os.unlink(entry)
 
 
 @contextlib.contextmanager
 def script(name: str) -> Iterator[None]:
-    """Wraps a script's main, so that UserErrors, Ctrl-C and output that cannot be written end without a traceback.
+    """Wraps a script's main. UserErrors and Ctrl-C end the script without a traceback.
 
-    A stream fails if nobody reads the pipe, or if the disk is full. Then the rest of the output is dropped, and the
-    script goes on.
+    Writing to stdout or stderr fails if nobody reads the pipe, or if the disk is full. Then the rest of the output is
+    dropped, and the script continues.
     """
 
     def warn(error):
-        what = f'what is printed goes nowhere from here on ({error.strerror})'
-        print(f'{name}: warning: {what}', file=sys.stderr, flush=True)
+        print(f'{name}: warning: further output is lost ({error.strerror})', file=sys.stderr, flush=True)
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -112,11 +111,11 @@ def script(name: str) -> Iterator[None]:
 
 
 def _require_working_folder():
-    """Raises a UserError if the working folder was removed, because no relative path means anything then."""
+    """Raises a UserError if the working folder was removed, because relative paths then have no meaning."""
     try:
         os.getcwd()
     except OSError as error:
-        raise errors.UserError('the working folder no longer exists: cd to one that does') from error
+        raise errors.UserError('the working folder no longer exists: cd to an existing folder') from error
 
 
 class _BreakableStream:
@@ -139,16 +138,20 @@ class _BreakableStream:
         try:
             return function(*args)
         except OSError as error:
-            if self._broken.acquire(blocking=False):  # only the first of several threads
+            if self._broken.acquire(blocking=False):  # only in the first of several threads
                 null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())  # the buffer is written again at the end of the process
+                os.dup2(null, self._stream.fileno())  # Python flushes the buffer again when the process ends
                 os.close(null)
                 self._on_break(error)
 
 
 @contextlib.contextmanager
 def one_line_errors(script: str) -> Iterator[None]:
-    """Ends the script with the message and the exit status of a UserError, or the file and reason of an OSError."""
+    """Ends the script with one line after a UserError or an OSError.
+
+    A UserError gives its message and exit status. An OSError gives its file, its reason and status 2. An OSError
+    without a file is raised again.
+    """
     try:
         yield
     except errors.UserError as error:

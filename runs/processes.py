@@ -22,15 +22,15 @@ def on_devices(tasks: Sequence[Callable], number: int | None = None) -> list:
     """Calls task(run) for each task, N at once.
 
     `run(command, write)` runs a process on a separate GPU or share of the cores. It calls write(line) with each line
-    that the process prints, and returns the exit status of the process. The signals of signals.STOPPING are passed on
-    to the running processes. Then no further processes start, and this process ends after the running processes.
+    that the process prints, and returns the exit status of the process. Signals of signals.STOPPING are passed on to
+    the running processes. Then no new process starts, and this process ends after the running processes.
 
     Args:
         tasks: functions of `run`.
         number: N, how many tasks run at once. None means one per GPU, or one without GPUs.
 
     Returns:
-        The results of the tasks. A task that raises a RunError has the result None, and the message is printed.
+        The results of the tasks. If a task raises a RunError, its message is printed and its result is None.
     """
     gpus = _gpus()
     number = number or len(gpus) or 1
@@ -54,7 +54,7 @@ def on_devices(tasks: Sequence[Callable], number: int | None = None) -> list:
 
     with _Processes() as processes, ThreadPoolExecutor(number) as pool:
         futures = [pool.submit(call, task) for task in tasks]
-        while wait(futures, timeout=0.2).not_done:  # a signal to another thread does not wake this one
+        while wait(futures, timeout=0.2).not_done:  # a signal to another thread does not wake this thread
             pass
         results = [future.result() for future in futures]
     if processes.signal:
@@ -63,7 +63,7 @@ def on_devices(tasks: Sequence[Callable], number: int | None = None) -> list:
 
 
 class _StoppedError(Exception):
-    """A signal came, and the process with this number has ended. The number is None if no process was started."""
+    """The process with this number ended after a signal. The number is None if no process was started."""
 
     def __init__(self, number=None):
         self.number = number
@@ -104,7 +104,7 @@ class _Processes:
         self.signal = number
         for process in list(self._running):
             process.send_signal(number)
-        signals.say(f'{signal.Signals(number).name}: waiting for what runs to save and end')
+        signals.say(f'{signal.Signals(number).name}: waiting for the running processes to save and end')
 
 
 def _start(environment, command):
@@ -116,23 +116,23 @@ def _start(environment, command):
         stderr=subprocess.STDOUT,
         text=True,
         errors='replace',
-        start_new_session=True,  # because Ctrl-C would reach it twice
+        start_new_session=True,  # otherwise Ctrl-C would reach the process twice
     )
 
 
 def share_of_cores(number: int) -> dict[str, str]:
-    """Returns environment variables that limit XLA's threads in each of N processes side by side.
+    """Returns environment variables that limit XLA's threads in each of N parallel processes.
 
-    With more threads the processes hinder each other.
+    With more threads the processes slow each other down.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return {'PJRT_NPROC': str(max(1, cores // number))}
 
 
 def _share_of_gpus(gpus, job, number):
-    """Returns environment variables that give process `job` of N a GPU, or a part of its memory.
+    """Returns environment variables that give process `job` of N a GPU, or a part of a GPU's memory.
 
-    JAX would reserve most of the memory otherwise.
+    Without them, JAX would reserve most of the memory.
     """
     if not gpus:
         return {}
@@ -154,7 +154,7 @@ def _gpus():
 def train_seeds(values: dict, seeds: Sequence[int]) -> int:
     """Trains with the flags {name: value} and each seed, one process per seed. Prints the lines of all processes.
 
-    Returns an exit status: the highest of all processes, 0 if all succeed. A process that signal N ends has 128 + N.
+    Returns the highest exit status of all processes, 0 if all succeed. A process that signal N ends counts as 128 + N.
     """
     args = training_flags.parse_args(training_flags.command_line(values))
     left = set(seeds)
@@ -181,7 +181,7 @@ def train_seeds(values: dict, seeds: Sequence[int]) -> int:
     except SystemExit:
         if left:
             numbers = ' '.join(str(seed) for seed in seeds if seed in left)
-            print(f'nothing is saved of the others: train with the same flags and --seeds {numbers}', file=sys.stderr)
+            print(f'seeds without a checkpoint: train with the same flags and --seeds {numbers}', file=sys.stderr)
         raise
     return max(128 - status if status < 0 else status for status in statuses)
 
@@ -204,7 +204,7 @@ def trained_and_tested(run: Callable, folder: Path, values: dict, requests: Sequ
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / 'output.txt').exists() and not (folder / 'output.txt').is_file():
-            raise folders.RunError(f'{folder / "output.txt"} is no regular file: remove it')
+            raise folders.RunError(f'{folder / "output.txt"} is not a regular file: remove it')
         with folders.locked(folder), open(folder / 'output.txt', 'a', buffering=1) as output:
             call = partial(_call, run, folder, output)
             trained = _trained(call, folder, values)
@@ -220,7 +220,7 @@ def _call(run, folder, output, script, given):
 
 
 def _is_of_a_start(path):
-    """Returns whether train.py writes this file or folder before the first checkpoint of the run is whole."""
+    """Returns whether train.py writes this file or folder before the first checkpoint of the run is complete."""
     if path.name == 'checkpoints' and path.is_dir():
         return all(folders.LEFTOVER_CHECKPOINT.fullmatch(inner.name) for inner in path.iterdir())
     return re.fullmatch(r'lock|(config\.json|log\.jsonl)(\..+\.partial)?', path.name)
@@ -236,7 +236,7 @@ def _trained(call, folder, values):
     for left in folder.glob('*/*/run_*'):
         others = sorted(path.name for path in left.iterdir() if not _is_of_a_start(path))
         if others:
-            raise folders.RunError(f'{left} holds no checkpoint, but {others[0]}: move it away, and begin anew')
+            raise folders.RunError(f'{left} holds {others[0]} but no checkpoint: move the folder away, and try again')
         with folders.locked(left):
             pass
         shutil.rmtree(left)  # after the lock is closed, because NFS keeps open files in the folder
@@ -251,9 +251,9 @@ def _tested(call, trained, values, request):
 
 
 def require_same_flags(folder: Path, values: dict) -> None:
-    """Raises a RunError if the run below `folder` was begun with other flags {name: value}.
+    """Raises a RunError if the run below `folder` began with other flags {name: value}.
 
-    The flags that may change when a run is resumed are not compared, except --epochs.
+    Ignores the flags that may change when a run is resumed, except --epochs.
     """
     exempt = {*training_flags.OF_START, *training_flags.MAY_CHANGE, 'resultsfolder'} - {'epochs'}
     for path in folder.glob('*/*/run_*/config.json'):
@@ -262,8 +262,8 @@ def require_same_flags(folder: Path, values: dict) -> None:
         for name in sorted(given.keys() - exempt, key=lambda name: (name not in values, name)):
             if held[name] != given[name]:
                 raise folders.RunError(
-                    f'{path.parent} was begun with --{name} {held[name]}, not {given[name]}: '
-                    'take another folder, or remove this one'
+                    f'{path.parent} began with --{name} {held[name]}, not {given[name]}: '
+                    'use another folder, or remove this one'
                 )
 
 

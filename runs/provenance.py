@@ -30,9 +30,9 @@ def environment() -> dict:
 
 
 def require_same_precision(run: Path, before: dict) -> None:
-    """Raises a RunError if matrices are multiplied in another precision than before. Warns of other XLA_FLAGS.
+    """Raises a RunError if the precision of matrix products has changed since the run began.
 
-    An entry that the configuration lacks counts as the same.
+    Warns if XLA_FLAGS have changed. A setting that the configuration lacks counts as unchanged.
 
     Args:
         run: the run folder, for the messages.
@@ -42,10 +42,11 @@ def require_same_precision(run: Path, before: dict) -> None:
     precision, flags = before.get('matmul_precision'), before.get('xla_flags', now['xla_flags'])
     if 'matmul_precision' in before and precision != now['matmul_precision']:
         begun, given = precision or 'unset', now['matmul_precision'] or 'unset'
-        raise folders.RunError(f'JAX_DEFAULT_MATMUL_PRECISION is {given}, and {run} was begun with {begun}: set it so')
+        what = f'JAX_DEFAULT_MATMUL_PRECISION is {given}, but {run} began with {begun}'
+        raise folders.RunError(f'{what}: set the same precision')
     if flags != now['xla_flags'] and hosts.is_first():
-        what = f'XLA_FLAGS is {now["xla_flags"]!r}, and {run} was begun with {flags!r}'
-        print(f'train.py: warning: {errors.printable(what)}: numbers may differ by rounding', file=sys.stderr)
+        what = f'XLA_FLAGS is {now["xla_flags"]!r}, but {run} began with {flags!r}'
+        print(f'train.py: warning: {errors.printable(what)}: results may differ by rounding', file=sys.stderr)
 
 
 def _cpu_name():
@@ -58,7 +59,7 @@ def _cpu_name():
 
 
 def of_command(script: str, argv: list[str] | None = None) -> dict:
-    """Returns the command and the environment of a script's results. argv: None for this process's arguments."""
+    """Returns the command and the environment of a script's results. argv: None means this process's arguments."""
     command = ' '.join(['python', script, *(sys.argv[1:] if argv is None else argv)])
     return {'command': command, 'environment': environment()}
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-# Slurm's preemption, Ctrl-C, Slurm's warning before a time limit, a terminal that is closed.
+# In order: Slurm's preemption, Ctrl-C, Slurm's warning before a time limit, a closed terminal.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -28,25 +28,27 @@ def restore(handlers: dict) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line to stderr from a signal's handler, which may have interrupted another print."""
+    """Prints a line to stderr. Works in a signal handler, which may have interrupted another print."""
     try:
         print(f'\n{text}', file=sys.stderr, flush=True)
-    except RuntimeError:  # streams cannot be entered twice
+    except RuntimeError:  # streams are not reentrant
         with contextlib.suppress(OSError):
             os.write(2, f'\n{text}\n'.encode(errors='replace'))
 
 
 class Stop:
-    """Handles the STOPPING signals while it is entered.
+    """Handles the STOPPING signals inside a `with` block.
 
-    Before `begin()` a signal ends the process, because nothing needs saving. After `begin()` the first signal is noted
-    in `signal`, and the caller saves and ends. A later signal ends the process at once. A signal within a second of the
-    first is ignored, because Slurm signals a process and the parent, which passes the signal on. Saved files stay
-    whole, because the files of a run are written beside their place and renamed.
+    Before `begin()` a signal ends the process, because nothing needs saving. After `begin()` the first signal is stored
+    in `signal`, and the caller saves and ends. A later signal ends the process at once. Saved files stay intact,
+    because the files of a run are written atomically.
+
+    A second signal within one second is ignored. Slurm signals a process and its parent, and the parent passes the
+    signal on.
 
     Attributes:
-        signal: the number of the first signal, None before.
-        calls: how many times hosts.reached_stop was called.
+        signal: the number of the first signal, or None.
+        calls: the number of calls of hosts.reached_stop.
     """
 
     def __init__(self) -> None:
@@ -67,7 +69,7 @@ class Stop:
             restore(self._before)
 
     def begin(self) -> None:
-        """Notes that there is something to save from now on."""
+        """Declares that a signal must not end the process before its work is saved."""
         self._begun = True
 
     def _note(self, number, frame):
@@ -75,8 +77,6 @@ class Stop:
         if self.signal is not None and time.monotonic() - self._noted_at < 1:
             return
         if self.signal is not None or not self._begun:
-            os._exit(128 + number)  # sys.exit would be lost in callbacks, such as garbage collection's
+            os._exit(128 + number)  # callbacks, as in garbage collection, would swallow sys.exit
         self.signal, self._noted_at = number, time.monotonic()
-        say(
-            f'{signal.Signals(number).name}: finishing the step and saving it; once more after a second to exit at once'
-        )
+        say(f'{signal.Signals(number).name}: finishing the step and saving it; repeat after a second to exit at once')

@@ -1,4 +1,4 @@
-"""Small image sets in the official layouts, made in the test."""
+"""Makes small image sets in the official file layouts."""
 
 import gzip
 import io
@@ -18,7 +18,7 @@ def cifar_images(seed, n, num_classes):
 
 
 def cifar10_record_files(n=4):
-    """Names and payloads of the binary layout, with the images and labels they hold."""
+    """Returns CIFAR-10's binary files, {name: bytes}, and what they hold, {batch: (images, labels)}."""
     files, contents = {}, {}
     for i, name in enumerate([*CIFAR10_TRAIN, 'test_batch']):
         images, labels = cifar_images(i, n, 10)
@@ -39,7 +39,7 @@ def cifar100_record_files(n=200):
 
 
 def cifar_pickle(images, labels, label_key=b'labels'):
-    """A batch as Python 2 pickled it: protocol 2, byte strings as keys."""
+    """Returns a batch pickled as by Python 2: protocol 2, byte strings as keys."""
     rows = images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
     return pickle.dumps({b'data': rows, label_key: labels.tolist(), b'batch_label': b'made'}, protocol=2)
 
@@ -64,7 +64,7 @@ def idx(array):
 
 
 def write_idx_set(folder, num_train=20, num_test=10, compressed=True, pixels=28):
-    """Four files as MNIST has them; the images are blank but for their label's column."""
+    """Writes MNIST's four files. Each image is black except for one white column, number 2 × label."""
 
     def of_labels(n):
         labels = np.arange(n) % 10
@@ -76,7 +76,7 @@ def write_idx_set(folder, num_train=20, num_test=10, compressed=True, pixels=28)
 
 
 def write_idx_files(folder, train, test, compressed=True):
-    """Four files as MNIST has them of grey images uint8 [N, H, W] or [N, H, W, 1] and their labels."""
+    """Writes MNIST's four files from pairs of grey images, uint8 [N, H, W] or [N, H, W, 1], and labels [N]."""
     folder.mkdir(parents=True)
     for prefix, (images, labels) in (('train', train), ('t10k', test)):
         images = images.reshape(images.shape[:3])
@@ -95,7 +95,10 @@ def jpeg(level, mode='RGB'):
 
 
 def write_tinyimagenet_zip(path, num_classes=200):
-    """One training and one validation image a class; the brightness is the class, and every tenth image is grey."""
+    """Writes the zip with one training and one validation image per class.
+
+    The red channel is the number of the class. Every tenth image is grey.
+    """
     classes = [f'n{i:08d}' for i in range(num_classes)]
     annotations = []
     with zipfile.ZipFile(path, 'w') as archive:
@@ -103,7 +106,7 @@ def write_tinyimagenet_zip(path, num_classes=200):
         for i, name in enumerate(classes):
             mode = 'L' if i % 10 == 0 else 'RGB'
             archive.writestr(f'tiny-imagenet-200/train/{name}/images/{name}_0.JPEG', jpeg(i, mode))
-            # in an order of names that is not that of the classes
+            # the file names sort in another order than the classes
             archive.writestr(f'tiny-imagenet-200/val/images/val_{num_classes - i}.JPEG', jpeg(i, mode))
             annotations.append(f'val_{num_classes - i}.JPEG\t{name}\t0\t0\t62\t62')
         archive.writestr('tiny-imagenet-200/val/val_annotations.txt', '\n'.join(annotations))
@@ -111,7 +114,16 @@ def write_tinyimagenet_zip(path, num_classes=200):
 
 
 def prepare_tfds(folder, channels=3, sizes=(8,), png=None):
-    """A data set prepared by TFDS itself, of levels or of one image file; PNG lets it do so without tensorflow."""
+    """Lets TFDS prepare a data set with 6 training and 3 test images of three classes.
+
+    TFDS does not need TensorFlow for PNG files.
+
+    Args:
+        folder: TFDS's data_dir.
+        channels: the channels of the images.
+        sizes: heights in pixels, which the images cycle through. The width is 8.
+        png: the bytes of one image file for all images. By default, image i has the level 10·i everywhere.
+    """
     import tensorflow_datasets as tfds
 
     def image_file(i):

@@ -1,4 +1,7 @@
-"""Processes of tests that run a script of the project: forked from one that has imported JAX, which takes a second."""
+"""Runs the project's scripts in child processes of tests.
+
+The children are forked from a server that has already imported JAX, because the import takes a second.
+"""
 
 import atexit
 import multiprocessing
@@ -15,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['flax.linen', 'jax', 'optax', 'PIL.Image', 'tqdm'])
 
-# multiprocessing takes the exit statuses of all processes where one starts or ends, which two threads must not at once.
+# When a process starts or ends, multiprocessing collects all exit statuses. Two threads must not do so at once.
 _LOCK = threading.Lock()
 
 
 class Child:
-    """What `python ARGUMENTS` does, SCRIPT ... or -c CODE ..., with what subprocess.Popen has for it."""
+    """Runs what `python SCRIPT ...` or `python -c CODE ...` would, with an interface like subprocess.Popen."""
 
     def __init__(self, arguments, folder=ROOT, environment=None, errors_to_output=False):
         self.stdout, out = _pipe()
@@ -45,7 +48,7 @@ class Child:
 
     @property
     def returncode(self):
-        """The exit status, or minus the signal that it ended by; None as long as it has not ended."""
+        """The exit status, or minus the number of the signal that ended the process. None while it runs."""
         with _LOCK:
             return self._process.exitcode
 
@@ -60,7 +63,7 @@ class Child:
         self._process.kill()
 
     def communicate(self, timeout=120):
-        """The rest of its output and its errors, when it has ended; it is killed after `timeout` seconds."""
+        """Waits for the end and returns the rest of (stdout, stderr). Kills the process after `timeout` seconds."""
         late = threading.Timer(timeout, self.kill)
         late.start()
         with self, ThreadPoolExecutor(1) as pool:
@@ -71,14 +74,14 @@ class Child:
 
 
 def run(arguments, environment=None):
-    """As subprocess.run: the CompletedProcess of a child, with its texts."""
+    """Runs a child to its end and returns a CompletedProcess with text output, like subprocess.run."""
     child = Child(arguments, environment=environment)
     out, errors = child.communicate(timeout=600)
     return subprocess.CompletedProcess(arguments, child.returncode, out, errors)
 
 
 def _pipe():
-    """The end of a pipe to read text from, and the other, which can be given to a process."""
+    """Returns the two ends of a pipe: a text file to read, and a connection that a child process can inherit."""
     reader, writer = FORKS.Pipe(duplex=False)
     return open(os.dup(reader.fileno())), writer
 
@@ -102,6 +105,6 @@ def _run(arguments, folder, environment, out, error):
         else:
             sys.argv = arguments
             runpy.run_path(arguments[0], run_name='__main__')
-    finally:  # as an interpreter ends, which multiprocessing leaves out
+    finally:  # the end of an interpreter, which multiprocessing skips
         threading._shutdown()
         atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-from runs import launch  # before JAX is imported elsewhere
+from runs import launch  # before anything that imports JAX
 
 # isort: split
 import gc
@@ -18,30 +18,30 @@ import models
 from runs import checkpoints, folders, processes, signals
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which processes of tests would inherit
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup; child processes would inherit it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-gc.set_threshold(10_000)  # JAX's traces are many objects that stay
+gc.set_threshold(10_000)  # JAX's traces are many long-lived objects
 
 os.environ |= processes.share_of_cores(int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))
-# LLVM's further optimizations, and unrolled loops, take longer than they save in short tests; GPUs are to sum in one
-# order.
+# LLVM's higher optimization levels and unrolled loops take longer to compile than they save in short tests. GPUs must
+# sum in a fixed order.
 XLA_FLAGS = (
     '--xla_backend_optimization_level=1 --xla_gpu_deterministic_ops=true '
     '--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_slp_vectorizer'
 )
-if jax.__version_info__ < (0, 11):  # which on CPUs can make loops in another way, that compiles in half the time
+if jax.__version_info__ < (0, 11):  # older versions can compile loops on CPUs another way, in half the time
     XLA_FLAGS += ' --xla_cpu_use_fusion_emitters=false'
-# Of processes that take few steps.
+# For processes that take few training steps.
 XLA_FLAGS_OF_FEW_STEPS = f'{XLA_FLAGS} --xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{XLA_FLAGS} {os.environ.get("XLA_FLAGS", "")}'
-# What is compared to the last digits is not for TensorFloat-32, which GPUs would multiply in.
+# Some tests compare to the last digits. TensorFloat-32, the default of GPUs, is too coarse for them.
 os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'float32'
 jax.config.update('jax_default_matmul_precision', 'float32')
 
 
 @pytest.fixture(scope='session', autouse=True)
 def compilecache(tmp_path_factory):
-    """Commands in tests share a cache of compiled functions that is not the user's, those of parallel workers too."""
+    """Gives all commands in tests one cache of compiled functions, across parallel workers, apart from the user's."""
     folder = tmp_path_factory.getbasetemp().parent / f'cache-{os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())}'
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def compilecache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A run that a signal stopped leaves its handlers to the end of its process, which is this one."""
+    """Restores the signal handlers after each test, because a stopped run leaves its handlers in place."""
     before = {number: signal.getsignal(number) for number in signals.STOPPING}
     yield
     for number, handler in before.items():
@@ -61,7 +61,7 @@ def handlers():
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Fails at once what would fetch a file."""
+    """Makes every download fail at once."""
 
     def refuse(url, timeout=None):
         raise OSError('no network in tests')
@@ -71,14 +71,14 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def x64():
-    """float64, in which golden values and closed forms are compared."""
+    """Enables float64, for comparisons with golden values and closed forms."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope='session')
 def datasets(tmp_path_factory):
-    """A folder with 40 training and 20 test images as MNIST, and 40 and 8 as CIFAR-10."""
+    """Returns a folder with 40 training and 20 test images as MNIST, and 40 and 8 as CIFAR-10."""
     folder = tmp_path_factory.mktemp('datasets')
     archives.write_idx_set(folder / 'mnist', num_train=40, num_test=20)
     archives.write_tar(folder / 'cifar-10-binary.tar.gz', archives.cifar10_record_files(n=8)[0])
@@ -86,7 +86,7 @@ def datasets(tmp_path_factory):
 
 
 class SmallResNet(nn.Module):
-    """The stem and the head of ResNet-18 with four channels: batch statistics without the minute of compilation."""
+    """ResNet-18's stem and head with four channels. It has batch statistics, but does not take a minute to compile."""
 
     num_classes: int
 
@@ -120,7 +120,7 @@ class ShortResNet20(nn.Module):
 
 
 class TwoConvolutions(nn.Module):
-    """Of 32 features, enough for tiles on CPUs, with filter response normalisation; and a head."""
+    """Two convolutions with filter response normalisation, and a head. 32 features are enough for tiles on CPUs."""
 
     num_classes: int
 
@@ -133,13 +133,13 @@ class TwoConvolutions(nn.Module):
 
 @pytest.fixture
 def small_resnet18(monkeypatch):
-    """Lets this process take SmallResNet for ResNet-18."""
+    """Replaces ResNet-18 by SmallResNet in this process."""
     monkeypatch.setitem(models.MODELS, 'resnet18', SmallResNet)
 
 
 @pytest.fixture
 def traced_anew():
-    """Forgets what was traced before the test, and in it."""
+    """Clears what JAX has traced, before and after the test."""
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -147,7 +147,7 @@ def traced_anew():
 
 @pytest.fixture(params=['own', 'gpu'])
 def platform(request, monkeypatch):
-    """Lets this platform compute what it does, or what GPUs do."""
+    """Runs a test with this platform's code, and with the code for GPUs."""
     if request.param == 'gpu':
         request.getfixturevalue('traced_anew')
         monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, default, **_: default(*arguments))
@@ -155,7 +155,7 @@ def platform(request, monkeypatch):
 
 @pytest.fixture(scope='module')
 def forked_jobs():
-    """Lets this process fork what runs, seeds and sweeps start side by side."""
+    """Forks the parallel jobs of seeds, sweeps and studies, which would start new interpreters otherwise."""
 
     def start(environment, command):
         return children.Child(command[1:], environment=environment, errors_to_output=True)
@@ -167,7 +167,7 @@ def forked_jobs():
 
 @pytest.fixture
 def flags_of(datasets, tmp_path):
-    """The flags of a short run, with others added or in place of them."""
+    """Returns a function that builds the flags of a short run. Keyword arguments add or replace flags."""
 
     def build(**changes):
         flags = {
@@ -188,13 +188,13 @@ def read_log(run):
 
 
 def restore(run, step=None):
-    """What checkpoints.restore returns for a run: (step, state, progress)."""
+    """Returns (step, state, progress) of a checkpoint, by default of the newest, as checkpoints.restore does."""
     functions = experiment.create(folders.read_config(run))
     return checkpoints.restore(run, functions.state_shapes(), step)
 
 
 def arrays(state):
-    """The leaves of a state as NumPy arrays, keys as their data."""
+    """Returns the leaves of a state as NumPy arrays, and random keys as their data."""
     leaves = jax.tree.leaves(state)
     is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
     return [np.asarray(jax.random.key_data(leaf) if key else leaf) for leaf, key in zip(leaves, is_key, strict=True)]

@@ -1,11 +1,12 @@
-"""Damages small valid files at random and reads them: the right kind of result or one line, in little time and memory.
+"""Damages small valid files at random and reads them.
 
-The files are those of data sets and those of run folders and sweeps.
+Readers must give a result of the right kind or one line of error, in little time and memory. The files belong to data
+sets, run folders and sweeps.
 
     python tests/fuzz.py --cases 10000
 
-Prints how many damaged files each reader read and refused. Whatever else happened is printed with its seed, and the
-file is saved in tests/corpus/READER, whose files the suite reads, too. A reader is a row of READERS.
+Prints how many damaged files each reader read and refused. Prints every other outcome with its seed, and saves the
+file in tests/corpus/READER. The test suite reads the saved files, too. A reader is a row of READERS.
 """
 
 import argparse
@@ -46,14 +47,15 @@ import setup_tinyimagenet  # noqa: E402
 from readers import cifar, idx, jpegs, npy, svhn, tfds  # noqa: E402
 
 CORPUS = HERE / 'corpus'
-SECONDS, MEGABYTES = 10, 300  # that a file may take
+SECONDS, MEGABYTES = 10, 300  # limits for one file
 
 
 class Reader(NamedTuple):
-    """A reader to be tried: how to make a valid file, and how to read one that is damaged.
+    """A reader under test.
 
-    make: Returns the bytes of a small valid file, the same at every call.
-    read: Reads damaged bytes in an empty folder. Raises errors.UserError, or an AssertionError for a wrong result.
+    Attributes:
+        make: returns the bytes of a small valid file, the same at every call.
+        read: reads damaged bytes in an empty folder. Raises errors.UserError, or AssertionError for a wrong result.
     """
 
     make: Callable[[], bytes]
@@ -112,7 +114,7 @@ def _mat(compressed=False):
     file = io.BytesIO()
     content = {'X': images.transpose(1, 2, 3, 0), 'y': labels[:, None].astype(np.uint8)}
     scipy.io.savemat(file, content, do_compression=compressed)
-    return b'MATLAB 5.0'.ljust(116) + file.getvalue()[116:]  # without the time
+    return b'MATLAB 5.0'.ljust(116) + file.getvalue()[116:]  # replaces the text that holds the time
 
 
 def _read_mat(folder, payload):
@@ -183,7 +185,7 @@ SHARD = f'{TOY}/toy-test.array_record-00000-of-00001'
 
 @functools.cache
 def _toy():
-    """The files of a prepared set by name."""
+    """Returns the files of a data set that TFDS has prepared, {name: bytes}."""
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stderr(io.StringIO()),
@@ -197,7 +199,7 @@ def _toy():
 def _of_tfds(name):
     def read(folder, payload):
         archives.write_files(folder, _toy() | {name: payload})
-        with (  # TFDS warns at length where it would like TensorFlow
+        with (  # TFDS prints long warnings about the missing TensorFlow
             contextlib.redirect_stderr(io.StringIO()),
             contextlib.redirect_stdout(io.StringIO()),
         ):
@@ -224,7 +226,7 @@ def _opened_toy():
 
 
 def _read_record(folder, payload):
-    """An example whose bytes and whose PNG are damaged."""
+    """Reads an example that is damaged anywhere, including the PNG in it."""
     opened = _opened_toy()
     image, label = tfds._image(opened, [payload], 0)
     assert image.format in ('PNG', 'JPEG')
@@ -234,7 +236,7 @@ def _read_record(folder, payload):
             int(label)
 
 
-# Run folders and sweeps. Modules are imported where files are made, because JAX takes long and most readers need none.
+# Run folders and sweeps. The functions import the modules, because JAX is slow to import and most readers need none.
 
 FLAGS = [
     '--dataset=digits', '--model=mlp', '--optim=bsam', '--batchsize=50', '--batchsplit=5', '--epochs=2',
@@ -284,7 +286,7 @@ def _make_config():
 
 
 def _with_checksum(payload):
-    """Returns a damaged configuration with the checksum that its content has, where Python reads it as an object."""
+    """Adds the right checksum to a damaged configuration, if it is still a JSON object without one."""
     from runs import folders
 
     try:
@@ -298,7 +300,7 @@ def _with_checksum(payload):
 
 
 def _read_config(folder, payload):
-    """As train.py --resume and test.py do, up to the checkpoint and the images."""
+    """Reads the file like train.py --resume and test.py, up to the checkpoint and the images."""
     import experiment
     from evaluation import comparison, request
     from runs import devices, folders, provenance, training_flags
@@ -394,7 +396,7 @@ def _read_log(folder, payload):
     assert all(type(record['epoch']) is int for record in log)
     figure = plots.training(log)
     numbers = [abs(x) for record in log for x in record.values() if isinstance(x, float | int) and x]
-    if numbers and (max(numbers) > 1e3 or min(numbers) < 1e-3):  # others look alike, and drawing takes long
+    if numbers and (max(numbers) > 1e3 or min(numbers) < 1e-3):  # other plots look alike, and drawing is slow
         with plots.settings(plots._STYLE):
             figure.draw_without_rendering()
 
@@ -407,7 +409,7 @@ def _make_metrics():
 
 
 def _read_metrics(folder, payload):
-    """As sweep.py and studies/study.py do."""
+    """Reads the file like sweep.py and studies/study.py."""
     import sweep
     from evaluation.request import Request
     from runs import folders, json_files
@@ -437,7 +439,7 @@ def _make_lines(records):
 
 
 def _predictions():
-    """The arrays of predictions.npz, as .npy files by name."""
+    """Returns the arrays of predictions.npz as .npy files, {name: bytes}."""
     import metrics
     from evaluation import posteriors, predictions
     from runs import checkpoints
@@ -463,7 +465,7 @@ _BETWEEN = b'<next array>'
 
 
 def _read_arrays(folder, payload):
-    """Arrays that are damaged, in a zip file that is not."""
+    """Reads damaged arrays in an intact zip file."""
     _read_predictions(folder, _zip_of(dict(zip(_predictions_by_name(), payload.split(_BETWEEN), strict=False))))
 
 
@@ -565,7 +567,7 @@ READERS |= {
     'predictions-arrays': Reader(lambda: _BETWEEN.join(_predictions().values()), _read_arrays),
     'sweep.toml': Reader(_make_toml, _read_toml),
 }
-OF_RUNS = READERS.keys() - OF_DATA  # of plain Python, so that no case can crash the process
+OF_RUNS = READERS.keys() - OF_DATA  # read in plain Python, where no case can crash the process
 if importlib.util.find_spec('tensorflow_datasets'):
     READERS |= {
         'tfds-record': Reader(_tfds_record, _read_record),
@@ -622,7 +624,7 @@ def _number(content, draws):
 
 
 def _digits(content, draws):
-    """Writes a huge or an odd number where one stands in the text."""
+    """Replaces a digit of the text by a huge or malformed number."""
     places = [i for i, byte in enumerate(content[:4096]) if 48 <= byte < 58] or [draws.randrange(len(content))]
     place = draws.choice(places)
     content[place : place + 1] = draws.choice((b'-1', b'9' * 12, b'9' * 30, b'9' * 5000, b'1e999', b'NaN', b'0x', b''))
@@ -651,14 +653,14 @@ _ENTRY = re.compile(rb'(' + _STRING + rb'|\w+)(\s*[:=]\s*)(' + _STRING + rb'|\{[
 
 
 def _value(content, draws):
-    """Writes another value where one stands: a hostile one, or one of the text's own."""
+    """Replaces a value of the text by a hostile one, or by another value of the text."""
     found = list(_VALUE.finditer(content)) or [re.match(rb'()', content)]
     chosen = draws.choice(found)
     content[slice(*chosen.span(1))] = draws.choice((*_VALUES_OF_TEXT, draws.choice(found)[1]))
 
 
 def _entry(content, draws):
-    """Drops an entry, or writes it twice, under the key of another one or under a hostile key."""
+    """Drops an entry, doubles it, or writes it under the key of another entry or under a hostile key."""
     found = list(_ENTRY.finditer(content))
     if not found:
         return
@@ -671,7 +673,7 @@ def _entry(content, draws):
 
 
 def _mark(content, draws):
-    """Puts a byte-order mark, a NUL or an escape code somewhere, mostly in front."""
+    """Inserts a byte-order mark, a NUL or an escape code, mostly at the beginning."""
     where = draws.choice((0, 0, draws.randrange(len(content))))
     content[where:where] = draws.choice(
         (b'\xef\xbb\xbf', b'\xff\xfe', b'\0', b'\x1b[31m', b'\xed\xa0\x80', '\u202e'.encode())
@@ -690,7 +692,7 @@ class _TooLongError(BaseException):
 
 
 def outcome(name: str, payload: bytes) -> str:
-    """Returns 'read' or 'refused', or what went wrong when a reader was given a payload."""
+    """Gives a payload to a reader. Returns 'read', 'refused' or what went wrong."""
 
     def stop(signum, frame):
         raise _TooLongError
@@ -699,19 +701,19 @@ def outcome(name: str, payload: bytes) -> str:
     folder = Path(tempfile.mkdtemp())
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)  # for what does not come back from C
+    faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)  # for calls that hang in C
     try:
         with (
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(said),
-            unittest.mock.patch('os.fsync'),  # which takes longer than all else
+            unittest.mock.patch('os.fsync'),  # takes longer than everything else
         ):
             READERS[name].read(folder, payload)
         found = 'read'
     except errors.UserError as error:
         found = 'refused'
         print(error, file=said)
-    except SystemExit as error:  # of an argument parser
+    except SystemExit as error:  # from an argument parser
         found = 'refused' if error.code == 2 else f'exit status {error.code}'
     except _TooLongError:
         found = f'more than {SECONDS} s'
@@ -738,7 +740,17 @@ def corpus(name: str) -> list[Path]:
 
 
 def run(name: str, cases: int, seed: int = 0, with_corpus: bool = True) -> tuple[dict, dict]:
-    """Tries a reader in processes of its own. Returns counts of outcomes, and what went wrong by seed or file name."""
+    """Tries a reader in child processes, and goes on after a crash.
+
+    Args:
+        name: a row of READERS.
+        cases: the number of damaged files.
+        seed: the seed of the first file. Each further file adds 1.
+        with_corpus: whether to read the saved files as well.
+
+    Returns:
+        Counts of outcomes, and failures by seed or file name.
+    """
     counts, failures, end = collections.Counter(), {}, seed + cases
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder) / 'at'
@@ -762,9 +774,10 @@ def run(name: str, cases: int, seed: int = 0, with_corpus: bool = True) -> tuple
 def run_here(
     name: str, cases: int, seed: int = 0, with_corpus: bool = True, begin: Callable[[str], None] = len
 ) -> tuple[dict, dict]:
-    """Tries a reader in this process, which a reader that crashes ends. Returns what `run` does.
+    """Tries a reader in this process, which ends if the reader crashes. Takes and returns what `run` does.
 
-    begin: Called with the seed or file name of each case before it is read.
+    Args:
+        begin: is called with the seed or file name of each case before the case is read.
     """
     counts, failures = collections.Counter(), {}
     valid = READERS[name].make()
@@ -782,7 +795,7 @@ def run_here(
 
 
 def _child(args):
-    """Tries a reader in a process of its own, and prints what came of it."""
+    """Tries a reader in a child process of `run`, and prints the results as JSON."""
     with open(args.at, 'w') as at:
         counts, failures = run_here(
             args.child,
@@ -795,7 +808,7 @@ def _child(args):
 
 
 def main() -> None:
-    """Runs the cases of all readers, or of those named, and prints counts."""
+    """Runs the cases of all readers or of the named ones, and prints counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--cases', type=int, default=10_000, help='damaged files a reader')
     parser.add_argument('--seed', type=int, default=0, help='the first seed')

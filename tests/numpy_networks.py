@@ -1,4 +1,4 @@
-"""The networks in training in plain NumPy, from the reference's facts: slow and obvious.
+"""The networks in training mode in plain NumPy, after the reference: slow and obvious.
 
 Params are {'layer/name': array}. Images are [B, H, W, C], logits [B, K].
 """
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def convolution(x, params, name, stride=1):
-    """SAME, as a sum of products over the kernel's positions."""
+    """Convolves with SAME padding, as a sum of products over the kernel's positions."""
     kernel = params[f'{name}/kernel']
     size, (height, width) = len(kernel), x.shape[1:3]
     out = [-(-n // stride) for n in (height, width)]
@@ -27,7 +27,7 @@ def dense(x, params, name):
 
 
 def max_pool(x):
-    """3×3, stride 2, VALID."""
+    """Pools windows of 3×3 pixels with stride 2 and VALID padding."""
     height, width = ((n - 3) // 2 + 1 for n in x.shape[1:3])
     shifts = [(i, j) for i in range(3) for j in range(3)]
     return np.max([x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i, j in shifts], axis=0)
@@ -71,7 +71,7 @@ def resnet18(x, params):
 
 
 def resnet20(x, params):
-    """For 32×32 images, whose last 8×8 pixels one pool averages."""
+    """Takes 32×32 images only, because one pool averages the last 8×8 pixels."""
     x = _conv_frn(x, params, 'stem')
     for stage in (1, 2, 3):
         for block in (1, 2, 3):
@@ -100,7 +100,7 @@ NETWORKS = {'resnet18': resnet18, 'resnet20': resnet20, 'lenet': lenet, 'mlp': m
 
 
 def loss(name, params, images, labels):
-    """The mean negative log-likelihood of the softmax."""
+    """Returns the mean negative log-likelihood of the softmax."""
     logits = NETWORKS[name](images, params)
     logits = logits - logits.max(axis=1, keepdims=True)
     return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels])

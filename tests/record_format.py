@@ -1,4 +1,7 @@
-"""Records a run of the format of now in runs/, for test_formats.py: PYTHONPATH=. python tests/record_format.py"""
+"""Records a run in the current format in tests/runs, for test_formats.py.
+
+Run it with PYTHONPATH=. python tests/record_format.py.
+"""
 
 import shutil
 import tempfile

@@ -1,7 +1,8 @@
-"""Writes golden/ivon.npz: five steps of the authors' package ivon-opt (PyPI) with noise of our own.
+"""Writes golden/ivon.npz: five steps of the authors' package ivon-opt (PyPI) with noise drawn here.
 
-The test environment needs neither: pip install torch ivon-opt, then python tests/record_ivon.py. The problem is
-logistic regression in float64 on the batches that are recorded beside the weights and Hessians after every step.
+The test environment has neither torch nor ivon-opt: pip install torch ivon-opt, then python tests/record_ivon.py. The
+problem is logistic regression in float64. The file holds the batches, the noise, and the weights and Hessians after
+every step.
 """
 
 from pathlib import Path

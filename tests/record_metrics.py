@@ -1,7 +1,7 @@
-"""Writes golden/torch_metrics.json: what torchmetrics and torch-uncertainty make of the same predictions.
+"""Writes golden/torch_metrics.json: metrics computed by torchmetrics and torch-uncertainty.
 
-Needs neither of them in the test environment: pip install torch torchmetrics torch-uncertainty, then
-python tests/record_metrics.py. Predictions are those of test_metrics.predictions.
+The test environment has neither of them: pip install torch torchmetrics torch-uncertainty, then
+python tests/record_metrics.py. test_metrics.predictions makes the same predictions.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ def predictions(seed, n, num_classes, temperature):
 
 
 def sampled_probs():
-    """float64 [S, N, K], the predictions of five samples."""
+    """Returns the predictions of five samples, float64 [N, S, K]."""
     members = [predictions(seed, 40, 4, 1.0)[0] for seed in range(5)]
     return torch.stack(members, dim=1)
 

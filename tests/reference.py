@@ -41,7 +41,7 @@ def bsam_step(w, m, s, stats, sub_batches, noises, gradient, rate, beta1, beta2,
 
 
 def asam_step(w, m, sub_batches, gradient, rate, beta1, decay, rho, eta, is_bias):
-    """Kwon et al. (2021), with the perturbation of each sub-batch; returns new (w, m)."""
+    """Takes a step of ASAM (Kwon et al., 2021) that perturbs each sub-batch on its own. Returns the new (w, m)."""
     grads = []
     for sub_batch in sub_batches:
         _, g, _ = gradient(w, 0.0, sub_batch)
@@ -54,7 +54,7 @@ def asam_step(w, m, sub_batches, gradient, rate, beta1, decay, rho, eta, is_bias
 
 
 def logistic_gradient(w, stats, batch):
-    """Logistic regression with a running mean of its scores as `stats`: loss, gradient, stats."""
+    """Returns (loss, gradient, stats) of logistic regression. `stats` is a running mean of the scores."""
     x, y = batch
     score = x @ w
     p = 1 / (1 + np.exp(-score))

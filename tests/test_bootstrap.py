@@ -1,4 +1,4 @@
-"""Confidence intervals against closed forms, and how often they are right."""
+"""Confidence intervals against closed forms, and their coverage."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import metrics
 
 
 def coin_predictions(rng, n, share):
-    """Binary predictions of which a share is right."""
+    """Returns binary predictions and labels. A prediction is right with probability `share`."""
     right = rng.random(n) < share
     confidence = rng.uniform(0.5, 1, n)
     return np.column_stack([confidence, 1 - confidence]), np.where(right, 0, 1)
@@ -21,7 +21,7 @@ def test_interval_of_an_accuracy_is_that_of_a_binomial():
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """120 test sets of a predictor that is right with probability 0.9: 95 % of them, give or take four deviations."""
+    """95 % of the intervals of 120 test sets hold the true accuracy of 0.9, within four standard deviations."""
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(120):
@@ -32,7 +32,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_differences_are_paired():
-    """Two predictors that are wrong on nearly the same images differ clearly; each alone would be too noisy to tell."""
+    """Two predictors that are wrong on nearly the same images differ clearly, although their own intervals overlap."""
     rng = np.random.default_rng(2)
     probs, labels = coin_predictions(rng, 1000, 0.8)
     wrong = np.flatnonzero(labels == 1)
@@ -49,14 +49,14 @@ def test_differences_are_paired():
 
 
 def calibrated(rng, n, gap):
-    """Binary predictions whose ECE would be `gap` over infinitely many images."""
+    """Returns binary predictions and labels. Their ECE is `gap` in the limit of infinitely many images."""
     confidence = rng.uniform(0.6, 0.9, n)
     right = rng.random(n) < confidence - gap
     return np.column_stack([confidence, 1 - confidence]), np.where(right, 0, 1)
 
 
 def test_intervals_of_differences_of_calibration_errors_hold_the_truth():
-    """40 pairs of test sets, one of a calibrated predictor: most of them, where percentiles hold it in half of them."""
+    """For most of 40 pairs of test sets, the interval holds the true difference. Percentile intervals often miss it."""
     rng = np.random.default_rng(3)
     hits = percentile_hits = 0
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""train.py, test.py and demo2d.py as their users run them, on a few made images."""
+"""train.py, test.py and demo2d.py as users run them, on a few artificial images."""
 
 import inspect
 import json
@@ -45,7 +45,7 @@ def contents(folder):
     ],
 )
 def test_train_then_evaluate(optim, dataset, model, flags_of, tmp_path, capsys):
-    """Training sends nothing to the device but what it means to: no scalar a step, no batch."""
+    """Training makes no implicit transfer to the device, such as a scalar or a batch in each step."""
     with jax.transfer_guard('disallow'):
         train.main(flags_of(dataset=dataset, model=model, optim=optim))
     run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
@@ -81,7 +81,7 @@ def test_batch_statistics_move_at_every_gradient(optim, updates_a_step, flags_of
 
 
 def test_every_batch_size_gives_the_same_metrics(flags_of):
-    """7 does not divide the 20 test images: the last, smaller batch counts as much as it should."""
+    """A smaller last batch has the right weight, as with batches of 7 for the 20 test images."""
     run = train.main(flags_of())
     results = []
     for size in (1, 7, 20, 1000):
@@ -138,18 +138,18 @@ def test_compiled_functions_are_kept_where_the_flag_says(flags_of, tmp_path):
 
 
 def test_compiled_functions_that_have_no_place(flags_of, compilecache, tmp_path, monkeypatch, capsys):
-    """They are not kept, and training goes on."""
+    """Training goes on without keeping them."""
     (tmp_path / 'file').touch()
     monkeypatch.chdir(tmp_path)
     try:
         run = train.main(flags_of(compilecache='file'))
         error = capsys.readouterr().err
-        assert error == f'warning: --compilecache {tmp_path}/file cannot be written: what is compiled is not kept\n'
+        assert error == f'warning: --compilecache {tmp_path}/file is not writable: compiled functions are not kept\n'
         assert not jax.config.jax_enable_compilation_cache
         assert folders.read_config(run)['flags']['compilecache'] == f'{tmp_path}/file'
-        monkeypatch.setattr(os, 'access', lambda path, mode: False)  # as of a folder that others keep
+        monkeypatch.setattr(os, 'access', lambda path, mode: False)  # as for a folder of another user
         launch.use_compilecache(str(tmp_path))
-        assert jax.config.jax_enable_compilation_cache and 'cannot be written' in capsys.readouterr().err
+        assert jax.config.jax_enable_compilation_cache and 'is not writable' in capsys.readouterr().err
     finally:
         launch.use_compilecache(str(compilecache))
 
@@ -181,14 +181,14 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'dataset': 'tfds/'}, "unknown: 'tfds/'"),
         ({'model': 'resnet-18'}, "--model: unknown: 'resnet-18'; did you mean resnet18?"),
         ({'optim': 'bsm'}, "--optim: unknown: 'bsm'; did you mean bsam? choose from sgd, sam, bsam"),
-        ({'batchsplit': 3}, '20 does not divide into --batchsplit 3 sub-batches: take --batchsize 18 or 21 ('),
+        ({'batchsplit': 3}, '20 does not divide into --batchsplit 3 sub-batches: use --batchsize 18 or 21 ('),
         ({'batchsize': 60}, '--batchsize 60 exceeds the 40 training images'),
         ({'batchsize': 0}, "--batchsize: '0' is not a whole number of 1 or more"),
         ({'alpha': -1}, "--alpha: '-1' is not a number > 0"),
         ({'alpha': 'nan'}, "--alpha: 'nan' is not a number > 0"),
         ({'alpha': 3.41e38}, "--alpha: '3.41e+38' is not a number > 0 that float32 holds"),
         ({'custominit': 1e-50}, "--custominit: '1e-50' is not a number > 0 that float32 holds"),
-        ({'compilecache': ''}, "--compilecache: '' is no folder: name one, or give off"),
+        ({'compilecache': ''}, "--compilecache: '' is not a folder: name one, or give off"),
         ({'beta1': 1}, "--beta1: '1' is not a number >= 0 and < 1"),
         ({'rho': 'inf'}, "--rho: 'inf' is not a number >= 0"),
         ({'custominit': 0}, "--custominit: '0' is not a number > 0"),
@@ -200,7 +200,7 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'epochs': 1.5}, "--epochs: '1.5' is not a whole number of 0 or more"),
         ({'model': 'resnet20'}, 'resnet20 needs images of 29×29 pixels or more for its 8×8 pool, not 28×28'),
         ({'dataset': 'tinyimagenet'}, 'run python setup_tinyimagenet.py --datasetfolder'),
-        ({'resultsfolder': '/proc/results'}, 'no run folder can be made in /proc/results/mnist_mlp/bsam: '),
+        ({'resultsfolder': '/proc/results'}, 'cannot make a run folder in /proc/results/mnist_mlp/bsam: '),
     ],
 )
 def test_bad_flags(changes, message, flags_of, tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_results_without_a_place_are_refused_before_data_are_read(flags_of, tmp_
     with pytest.raises(SystemExit) as stop:
         train.main(flags_of(resultsfolder=tmp_path / 'file' / 'results', datasetfolder=tmp_path / 'nowhere'))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f'{tmp_path / "file"} is no folder, or read-only' in error
+    assert stop.value.code == 2 and f'{tmp_path / "file"} is not a folder, or is read-only' in error
 
 
 def test_names_in_any_case(flags_of):
@@ -235,7 +235,10 @@ def test_flags_of_other_optimizers_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         training_flags.parse_args(['--optim=sgd', '--rho=0.1'])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and '--rho is no flag of sgd, which takes --alpha, --beta1, --priorprec' in error
+    assert (
+        stop.value.code == 2
+        and '--rho does not apply to --optim sgd (sgd takes --alpha, --beta1, --priorprec)' in error
+    )
     with pytest.raises(SystemExit):
         training_flags.parse_args(['--optim=swag', '--epochs=1'])
     assert 'swag needs two epochs or more after --swagstart 0.5 of 2' in capsys.readouterr().err
@@ -277,7 +280,7 @@ def test_defaults_are_those_of_the_reference():
 
 @pytest.mark.parametrize('script', ['train', 'test', 'setup_tinyimagenet'])
 def test_help_and_usage_errors_touch_no_device(script):
-    """Nor do they import what is slow and rarely needed."""
+    """They do not import slow and rarely needed packages either."""
     code = f'import sys, {script}\ntry: {script}.main(sys.argv[1:])\nexcept SystemExit as stop: print(stop.code)\n'
     code += "print([name for name in ('matplotlib', 'sklearn', 'tensorflow_datasets') if name in sys.modules])"
     code += '\nfrom jax._src import xla_bridge\nprint(xla_bridge.backends_are_initialized())'
@@ -300,7 +303,7 @@ def test_bad_evaluations(flags_of, tmp_path, capsys):
     assert "--testmc: '0' is not a whole number of 1 or more" in evaluation_error(
         ['--resultsfolder=x', '--testmc=0'], capsys
     )
-    assert '--ensemble goes with several run folders' in evaluation_error(['--resultsfolder=x', '--ensemble'], capsys)
+    assert '--ensemble needs several run folders' in evaluation_error(['--resultsfolder=x', '--ensemble'], capsys)
     assert 'nowhere is not a run folder: it holds no config.json' in evaluation_error(
         [f'--resultsfolder={tmp_path}/nowhere'], capsys
     )
@@ -310,19 +313,19 @@ def test_bad_evaluations(flags_of, tmp_path, capsys):
     error = evaluation_error([f'--resultsfolder={run}', '--ood', 'digit'], capsys)
     assert "unknown: 'digit'; did you mean digits?" in error
     error = evaluation_error([f'--resultsfolder={run}'], capsys)
-    assert 'holds no checkpoint: no epoch of it was completed' in error
+    assert 'holds no checkpoint: training has not saved one yet' in error
     assert not (run / 'metrics.json').exists()
 
 
 def test_output_that_nobody_reads_ends_no_script(flags_of, monkeypatch, capsys):
-    """As after `| head`."""
+    """Standard output is a closed pipe, as after `| head`."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, 'w') as stream:
         monkeypatch.setattr(sys, 'stdout', stream)
         run = train.main(flags_of(epochs=1))
         assert len(read_log(run)) == 2
-        warning = 'train.py: warning: what is printed goes nowhere from here on (Broken pipe)\n'
+        warning = 'train.py: warning: further output is lost (Broken pipe)\n'
         assert capsys.readouterr().err == warning
 
 
@@ -392,7 +395,7 @@ def test_animation(tmp_path, capsys):
 
 
 def test_help_of_the_animation_needs_neither_matplotlib_nor_docstrings():
-    """Not even where a notebook names a backend that is missing."""
+    """The help works even if MPLBACKEND names a notebook backend that is not installed."""
     code = 'import sys, demo2d\ntry: demo2d.main(["--help"])\nexcept SystemExit as stop: print(stop.code)\n'
     code += "print([name for name in ('matplotlib', 'contourpy') if name in sys.modules])"
     environment = os.environ | {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
@@ -404,8 +407,8 @@ def test_help_of_the_animation_needs_neither_matplotlib_nor_docstrings():
 @pytest.mark.parametrize(
     ('output', 'message'),
     [
-        ('nowhere/a.gif', 'nowhere is no folder: make it first'),
-        ('a.png', 'a.png is not the name of a .gif'),
+        ('nowhere/a.gif', 'nowhere is not a folder: create it first'),
+        ('a.png', 'a.png: the name of the animation must end in .gif'),
         ('.', 'is a folder: give the path of a file'),
     ],
 )
@@ -418,7 +421,7 @@ def test_animation_that_cannot_be_written(output, message, tmp_path, capsys):
 
 @pytest.mark.parametrize('command', [['train.py'], ['test.py', '--resultsfolder=run_0']])
 def test_jax_without_a_device(command, tmp_path):
-    """As with a JAX for GPUs on a machine without one."""
+    """JAX for GPUs is in this state on a machine without a GPU."""
     environment = os.environ | {'JAX_PLATFORMS': 'nowhere'}
     done = subprocess.run(
         [sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -429,7 +432,7 @@ def test_jax_without_a_device(command, tmp_path):
 
 @pytest.mark.parametrize('message', ['RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.', 'INTERNAL'])
 def test_device_without_enough_memory(message, flags_of, monkeypatch, capsys):
-    """In training and in an evaluation; other errors of JAX are left as they are."""
+    """Training and evaluation report it with advice. Other errors of JAX pass through unchanged."""
     run = train.main(flags_of())
 
     def fail(*args, **kwargs):
@@ -437,7 +440,7 @@ def test_device_without_enough_memory(message, flags_of, monkeypatch, capsys):
 
     monkeypatch.setattr(posteriors, 'logits', fail)
     for main, flags, advice in (
-        (train.main, flags_of(), '--stream takes less, and so do --atonce 1, a smaller --batchsize'),
+        (train.main, flags_of(), '--stream, --atonce 1, a smaller --batchsize or --precision bfloat16 need less'),
         (evaluate.main, [f'--resultsfolder={run}'], 'a smaller --testbatchsize'),
     ):
         with pytest.raises((SystemExit, jax.errors.JaxRuntimeError)) as stop:
@@ -446,4 +449,4 @@ def test_device_without_enough_memory(message, flags_of, monkeypatch, capsys):
             assert str(stop.value) == message
         else:
             error = capsys.readouterr().err
-            assert stop.value.code == 2 and f'error: a device has not enough memory: {advice}' in error
+            assert stop.value.code == 2 and f'error: a device ran out of memory: {advice}' in error

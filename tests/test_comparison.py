@@ -1,4 +1,4 @@
-"""Runs side by side: which are one method, means over seeds, ensembles, tests, tables."""
+"""Comparisons of runs: methods, means over seeds, ensembles, significance tests, tables."""
 
 import csv
 
@@ -25,7 +25,7 @@ def result(optim, seed, strength=2.0, averaged=None, **flags):
 
 
 def test_rows_are_methods():
-    """Seeds and folders do not make another method, and an average that is the mean makes no other row."""
+    """Another seed or folder is the same method. An average over samples that equals the mean gets no row."""
     results = [result('sgd', 0), result('sgd', 1), result('bsam', 0, averaged=probs(9, 3)), result('bsam', 1, rho=0.2)]
     rows = comparison.rows(results)
     assert [(row.name, len(row.probs)) for row in rows] == [
@@ -40,7 +40,7 @@ def test_main_table():
     assert comparison.order(values) == [1, 0]
     header, cells = comparison.main_table(rows, values, bold=True)
     nlls = [metrics.nll(probs(seed, 2.0), LABELS) for seed in (0, 1)]
-    column = header.index('nll')
+    column = header.index('NLL')
     assert cells[0][column] == f'{np.mean(nlls):.4f} ± {np.std(nlls, ddof=1):.4f}'
     assert cells[1][column] == f'**{metrics.nll(probs(0, 4), LABELS):.4f}**' and cells[0][1] == '2'
 
@@ -55,18 +55,18 @@ def test_ensembles():
 
 
 def test_test_table():
-    """A method against itself does not differ; one that is much better does."""
+    """Equal predictions do not differ significantly. Much worse predictions do."""
     rows = comparison.rows([result('sgd', 0, strength=5), result('sam', 0, strength=5), result('bsam', 0, strength=1)])
     header, (same, worse) = comparison.test_table(rows, LABELS, num_bins=20)
-    assert header[1:3] == ['accuracy', 'p'] and same[1:3] == ['+0.00 [+0.00, +0.00]', '1.000'] and worse[2] == '0.002'
-    value, *interval = worse[header.index('nll')].split()
+    assert header[1:3] == ['accuracy %', 'p'] and same[1:3] == ['+0.00 [+0.00, +0.00]', '1.000'] and worse[2] == '0.002'
+    value, *interval = worse[header.index('NLL')].split()
     low, high = (float(x.strip('[],')) for x in interval)
     difference = metrics.nll(rows[2].probs[0], LABELS) - metrics.nll(rows[0].probs[0], LABELS)
     assert value == f'{difference:+.4f}' and 0 < low < difference < high
 
 
 def test_seeds_table():
-    """Runs that differ by more than chance, as scipy's test of their metrics says; ensembles are no runs."""
+    """The table equals scipy's test on the metrics of the runs. Ensembles are left out."""
     results = [result('sgd', seed, strength=5) for seed in range(3)] + [result('sam', seed) for seed in (3, 4)]
     rows = comparison.rows([*comparison.ensembles(results), *results])
     values = comparison.values(rows, LABELS, num_bins=20)
@@ -75,14 +75,14 @@ def test_seeds_table():
     nlls = [[metrics.nll(r.probs, LABELS) for r in results if r.flags['optim'] == optim] for optim in ('sam', 'sgd')]
     expected = scipy.stats.ttest_ind(*nlls, equal_var=False)
     difference = np.mean(nlls[0]) - np.mean(nlls[1])
-    column = header.index('nll')
+    column = header.index('NLL')
     low, high = expected.confidence_interval()
     assert cells[column] == f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]'
     assert cells[column + 1] == f'{expected.pvalue:.3f}' != 'nan'
 
 
 def test_seeds_without_a_test():
-    """One run of a method is no sample of seeds; runs that are all alike tell nothing of others."""
+    """A method with one run is left out. If all runs of both methods are alike, interval and p-value are nan."""
     single = comparison.rows([result('sgd', 0), result('sgd', 1), result('sam', 0)])
     assert comparison.seeds_table(single, comparison.values(single, LABELS, num_bins=20)) == ([], [])
     alike = [result(optim, 0, strength=s) for optim, s in (('sgd', 2), ('sgd', 2), ('sam', 3), ('sam', 3))]
@@ -94,7 +94,7 @@ def test_seeds_without_a_test():
 
 
 def test_impossible_classes():
-    """An infinite NLL has no deviation, and no difference to test."""
+    """An infinite NLL has no standard deviation, and no difference that can be tested."""
     certain = np.eye(3)[(LABELS + 1) % 3]
     results = [result('sgd', seed)._replace(probs_at_mean=certain, probs=certain) for seed in (0, 1)]
     rows = comparison.rows([result('sam', 0), *results])
@@ -120,7 +120,7 @@ def test_diverged_runs_come_last_and_are_not_tested():
 
 
 def test_laplace_is_a_row_beside_its_run():
-    """With one row at the mean; ensembles are of the runs alone."""
+    """Run and approximation share one row at the mean. Ensembles leave out the approximation."""
     run = result('sgd', 0)
     laplace = run._replace(probs=probs(5, 3), with_laplace=True)
     assert [row.name for row in comparison.rows([run, laplace])] == ['sgd, mean', 'sgd laplace, 8 samples']
@@ -130,7 +130,7 @@ def test_laplace_is_a_row_beside_its_run():
 
 
 def test_laplace_has_the_name_of_its_method():
-    """Also where only one of two methods with the same optimizer has one."""
+    """Holds even if only one of two methods with the same optimizer has an approximation."""
     runs = [result('sgd', 0), result('sgd', 0, rho=0.2)]
     laplace = runs[1]._replace(probs=probs(5, 3), with_laplace=True)
     assert [row.name for row in comparison.rows([*runs, laplace])] == [
@@ -153,7 +153,7 @@ def test_perfect_values_are_bold_only_where_asked():
 
 
 def test_flags_that_may_change_make_no_other_method():
-    """But for the number of epochs."""
+    """The number of epochs is an exception: it does make another method."""
     assert set(training_flags.MAY_CHANGE) - {'epochs'} <= set(comparison._NOT_OF_THE_METHOD)
 
 

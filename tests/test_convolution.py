@@ -25,7 +25,7 @@ def jax_convolution(x, kernel, stride, padding):
     ],
 )  # fmt: skip
 def test_convolution_gradient(pixels, size, stride, features, padding, few_channels, platform, monkeypatch, x64):
-    """Value and gradient are JAX's own, also of kernels that outweigh the images."""
+    """Value and gradient equal JAX's, also for kernels that outweigh the images."""
     if not few_channels:
         monkeypatch.setattr(convolution, '_FEWEST_CHANNELS_OF_PRODUCTS', 3)
     rng = np.random.default_rng(0)
@@ -49,9 +49,9 @@ def test_convolution_gradient(pixels, size, stride, features, padding, few_chann
     [('convolution', 3, 1), ('convolution', 3, 2), ('rows', 64, 1), ('products', 64, 2), ('tiles', 5, 1)],
 )
 def test_convolution_over_blocks(images, largest_block, kind, channels, stride, monkeypatch, x64):
-    """Blocks of 25 images, of 5, of 25 and a rest, and of one: values and gradients are JAX's, in bfloat16 too.
+    """Values and gradients equal JAX's, in bfloat16 too.
 
-    Tiles of 2×2 pixels stick out of these images.
+    Blocks hold 25 images, 5 images, 25 images and a rest, or one image. Tiles of 2×2 pixels extend beyond these images.
     """
     for name in ('_VALUES_OF_A_BLOCK', '_VALUES_OF_A_SMALL_BLOCK'):
         monkeypatch.setattr(convolution, name, largest_block * 7 * 9 * channels)
@@ -84,7 +84,7 @@ def value_and_gradients(convolve, x, kernel, cotangent):
 
 @pytest.mark.parametrize(('pixels', 'in_tiles'), [((3, 8), True), ((2, 11), False)])
 def test_kernel_that_outweighs_tiles(pixels, in_tiles, x64):
-    """One image of 24 pixels is 1/12 of a kernel, one of 22 less: value and gradients are JAX's either way."""
+    """Values and gradients equal JAX's for an image of 1/12 of the kernel (24 pixels) and for a smaller one (22)."""
     rng = np.random.default_rng(0)
     x, cotangent = rng.standard_normal((2, 1, *pixels, 32))
     kernel = rng.standard_normal((3, 3, 32, 32))
@@ -96,7 +96,7 @@ def test_kernel_that_outweighs_tiles(pixels, in_tiles, x64):
 
 
 def test_rounding_of_tiles(x64):
-    """In float32 their values and gradients are no further from those in float64 than twice what XLA's are."""
+    """The errors of tiles in float32, against float64, are less than twice XLA's errors."""
     rng = np.random.default_rng(0)
     x, cotangent = rng.standard_normal((2, 4, 8, 8, 128))
     kernel = rng.standard_normal((3, 3, 128, 128))
@@ -118,7 +118,7 @@ def test_rounding_of_tiles(x64):
     ],
 )  # fmt: skip
 def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, x64):
-    """`vmap` over kernels, images or both: values and gradients are those of JAX's own convolution."""
+    """Values and gradients equal JAX's under `vmap` over kernels, images or both."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 2, 8, 9, channels[0]))
     kernel = rng.standard_normal((5, size, size, *channels))

@@ -1,4 +1,4 @@
-"""Corruptions: reproducible, stronger with severity, of the images' shape; the official files."""
+"""Built-in corruptions: reproducible, stronger with severity, of the same shape as the images. Official files."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ EXTRA = ['gaussian_blur', 'saturate', 'spatter', 'speckle_noise']
 
 
 def smooth_images(n, size, channels):
-    """Blurred noise, which has the smoothness of photographs."""
+    """Returns blurred noise, which is smooth like photographs."""
     noise = np.random.default_rng(0).integers(0, 256, (n, size // 4, size // 4, channels), np.uint8)
     return data.resized(noise, (size, size, channels))
 
@@ -35,7 +35,7 @@ def test_built_in_corruptions(name, channels):
 @pytest.mark.parametrize('channels', [2, 4])
 @pytest.mark.parametrize('name', corruptions.CORRUPTIONS)
 def test_an_alpha_channel_stays(name, channels):
-    """The colours become what they become without it."""
+    """The colours are corrupted as in images without the channel."""
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, channels), np.uint8)
     corrupted = corruptions.corrupt(name, 4, images)
     np.testing.assert_array_equal(corrupted[..., -1], images[..., -1])
@@ -56,7 +56,7 @@ def test_corruptions_are_the_same_whatever_the_default_generator(name):
         (corruptions.CORRUPTIONS, list(corruptions.CORRUPTIONS), 'mean of the 9 built-in corruptions'),
         (sorted([*corruptions.BENCHMARK, *EXTRA]), sorted(corruptions.BENCHMARK), "mean of the benchmark's 15 corrup"),
         (['fog', 'gaussian_blur', 'contrast'], ['fog', 'contrast'], "mean of 2 of the benchmark's 15 corruptions"),
-        (EXTRA, EXTRA, "mean of 4 corruptions, none of them the benchmark's"),
+        (EXTRA, EXTRA, 'mean of 4 corruptions, none of them in the benchmark'),
     ],
     ids=['built-in', 'official', 'some', 'extra'],
 )
@@ -94,13 +94,13 @@ def test_official_files(tmp_path):
         with pytest.raises(data.DataError, match=message):
             corruptions.read_official(tmp_path, shape, np.array(labels))
 
-    refused(r'labels\.npy has other labels than the test images', labels=(3, 1, 9))
-    refused(r'labels\.npy has other labels than the test images', labels=(3, 1, 2, 0))
+    refused(r'labels\.npy does not match the labels of the test images', labels=(3, 1, 9))
+    refused(r'labels\.npy does not match the labels of the test images', labels=(3, 1, 2, 0))
     refused(r'fog\.npy holds uint8 \(15, 32, 32, 3\), not uint8 \(15, 28, 28, 1\)', shape=(28, 28, 1))
     np.save(tmp_path / 'fog.npy', np.array([print], object), allow_pickle=True)
-    refused(r'fog\.npy is no \.npy file of numbers or text')
+    refused(r'fog\.npy is not an \.npy file of numbers or text')
     (tmp_path / 'fog.npy').write_bytes(b'PK\x03\x04')
-    refused(r'fog\.npy is no \.npy file of numbers or text')
+    refused(r'fog\.npy is not an \.npy file of numbers or text')
     np.save(tmp_path / 'fog.npy', images)
     (tmp_path / '._fog.npy').write_bytes(b'Mac OS X')
     assert list(corruptions.read_official(tmp_path, (32, 32, 3), np.array([3, 1, 2]))) == ['fog']

@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile or cannot be written: a clear line or the right result, never wrong numbers."""
+"""Damaged, hostile and unwritable files: a script gives a clear error or the right result, never wrong numbers."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def error_of(main, arguments, capsys):
 
 @pytest.fixture(scope='module')
 def finished(datasets, tmp_path_factory):
-    """A run of three epochs, of whose checkpoints the last two are there."""
+    """A run of three epochs, with its last two checkpoints."""
     folder = tmp_path_factory.mktemp('finished')
     return train.main([
         '--dataset=mnist', '--model=mlp', '--optim=bsam', '--alpha=0.1', '--batchsize=20', '--batchsplit=2',
@@ -73,7 +73,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_offered(name, damage, ru
     DAMAGES[damage](run / 'checkpoints' / '6' / name, 20)
     for main, arguments in ((evaluate.main, [f'--resultsfolder={run}']), (train.main, [f'--resume={run}'])):
         error = error_of(main, arguments, capsys)
-        assert f'{run}/checkpoints/6 is damaged: ' in error and '4 is whole: take it with --checkpoint 4' in error
+        assert f'{run}/checkpoints/6 is damaged: ' in error and 'checkpoint 4 is intact: use --checkpoint 4' in error
         assert f'is damaged: {name}' in error or name == 'checksums.json'
     assert not (run / 'metrics.json').exists()
     evaluate.main([f'--resultsfolder={run}', '--checkpoint=4'])
@@ -90,7 +90,7 @@ def test_training_goes_on_from_the_checkpoint_before(run, finished):
 def test_no_whole_checkpoint(run, capsys):
     for step in (4, 6):
         (run / 'checkpoints' / str(step) / 'progress.json').unlink()
-    assert 'there is no whole one before' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
+    assert 'no earlier checkpoint is intact' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_no_whole_checkpoint(run, capsys):
     [
         (lambda text: text.replace('"alpha": 0.1', '"alpha": 0.2'), 'config.json is damaged: its SHA-256 is '),
         (lambda text: text[:-40], 'config.json is damaged or cannot be read'),
-        (lambda text: '{}', 'config.json lacks its checksum'),
-        (lambda text: '[]', 'config.json is damaged or cannot be read: it holds no object'),
+        (lambda text: '{}', 'config.json has no checksum'),
+        (lambda text: '[]', 'config.json is damaged or cannot be read: it is not a JSON object'),
         (lambda text: '', 'config.json is damaged or cannot be read'),
     ],
 )
@@ -129,7 +129,7 @@ def test_damaged_config(change, message, run, capsys):
     ],
 )
 def test_absurd_config(part, name, value, message, run, capsys):
-    """With a checksum that is right, as from someone who means harm."""
+    """The checksum is right, as in a forged run."""
     config = folders.read_config(run)
     config[part][name] = value
     folders.write_config(run, config)
@@ -151,7 +151,7 @@ def test_config_without_a_part(main, flag, message, run, capsys):
 
 
 def test_config_from_before_a_flag_was_there(run):
-    """A flag that is missing has its default, which is what was done then."""
+    """A missing flag takes its default, which is the behaviour before the flag existed."""
     config = folders.read_config(run)
     del config['flags']['validation'], config['flags']['bnupdate'], config['flags']['eta']
     del config['dataset']['labels_crc32']
@@ -175,11 +175,11 @@ def test_links_in_checkpoints_are_refused(run, tmp_path, capsys):
     progress = run / 'checkpoints' / '6' / 'progress.json'
     progress.rename(tmp_path / 'elsewhere')
     progress.symlink_to(tmp_path / 'elsewhere')
-    assert 'progress.json is no regular file' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
+    assert 'progress.json is not a regular file' in error_of(evaluate.main, [f'--resultsfolder={run}'], capsys)
 
 
 def test_checkpoint_of_another_network(run, flags_of, small_resnet18, capsys):
-    """Foreign arrays with checksums that are right."""
+    """The arrays are of another network, but their checksums are right."""
     other = train.main(flags_of(model='resnet18'))
     shutil.rmtree(run / 'checkpoints')
     shutil.copytree(other / 'checkpoints', run / 'checkpoints')
@@ -187,7 +187,7 @@ def test_checkpoint_of_another_network(run, flags_of, small_resnet18, capsys):
 
 
 def test_500_random_damages_of_a_run_folder(run, finished):
-    """Every one is noticed, or leaves all as it was, as a configuration without its last newline."""
+    """Every damage is detected or harmless, such as a configuration without its last newline."""
     expected, config = arrays(restore(finished)[1]), folders.read_config(finished)
     files = [path.relative_to(run) for path in run.rglob('*') if path.is_file() and path.name != 'lock']
     files = [path for path in files if path.parts[:2] != ('checkpoints', '4')]
@@ -238,7 +238,10 @@ train.main(sys.argv[1:])
     ids=['full to the end', 'room again', 'not even room for the log'],
 )
 def test_files_that_cannot_grow(limits, status, last_step, flags_of, tmp_path):
-    """Training goes on; one warning a kind; what was saved stays; the exit status tells whether the end was saved."""
+    """Training continues, with one warning of each kind, and saved files stay.
+
+    The exit status says whether the end was saved.
+    """
     process = children.run(['-c', LIMITED.format(limits=limits), *flags_of(epochs=4)])
     assert process.returncode == status and process.stderr.count('a checkpoint could not be saved') == 1
     assert process.stdout.count('test accuracy') == 5 and 'Traceback' not in process.stderr
@@ -251,7 +254,7 @@ def test_files_that_cannot_grow(limits, status, last_step, flags_of, tmp_path):
 
 
 def test_small_file_system(flags_of, tmp_path):
-    """A real one of 12 MB, which the second checkpoint of 6 MB does not fit into together with the third."""
+    """The second and third checkpoints, of 6 MB each, do not fit together on a real file system of 12 MB."""
     disk = tmp_path / 'disk'
     disk.mkdir()
     mount = ['mount', '-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', str(disk)]
@@ -269,7 +272,7 @@ def test_small_file_system(flags_of, tmp_path):
 
 
 def test_folder_that_vanishes(flags_of, tmp_path, monkeypatch, capsys):
-    """Stands for a mount that is gone: the end of the run is not saved, and the status says so."""
+    """Simulates a lost mount. The end of the run is not saved, and the exit status says so."""
     report = train.Report.epoch
 
     def epoch(self, record):
@@ -316,7 +319,10 @@ def write_plain_mnist(folder):
 
 @pytest.mark.parametrize('write', [write_cifar10_archive, write_cifar10_pickle, write_mnist, write_plain_mnist])
 def test_500_random_damages_of_an_archive(write, tmp_path):
-    """A DataError of one line, or images of the right kind; never much more memory than the whole file takes."""
+    """Reading raises a DataError of one line, or gives images of the right kind.
+
+    It never takes much more memory than reading the intact file.
+    """
     name, path = write(tmp_path)
     whole, draws, noticed = path.read_bytes(), random.Random(0), 0
     tracemalloc.start()
@@ -360,8 +366,8 @@ def test_archive_that_promises_a_terabyte(tmp_path):
     with tarfile.open(tmp_path / 'cifar-10-binary.tar.gz', 'w:gz') as tar:
         info = tarfile.TarInfo('cifar-10-batches-bin/readme.html')
         info.size = 10**12
-        tar.fileobj.write(info.tobuf())  # addfile of Python 3.13 wants the terabyte
-    with pytest.raises(data.DataError, match='it goes on beyond 268435456 bytes'):
+        tar.fileobj.write(info.tobuf())  # addfile of Python 3.13 would need the terabyte
+    with pytest.raises(data.DataError, match='it exceeds 268435456 bytes'):
         data.dataset('cifar10', tmp_path).read('test')
 
 
@@ -369,7 +375,7 @@ def test_archive_that_never_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, 'LIMIT', 1 << 22)
     files = archives.cifar10_record_files(2)[0]
     archives.write_tar(tmp_path / 'cifar-10-binary.tar.gz', files | {'zeros': b'\0' * (1 << 23)})
-    with pytest.raises(data.DataError, match='it goes on beyond 4194304 bytes'):
+    with pytest.raises(data.DataError, match='it exceeds 4194304 bytes'):
         data.dataset('cifar10', tmp_path).read('test')
 
 
@@ -403,7 +409,7 @@ def test_annotations_that_lead_outside(name, where, tmp_path, capsys):
     ('name', 'size', 'reason'),
     [
         ('n0/images/bomb.JPEG', 1 << 21, 'has more than 1048576 bytes'),
-        ('../../../../evil.JPEG', 1, 'leads out of its folder'),
+        ('../../../../evil.JPEG', 1, 'leads out of the folder'),
     ],
 )
 def test_zip_with_a_bomb_and_outside_paths(name, size, reason, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The readers on archives in the official layouts, whole and damaged; augmentation; batches; downloads."""
+"""Readers of archives in the official layouts, intact and damaged; augmentation; batches; downloads."""
 
 import hashlib
 import http.server
@@ -59,14 +59,14 @@ def test_svhn(tmp_path):
         read('svhn', tmp_path, 'test')
     damaged = (tmp_path / 'svhn' / 'test_32x32.mat').read_bytes()[:5000]
     (tmp_path / 'svhn' / 'test_32x32.mat').write_bytes(damaged)
-    with pytest.raises(data.DataError, match=r'test_32x32\.mat is damaged .*, the published one cdce80df'):
+    with pytest.raises(data.DataError, match=r'test_32x32\.mat is damaged .*, not the published cdce80df'):
         read('svhn', tmp_path, 'test')
-    with pytest.raises(data.DataError, match=r'train_32x32\.mat is missing and could not be fetched'):
+    with pytest.raises(data.DataError, match=r'train_32x32\.mat is missing and could not be downloaded'):
         read('svhn', tmp_path, 'train')
 
 
 def test_held_out_images():
-    """A fifth of them, the same at every call, and each image on one side."""
+    """A fifth of the images is held out, the same at every call. Each image is on one side only."""
     images, labels = archives.cifar_images(0, 50, 10)
     (rest, rest_labels), (held, held_labels) = data.hold_out(images, labels, 0.2)
     assert len(rest) == 40 and len(held) == 10
@@ -78,7 +78,10 @@ def test_held_out_images():
 
 
 def test_subset():
-    """Each with its own label, the same at every call, fewer of them among more, and no more than there are."""
+    """Images keep their labels, and every call gives the same subset. A smaller subset is part of a larger one.
+
+    A subset of more images than there are is an error.
+    """
     images, labels = archives.cifar_images(0, 50, 10)
     few, few_labels = data.subset('--trainimages', 10, images, labels)
     more, _ = data.subset('--trainimages', 20, images, labels)
@@ -88,7 +91,7 @@ def test_subset():
     assert all((more == image).all(axis=(1, 2, 3)).any() for image in few)
     np.testing.assert_array_equal(data.subset('--trainimages', 10, images, labels)[0], few)
     assert data.subset('--trainimages', None, images, labels)[0] is images
-    with pytest.raises(data.DataError, match='--trainimages 51 exceeds the 50 images'):
+    with pytest.raises(data.DataError, match='--trainimages 51 exceeds the 50 available images'):
         data.subset('--trainimages', 51, images, labels)
 
 
@@ -111,7 +114,7 @@ def test_cifar100_has_fine_labels(tmp_path):
     ],
 )
 def test_memory_of_reading(name, archive, files, tmp_path):
-    """At its peak half as much again as the images that are returned, whether a split is one file or five."""
+    """Peak memory is less than 1.5 times the returned images, whether a split is one file or five."""
     if not Path('/proc/self/clear_refs').exists():
         pytest.skip('this system does not tell the most memory that a process had')
     archives.write_tar(tmp_path / archive, files)
@@ -151,7 +154,7 @@ def test_damaged_cifar_archive_is_named_with_its_checksum(damage, tmp_path):
     archives.write_tar(path, archives.cifar10_record_files()[0])
     damage(path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(data.DataError, match=f'{path} is damaged .* its SHA-256 is {sha256}, the published one c4a38c'):
+    with pytest.raises(data.DataError, match=f'{path} is damaged .* its SHA-256 is {sha256}, not the published c4a38c'):
         read('cifar10', tmp_path, 'test')
 
 
@@ -169,7 +172,7 @@ def test_incomplete_cifar(tmp_path):
 @pytest.mark.parametrize(
     ('payload', 'message'),
     [
-        (b'\0' * 3074, '3074 bytes are not a number of CIFAR records'),
+        (b'\0' * 3074, '3074 bytes are not a whole number of CIFAR records'),
         (b'\x0b' + b'\0' * 3072, 'labels from 11 to 11'),
     ],
 )
@@ -190,7 +193,7 @@ class _Code:
 def test_pickle_with_code_is_refused_and_not_run(tmp_path):
     payload = pickle.dumps({b'data': _Code(tmp_path / 'ran'), b'labels': []}, protocol=2)
     archives.write_files(tmp_path, {'cifar-10-batches-py/test_batch': payload})
-    with pytest.raises(data.DataError, match='only arrays and plain containers are admitted'):
+    with pytest.raises(data.DataError, match='only arrays and plain containers are allowed'):
         read('cifar10', tmp_path, 'test')
     assert not (tmp_path / 'ran').exists()
 
@@ -220,9 +223,9 @@ def test_idx_sets(name, folder, compressed, tmp_path):
     [
         (b'', 'does not start like an idx file'),
         (b'\0\0\x0d\x01' + b'\0\0\0\x01' + b'\0' * 4, 'does not start like an idx file'),
-        (archives.idx(np.zeros((3, 28, 28), np.uint8))[:-1], '2351 bytes follow a header that promises 2352'),
-        (archives.idx(np.zeros((3, 28, 28), np.uint8)) + b'1', 'more bytes follow a header that promises 2352'),
-        (b'\0\0\x08\x03' + b'\xff' * 12, 'promises 79228162458924105385300197375 bytes, more than the file can hold'),
+        (archives.idx(np.zeros((3, 28, 28), np.uint8))[:-1], 'its header claims 2352 bytes, but 2351 follow'),
+        (archives.idx(np.zeros((3, 28, 28), np.uint8)) + b'1', 'its header claims 2352 bytes, but more follow'),
+        (b'\0\0\x08\x03' + b'\xff' * 12, 'claims 79228162458924105385300197375 bytes, more than the file can hold'),
     ],
 )
 def test_damaged_idx(payload, message, tmp_path):
@@ -236,7 +239,7 @@ def test_damaged_gzip_is_named_with_its_checksum(tmp_path):
     archives.write_idx_set(tmp_path / 'mnist')
     path = tmp_path / 'mnist' / 't10k-images-idx3-ubyte.gz'
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(data.DataError, match=f'{path} is damaged .* the published one 8d422c7b'):
+    with pytest.raises(data.DataError, match=f'{path} is damaged .* not the published 8d422c7b'):
         read('mnist', tmp_path, 'test')
 
 
@@ -260,7 +263,7 @@ def test_damaged_tfds(name, tmp_path):
 def test_images_and_labels_that_do_not_match(tmp_path):
     archives.write_idx_set(tmp_path / 'mnist', compressed=False)
     (tmp_path / 'mnist' / 't10k-labels-idx1-ubyte').write_bytes(archives.idx(np.zeros(9, np.uint8)))
-    with pytest.raises(data.DataError, match='not N images, N labels'):
+    with pytest.raises(data.DataError, match=r'not \[N, H, W\] and \[N\]'):
         read('mnist', tmp_path, 'test')
 
 
@@ -306,7 +309,7 @@ def test_tfds_of_texts(monkeypatch, tmp_path):
     features = {'text': tfds.features.Text(), 'label': tfds.features.ClassLabel(num_classes=2)}
     info = SimpleNamespace(supervised_keys=('text', 'label'), features=features, splits={'train': None})
     monkeypatch.setattr('readers.tfds._builder', lambda *args: SimpleNamespace(info=info))
-    with pytest.raises(data.DataError, match='tfds/news is no image classification set'):
+    with pytest.raises(data.DataError, match='tfds/news is not an image classification set'):
         data.dataset('tfds/news', tmp_path)
 
 
@@ -319,7 +322,7 @@ def test_tfds_that_is_not_prepared(tmp_path, monkeypatch):
 
 def test_tfds_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
-    with pytest.raises(data.DataError, match='tfds/mnist: there is no tensorflow_datasets, run pip install'):
+    with pytest.raises(data.DataError, match='tfds/mnist: tensorflow_datasets is not installed: run pip install'):
         data.dataset('tfds/mnist', tmp_path)
 
 
@@ -331,7 +334,7 @@ def test_shuffled_batches_hold_every_image_at_most_once():
 
 
 def test_augment_crops_and_flips():
-    """Every result is one of the 9 × 9 crops of the padded image, or its mirror; all of them come up."""
+    """Every result is one of the 9 × 9 crops of the padded image, or a mirrored crop. All of them occur."""
     image = np.random.default_rng(0).integers(1, 256, (6, 6, 2), np.uint8)
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     crops = [padded[y : y + 6, x : x + 6] for y in range(9) for x in range(9)]
@@ -348,7 +351,7 @@ def test_normalise():
 
 
 def test_channels_that_are_constant_are_left_unscaled(capsys):
-    """Of an image set that is measured, and of one whose row says 0."""
+    """Covers a data set whose deviations are measured, and one whose table row says 0."""
     images = np.random.default_rng(0).integers(0, 99, (50, 8, 8, 4), np.uint8)
     images[..., 1], images[..., 3] = 0, 255
     measured = data.Dataset(None, 10, mean=None, std=None, augment=False)
@@ -378,7 +381,7 @@ def test_one_pixel_is_not_constant():
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
 @pytest.mark.parametrize('wanted', [1, 2, 3, 4])
 def test_channels_are_turned_into_others(channels, wanted):
-    """A grey image stays grey; alpha goes, stays or is opaque."""
+    """A grey image stays grey. Alpha is dropped, kept, or added as opaque."""
     images = np.full((2, 8, 6, channels), 100, np.uint8)
     if channels in (2, 4):
         images[..., -1] = 40
@@ -391,13 +394,13 @@ def test_channels_are_turned_into_others(channels, wanted):
 
 
 def test_five_channels_cannot_be_turned_into_three():
-    with pytest.raises(data.DataError, match='images of 5 channels cannot be turned into images of 3'):
+    with pytest.raises(data.DataError, match='images with 5 channels cannot be converted to 3 channels'):
         data.resized(np.zeros((1, 8, 8, 5), np.uint8), (8, 8, 3))
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of tmp_path/served on this machine, in place of the official ones."""
+    """Serves tmp_path/served on this machine, in place of the official servers. Yields the folder and the URL."""
     monkeypatch.undo()
     folder = tmp_path / 'served'
     folder.mkdir()
@@ -428,7 +431,7 @@ def test_download(server, tmp_path):
 def test_download_of_something_else_is_not_kept(server, tmp_path):
     folder, url = server
     (folder / 'file').write_bytes(b'<html>log in first</html>')
-    with pytest.raises(data.DataError, match=r'has the SHA-256 [0-9a-f]{64}, not 0000: not kept'):
+    with pytest.raises(data.DataError, match=r'has the SHA-256 [0-9a-f]{64}, not 0000: it was not kept'):
         files.download(files.OfficialFile(url + 'file', '0000', 9), tmp_path / 'new' / 'file')
     assert not (tmp_path / 'new').exists()
 
@@ -437,7 +440,7 @@ def test_download_without_a_network_says_which_file_to_put_where(tmp_path):
     with pytest.raises(data.DataError) as error:
         read('cifar10', tmp_path, 'train')
     path, url = tmp_path / 'cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
-    expected = f'{path} is missing and could not be fetched (no network in tests): download {url} and put it there'
+    expected = f'{path} is missing and could not be downloaded (no network in tests): download {url} and put it there'
     assert str(error.value) == expected
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Training and evaluation on several devices are those on one, to rounding; on eight virtual ones, in a process."""
+"""Training and evaluation give the same on several devices as on one, up to rounding. The devices are virtual CPUs."""
 
 import collections
 import json
@@ -17,7 +17,7 @@ import train
 from ops import sharding
 from runs import devices, training_flags
 
-# Takes 20 steps with every optimizer on 1 and on 8 devices, and evaluates the weights there; prints the relative
+# Takes 20 steps with every optimizer on 1 and on 8 devices, and evaluates the weights there. Prints the relative
 # differences of weights, batch statistics and probabilities as JSON.
 SCRIPT = """if True:
     import json, sys
@@ -76,25 +76,25 @@ SCRIPT = """if True:
 
 
 def run_on_devices(number, script, *arguments):
-    """A finished process that had so many virtual CPU devices."""
+    """Runs a script with N virtual CPU devices, and returns the finished process."""
     flags = f'{conftest.XLA_FLAGS_OF_FEW_STEPS} --xla_force_host_platform_device_count={number}'
     environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     return children.run(['-c', script, *arguments], environment)
 
 
 def test_eight_devices_train_as_one(compilecache):
-    """20 steps: weights, batch statistics and probabilities within 1e-5; both kinds of normalisation."""
+    """After 20 steps, weights, batch statistics and probabilities agree to 1e-5, with both kinds of normalisation."""
     done = run_on_devices(8, SCRIPT, compilecache)
     assert done.returncode == 0, done.stderr[-2000:]
     differences = json.loads(done.stdout)
     assert len(differences) == 2 * len(optimizers.OPTIMIZERS) + 1
     for case, parts in differences.items():
         assert max(parts) < 1e-5, (case, parts)
-    # Of two sub-batches each the devices add up sums, in another order than one device does; else all ran on one.
+    # Eight devices add up in another order than one device. Without any difference, all would have run on one device.
     assert differences['bsam resnet18 16'][0] > 0 < differences['sgd resnet18'][1]
 
 
-# The gradients of a kernel and of more images than two blocks on each of four devices, against those on one.
+# Compares the gradients of images and a kernel on four devices and on one. Each device has more than two blocks.
 GRADIENTS = """if True:
     import re, sys
     sys.path[:0] = ['.']
@@ -124,14 +124,17 @@ GRADIENTS = """if True:
 
 @pytest.mark.parametrize(('channels', 'features', 'loops'), [(2, 4, 1), (64, 4, 1), (32, 32, 3)])
 def test_blocks_of_images_stay_on_their_devices(channels, features, loops):
-    """Each device goes through blocks of its own share, for all results in tiles; one sum is taken over devices."""
+    """Each device loops over blocks of its own images, and one sum is taken over devices.
+
+    The kernel gradient is a loop. In tiles, the value and the gradient of the images are loops, too.
+    """
     done = run_on_devices(4, GRADIENTS, str(channels), str(features))
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.split()) == ['all-reduce', *['while'] * loops]
 
 
-# Trains and evaluates a run on all of four devices, then goes on with it on one; a group of four samples has a device
-# each, two more share all, in batches of 8 as 6 cannot be shared.
+# Trains a run on four devices, evaluates it on four and on one, then resumes it on one. The first four of six samples
+# have a device each. The other two are sharded over all devices, in batches of 8, because 4 does not divide 6.
 COMMANDS = """if True:
     import sys
     sys.path[:0] = ['.']
@@ -158,7 +161,7 @@ COMMANDS = """if True:
 def test_commands_on_four_devices(datasets, tmp_path):
     done = run_on_devices(4, COMMANDS, tmp_path, datasets)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.strip().endswith('over 4 devices: take --batchsplit 4, or --devices 2')
+    assert done.stderr.strip().endswith('over 4 devices: use --batchsplit 4, or --devices 2')
 
 
 @pytest.mark.parametrize(
@@ -184,26 +187,26 @@ def test_commands_on_four_devices(datasets, tmp_path):
     ],
 )
 def test_shares_that_are_not_equal(flags, number, offers, monkeypatch):
-    """What is offered is taken; to a run that is resumed, whose flags hold, devices are."""
+    """All suggested flags work. For a resumed run, whose other flags are fixed, the error suggests --devices only."""
     monkeypatch.setattr(devices, 'create_mesh', lambda n: jax.sharding.AbstractMesh((n or number,), (sharding.AXIS,)))
     args = training_flags.parse_args(flags)
-    with pytest.raises(devices.DeviceError, match=f'cannot be shared out over {number} devices: take {offers}$'):
+    with pytest.raises(devices.DeviceError, match=f'cannot be sharded equally over {number} devices: use {offers}$'):
         devices.mesh_of_training(args)
     for offer in offers.split(', or '):
         devices.mesh_of_training(training_flags.parse_args([*flags, *offer.split()]))
-    with pytest.raises(devices.DeviceError, match=f'devices: take {offers.split(", or ")[-1]}$'):
+    with pytest.raises(devices.DeviceError, match=f'devices: use {offers.split(", or ")[-1]}$'):
         devices.mesh_of_training(args, flags_hold=True)
 
 
 def test_devices_that_are_not_there(flags_of, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags_of(devices=64))
-    assert stop.value.code == 2 and '--devices 64: there are' in capsys.readouterr().err
+    assert stop.value.code == 2 and '--devices 64 is too many: JAX finds' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('optim', ['sgd', 'sam', 'bsam'])
 def test_a_step_on_one_device_is_that_without_a_mesh(optim):
-    """The same operations are compiled, so sharing out costs nothing where there is nothing to share."""
+    """The same operations are compiled, so sharding costs nothing on one device."""
     of_run = vars(training_flags.parse_args([f'--optim={optim}', '--model=mlp', '--alpha=0.01', '--batchsize=16']))
     dataset = {'num_train': 32, 'num_classes': 10, 'image_shape': [8, 8, 3], 'mean': [0.5], 'std': [0.2]}
     functions = experiment.create({'flags': of_run, 'dataset': dataset})

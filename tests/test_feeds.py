@@ -1,4 +1,4 @@
-"""Batches that are read from the host are those that lie on the device; runs of several seeds are those alone."""
+"""Streamed batches equal resident batches. Runs of several seeds equal runs of one seed."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def as_read(images):
 
 @pytest.mark.parametrize('done', [0, 3])
 def test_streamed_batches_are_the_resident_ones(done, tmp_path):
-    """From a file that is mapped, each image once an epoch, also where an epoch goes on after some steps."""
+    """The images come from a mapped file, each once per epoch, also if the epoch is resumed after some steps."""
     images = np.arange(30, dtype=np.uint8).reshape(30, 1, 1, 1)
     np.save(tmp_path / 'images.npy', images)
     labels = np.arange(30, dtype=np.int32)
@@ -66,7 +66,7 @@ def test_batches_are_augmented_alike_wherever_an_epoch_begins():
 
 
 def test_streamed_run_is_the_resident_one(flags_of, monkeypatch):
-    """In training, where the images of epochs are evaluated, and in test.py, which streams what would fill a device."""
+    """Covers training, the evaluation after each epoch, and test.py, which streams images that would fill a device."""
     one = train.main(flags_of(testbatchsize=6))
     measured = evaluated(one)
     sizes = []
@@ -78,7 +78,7 @@ def test_streamed_run_is_the_resident_one(flags_of, monkeypatch):
     assert [record['test_accuracy'] for record in conftest.read_log(one)] == [
         record['test_accuracy'] for record in conftest.read_log(other)
     ]
-    assert sizes == [12, 8] * 2  # the 20 test images of two epochs, two batches of 6 at once
+    assert sizes == [12, 8] * 2  # 20 test images after each of two epochs, two batches of 6 at a time
     monkeypatch.setattr(hosts, 'must_stream', lambda images: True)
     rounding = 0 if jax.default_backend() == 'cpu' else 1e-6  # GPUs sum batches of other sizes in another order
     for found, expected in zip(evaluated(other), measured, strict=True):
@@ -87,13 +87,13 @@ def test_streamed_run_is_the_resident_one(flags_of, monkeypatch):
 
 
 def refuse_images(replicate, arrays, mesh):
-    """`replicate`, but not of all training images."""
+    """Calls `replicate`, but fails if an array holds all training images."""
     assert not any(getattr(x, 'shape', ())[:1] == (40,) for x in jax.tree.leaves(arrays))
     return replicate(arrays, mesh)
 
 
 def note_size(send, sizes, arrays):
-    """`send`, but the number of images is noted, if it is images that are sent."""
+    """Calls `send`, and adds the number of images to `sizes` if the array holds images."""
     if getattr(arrays, 'ndim', 0) == 4:
         sizes.append(len(arrays))
     return send(arrays)
@@ -107,7 +107,7 @@ def evaluated(run):
 
 @pytest.mark.parametrize(('limit', 'streamed'), [(None, False), (250, False), (249, True)])
 def test_images_too_large_for_a_device_are_streamed(limit, streamed, monkeypatch):
-    """100 bytes of images are at most 0.4 of a device of 250."""
+    """Resident images take at most 0.4 of a device: 100 bytes of 250."""
 
     class Device:
         def memory_stats(self):
@@ -136,9 +136,9 @@ def test_seeds_are_runs_of_their_own(forked_jobs, flags_of, capfd):
     ('flags', 'line'),
     [
         (['--seeds', '1', '1'], '--seeds names a seed twice'),
-        (['--seeds', '1', '2', '--randomseed=3'], '--seeds does not go with --randomseed'),
-        (['--seeds', '1', '2', '--resume=run_0'], '--seeds does not go with --resume'),
-        (['--seeds', '1', '2', '--devices=2'], '--seeds does not go with --devices'),
+        (['--seeds', '1', '2', '--randomseed=3'], '--seeds cannot be combined with --randomseed'),
+        (['--seeds', '1', '2', '--resume=run_0'], '--seeds cannot be combined with --resume'),
+        (['--seeds', '1', '2', '--devices=2'], '--seeds cannot be combined with --devices'),
     ],
 )
 def test_seeds_that_are_refused(flags, line, capsys):

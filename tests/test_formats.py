@@ -1,4 +1,4 @@
-"""Runs of every released format stay readable: they can be evaluated, to the same figures, and resumed."""
+"""Runs of every released format stay readable: evaluation gives the same metrics, and training can resume."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from runs import folders
 
 @pytest.fixture(params=sorted(path.name for path in record_format.RUNS.iterdir()))
 def run(request, tmp_path, monkeypatch):
-    """A copy of a run that was recorded, in a format of then."""
+    """A copy of a recorded run, one per format."""
     monkeypatch.setitem(models.MODELS, 'mlp', record_format.FourFeatures)
     return shutil.copytree(record_format.RUNS / request.param, tmp_path / 'run_0')
 
@@ -52,4 +52,4 @@ def test_a_run_of_another_format_is_refused(number, run, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([f'--resultsfolder={run}'])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f'has format {number}, and this version reads {folders.FORMAT}' in error
+    assert stop.value.code == 2 and f'has format {number}, but this version reads format {folders.FORMAT}' in error

@@ -1,4 +1,4 @@
-"""Hundreds of damaged files for every reader, and those that were once read wrongly. `tests/fuzz.py` tries more."""
+"""Gives every reader damaged files, and files that were once read wrongly. `tests/fuzz.py` tries more."""
 
 import resource
 import time
@@ -36,7 +36,7 @@ def refuse(folder, payload):
 
 
 def take_memory(folder, payload):
-    """More than this process had at any moment before, whatever ran in it."""
+    """Takes more memory than this process ever had before."""
     with open('/proc/self/statm') as file:
         resident = int(file.read().split()[1]) * resource.getpagesize() >> 20
     assert bytearray(b'x') * (int(fuzz._peak_megabytes() - resident + 400) << 20)

@@ -1,4 +1,4 @@
-"""Image files made to harm: what they name is not run, what they claim takes no memory, each ends in one line."""
+"""Hostile image files: their code does not run, memory that they claim is not taken, and the error is one line."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def error_of(read, *arguments, megabytes=40):
-    """The line of a DataError that took little memory."""
+    """Returns the message of a DataError. Checks that it is one line, and that little memory was taken."""
     tracemalloc.start()
     try:
         with pytest.raises(data.DataError) as error:
@@ -45,7 +45,7 @@ def error_of(read, *arguments, megabytes=40):
 
 
 def batch(pixels, labels):
-    """A pickle of protocol 2 of {'data': ..., 'labels': ...}, of parts that are opcodes."""
+    """Returns a pickle of {'data': pixels, 'labels': labels} in protocol 2. Both arguments are opcodes."""
     return b'\x80\x02}(' + text(b'data') + pixels + text(b'labels') + labels + b'u.'
 
 
@@ -80,13 +80,13 @@ LABELS = b'](K\x01K\x02e'
 @pytest.mark.parametrize(
     ('payload', 'reason'),
     [
-        (batch(made_by_ndarray((200_000, 3072)), made_by_ndarray((200_000,))), 'it makes an array by ndarray'),
-        (batch(made_by_ndarray((10**9, 3072), *ZERO_STRIDES), LABELS), 'it makes an array by ndarray'),
+        (batch(made_by_ndarray((200_000, 3072)), made_by_ndarray((200_000,))), 'it makes an array by calling ndarray'),
+        (batch(made_by_ndarray((10**9, 3072), *ZERO_STRIDES), LABELS), 'it makes an array by calling ndarray'),
         (batch(reconstructed((2, 3072), dtype(b'u1'), text(b'A' * 32)), LABELS), 'shape (2, 3072) has 32 bytes'),
         (batch(reconstructed((0, 3072), dtype(b'u1'), text(b'')), LABELS), 'data is uint8 (0, 3072)'),
         (batch(reconstructed((10**30,), dtype(b'u1'), text(b'A')), LABELS), 'has 1 bytes'),
-        (batch(reconstructed((4,), dtype(b'O8'), text(b'A' * 32)), LABELS), 'other values than whole numbers'),
-        (batch(reconstructed((4,), dtype(b'V8'), text(b'A' * 32)), LABELS), 'other values than whole numbers'),
+        (batch(reconstructed((4,), dtype(b'O8'), text(b'A' * 32)), LABELS), 'values that are not whole numbers'),
+        (batch(reconstructed((4,), dtype(b'V8'), text(b'A' * 32)), LABELS), 'values that are not whole numbers'),
         (batch(LABELS, b'](G' + b'\0' * 8 + b'e'), 'the opcode BINFLOAT'),
         (batch(b'cos\nsystem\n(' + text(b'true') + b'tR', LABELS), 'it refers to os.system'),
         (batch(b'\x8c\x02os\x8c\x06system\x93', LABELS), 'it refers to os.system'),
@@ -106,7 +106,7 @@ def test_hostile_pickles(payload, reason, tmp_path):
 
 
 def test_pickle_that_encodes_one_text_again_and_again(tmp_path):
-    """A megabyte that would become a gigabyte."""
+    """A megabyte would become a gigabyte."""
     again = b'c_codecs\nencode\nh\x01' + b'X\x06\0\0\0latin1' + b'\x86R'
     payload = b'\x80\x02}' + b'X' + struct.pack('<I', 1 << 20) + b'x' * (1 << 20) + b'q\x01(' + again * 1000 + b'ls.'
     archives.write_files(tmp_path, {'cifar-10-batches-py/test_batch': payload})
@@ -122,7 +122,7 @@ def test_pickle_of_many_empty_things(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_all_protocols(protocol, tmp_path):
-    """With text or bytes as keys, labels as list or array, in both orders of an array."""
+    """Keys are text or bytes, labels a list or an array, and arrays in C or Fortran order."""
     images, labels = archives.cifar_images(0, 4, 10)
     rows = images.transpose(0, 3, 1, 2).reshape(4, 3072)
     for content in (
@@ -137,7 +137,7 @@ def test_pickles_of_all_protocols(protocol, tmp_path):
 
 
 def test_pickle_as_python_2_wrote_it(tmp_path):
-    """The opcodes of the official archives: strings of bytes, in the module names of NumPy 1."""
+    """The official archives have byte strings, and the module names of NumPy 1."""
     images, _ = archives.cifar_images(0, 2, 10)
     rows = images.transpose(0, 3, 1, 2).reshape(2, 3072).tobytes()
     content = b'T' + struct.pack('<I', len(rows)) + rows
@@ -159,7 +159,7 @@ def tar_of(path, write):
 
 
 def header(name, kind, size, sparse=None):
-    """A tar header; `sparse` is the size that a GNU sparse file claims."""
+    """Returns a tar header. `sparse` is the size that a GNU sparse file claims."""
     info = tarfile.TarInfo(name)
     info.type, info.size = kind, size
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -173,7 +173,7 @@ def header(name, kind, size, sparse=None):
     'kind', [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.REGTYPE]
 )
 def test_tar_of_long_names(kind, tmp_path):
-    """A name of 100 million bytes is passed over, and what is beyond the budget is refused."""
+    """A name of 100 million bytes is skipped. A file beyond the limit is refused."""
     path = tmp_path / 'cifar-10-binary.tar.gz'
 
     def write(file):
@@ -184,11 +184,11 @@ def test_tar_of_long_names(kind, tmp_path):
         file.write(header('long', kind, 1 << 30))
 
     tar_of(path, write)
-    assert 'goes on beyond 268435456 bytes' in error_of(data.dataset('cifar10', tmp_path).read, 'test', megabytes=8)
+    assert 'exceeds 268435456 bytes' in error_of(data.dataset('cifar10', tmp_path).read, 'test', megabytes=8)
 
 
 def test_tar_of_sparse_files(tmp_path):
-    """As GNU tar and as PAX wrote them, they stand for zeros that are in no file."""
+    """Sparse files of GNU tar and of PAX claim zeros that the archive does not hold."""
     name, records = 'cifar-10-batches-bin/test_batch.bin', 3073 * 1000
     pax = b'25 GNU.sparse.realsize=30\n' + b'19 GNU.sparse.map=\n'
     for blocks in (
@@ -209,7 +209,7 @@ def test_tar_with_damaged_pax_headers(pax, tmp_path):
 
 
 def test_tar_with_pax_headers_is_read(tmp_path):
-    """As Python's tarfile adds them for times with fractions."""
+    """Python's tarfile adds PAX headers for fractions of seconds."""
     recorded, contents = archives.cifar10_record_files(2)
     with tarfile.open(tmp_path / 'cifar-10-binary.tar.gz', 'w:gz', format=tarfile.PAX_FORMAT) as tar:
         for name, payload in recorded.items():
@@ -222,7 +222,7 @@ def test_tar_with_pax_headers_is_read(tmp_path):
 def test_pickle_beyond_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, 'LIMIT', 1000)
     archives.write_files(tmp_path, {'cifar-10-batches-py/test_batch': b'\x80\x02}.' * 1000})
-    assert 'it goes on beyond 1000 bytes' in error_of(data.dataset('cifar10', tmp_path).read, 'test')
+    assert 'it exceeds 1000 bytes' in error_of(data.dataset('cifar10', tmp_path).read, 'test')
 
 
 # idx files.
@@ -254,13 +254,13 @@ def test_idx_headers(payload, message, compressed, tmp_path):
 
 
 def test_compressed_idx_within_the_budget_only(tmp_path):
-    """200 million zeros are 200 kilobytes in a .gz file."""
+    """200 million zeros take 200 kilobytes in a .gz file."""
     path = tmp_path / 'images.gz'
     with gzip.open(path, 'wb', 1) as file:
         file.write(b'\0\0\x08\x03' + struct.pack('>3I', 200_000, 1000, 1))
         for _ in range(200):
             file.write(bytes(1_000_000))
-    assert 'promises 200000000 bytes, more than the file can hold' in error_of(idx.read_file, path, megabytes=2)
+    assert 'claims 200000000 bytes, more than the file can hold' in error_of(idx.read_file, path, megabytes=2)
 
 
 # MATLAB files.
@@ -289,33 +289,33 @@ def test_svhn_as_matlab_writes_it(kind, compressed, tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'y': np.zeros((5, 1), np.uint8)}, 'holds y uint8 (5, 1), not whole numbers [6, 1]'),
-        ({'y': np.zeros((3, 2), np.uint8)}, 'holds y uint8 (3, 2), not whole numbers [6, 1]'),
-        ({'y': np.zeros((6, 1)) + 0.5}, 'holds y float64 (6, 1), not whole numbers [6, 1]'),
-        ({'y': 'seven'}, 'y is no full array of real numbers'),
-        ({'y': np.ones((6, 1)) * 1j}, 'y is no full array of real numbers'),
-        ({'y': np.array([{'a': 1}] * 6)}, 'y is no full array of real numbers'),
-        ({'X': np.zeros((32, 32, 6), np.uint8)}, 'holds X uint8 (32, 32, 6), not uint8 [32, 32, 3, N]'),
-        ({'X': np.zeros((32, 32, 3, 6)) + 0.5}, 'holds X float64 (32, 32, 3, 6), not uint8 [32, 32, 3, N]'),
-        ({'X': scipy.sparse.eye_array(3).tocsc()}, 'X is no full array of real numbers'),
+        ({'y': np.zeros((5, 1), np.uint8)}, 'y is uint8 (5, 1), not whole numbers [6, 1]'),
+        ({'y': np.zeros((3, 2), np.uint8)}, 'y is uint8 (3, 2), not whole numbers [6, 1]'),
+        ({'y': np.zeros((6, 1)) + 0.5}, 'y is float64 (6, 1), not whole numbers [6, 1]'),
+        ({'y': 'seven'}, 'y is not a full array of real numbers'),
+        ({'y': np.ones((6, 1)) * 1j}, 'y is not a full array of real numbers'),
+        ({'y': np.array([{'a': 1}] * 6)}, 'y is not a full array of real numbers'),
+        ({'X': np.zeros((32, 32, 6), np.uint8)}, 'X is uint8 (32, 32, 6), not uint8 [32, 32, 3, N]'),
+        ({'X': np.zeros((32, 32, 3, 6)) + 0.5}, 'X is float64 (32, 32, 3, 6), not uint8 [32, 32, 3, N]'),
+        ({'X': scipy.sparse.eye_array(3).tocsc()}, 'X is not a full array of real numbers'),
     ],
 )
 def test_svhn_of_other_arrays(changes, message, tmp_path):
-    """The array that is wrong is named."""
+    """The message names the wrong array."""
     write_svhn(tmp_path, **changes)
     assert message in error_of(data.dataset('svhn', tmp_path).read, 'test')
 
 
 def test_svhn_that_stands_for_gigabytes(tmp_path):
-    """X of 77 million zeros is 75 kilobytes in a file."""
+    """An X of 77 million zeros takes 75 kilobytes in the file."""
     path, *_ = write_svhn(tmp_path, X=np.zeros((32, 32, 3, 25_000), np.uint8))
     assert path.stat().st_size < 100_000
-    assert 'goes on beyond 67108864 bytes' in error_of(data.dataset('svhn', tmp_path).read, 'test', megabytes=8)
+    assert 'exceeds 67108864 bytes' in error_of(data.dataset('svhn', tmp_path).read, 'test', megabytes=8)
 
 
 @pytest.mark.parametrize('where', [100, -3000, -3])
 def test_svhn_with_a_changed_byte(where, tmp_path):
-    """The checksum of the compressed stream is compared."""
+    """The reader compares the checksum of the compressed stream."""
     path, *_ = write_svhn(tmp_path)
     payload = bytearray(path.read_bytes())
     payload[128 + where if where > 0 else where] ^= 1
@@ -387,7 +387,7 @@ def test_npy_and_npz_as_numpy_writes_them(array, tmp_path):
 
 def test_npz_within_the_budget_only(tmp_path):
     np.savez_compressed(tmp_path / 'a.npz', a=np.zeros(80 << 20, np.uint8))
-    assert 'promises 83886208 bytes, more than the 67108864' in error_of(npy.load_npz, tmp_path / 'a.npz', megabytes=2)
+    assert 'claims to hold 83886208 bytes, more than' in error_of(npy.load_npz, tmp_path / 'a.npz', megabytes=2)
 
 
 def test_npz_with_two_arrays_of_a_name(tmp_path):
@@ -396,14 +396,14 @@ def test_npz_with_two_arrays_of_a_name(tmp_path):
     with pytest.warns(UserWarning, match='Duplicate'), zipfile.ZipFile(tmp_path / 'a.npz', 'w') as members:
         members.writestr('a.npy', content.getvalue())
         members.writestr('a.npy', content.getvalue())
-    assert 'there twice' in error_of(npy.load_npz, tmp_path / 'a.npz')
+    assert 'occurs twice' in error_of(npy.load_npz, tmp_path / 'a.npz')
 
 
 # The zip of TinyImageNet.
 
 
 def tiny_zip(folder, change):
-    """The zip, with change(payload, position of a record of the directory) made at one member in the middle."""
+    """Writes the zip, damaged by change(payload, position of a directory record in the middle)."""
     path = folder / 'tiny-imagenet-200.zip'
     archives.write_tinyimagenet_zip(path)
     payload = bytearray(path.read_bytes())
@@ -445,12 +445,12 @@ def test_zip_with_damaged_records(change, tmp_path, capsys):
 
 
 def test_zip_of_gigabytes(tmp_path, capsys):
-    """3,000 members of a megabyte of zeros, in a file of 4 megabytes: nothing is unpacked."""
+    """A file of 240 kilobytes claims 3,000 members of a megabyte of zeros. Nothing is unpacked."""
     path = tmp_path / 'tiny-imagenet-200.zip'
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as members:
         members.writestr('tiny-imagenet-200/train/0.JPEG', bytes(1 << 20))
         info, start = members.infolist()[0], members.start_dir
-        for i in range(1, 3000):  # all at the same place
+        for i in range(1, 3000):  # all share the data of the first
             more = zipfile.ZipInfo(f'tiny-imagenet-200/train/{i}.JPEG')
             for name in ('CRC', 'compress_size', 'file_size', 'compress_type', 'header_offset'):
                 setattr(more, name, getattr(info, name))
@@ -458,11 +458,11 @@ def test_zip_of_gigabytes(tmp_path, capsys):
         members.start_dir = start
     with pytest.raises(SystemExit):
         setup_tinyimagenet.main([f'--datasetfolder={tmp_path}'])
-    assert 'it promises 3145728000 bytes, more than the' in capsys.readouterr().err
+    assert 'it claims to hold 3145728000 bytes, more than the' in capsys.readouterr().err
     assert os.listdir(tmp_path) == [path.name]
 
 
-# What is no file.
+# Pipes, devices and folders in place of files.
 
 
 def fifo(path):
@@ -495,7 +495,7 @@ def test_no_regular_file(name, path, make, tmp_path):
     (tmp_path / path).unlink(missing_ok=True)
     make(tmp_path / path)
     error = error_of(data.dataset(name, tmp_path).read, 'test')
-    assert path in error and ('is no regular file' in error or 'cannot be read' in error)
+    assert path in error and ('is not a regular file' in error or 'cannot be read' in error)
 
 
 @pytest.mark.parametrize('make', [fifo, device, folder])
@@ -510,18 +510,18 @@ def test_no_regular_array(name, make, tmp_path):
 @pytest.mark.parametrize('name', [*data.DATASETS, 'tfds/toy'])
 def test_nul_in_a_path(name):
     if name != 'digits':
-        assert 'is no path' in error_of(lambda: data.dataset(name, 'a\0b').read('test'))
+        assert 'is not a path' in error_of(lambda: data.dataset(name, 'a\0b').read('test'))
 
 
 def test_nul_in_the_paths_of_others(tmp_path):
-    assert 'is no path' in error_of(corruptions.read_official, 'a\0b', (1,), np.zeros(1))
-    assert 'is no path' in error_of(npy.load, 'a\0b')
+    assert 'is not a path' in error_of(corruptions.read_official, 'a\0b', (1,), np.zeros(1))
+    assert 'is not a valid path' in error_of(npy.load, 'a\0b')
     with pytest.raises(SystemExit):
         setup_tinyimagenet.main(['--datasetfolder', 'a\0b'])
 
 
 def test_endless_answer_to_a_download(tmp_path, monkeypatch):
-    """No more is written than the file should have."""
+    """The download stops at the size of the official file."""
     monkeypatch.setattr(files, '_open_url', lambda url: Path('/dev/zero').open('rb'))  # noqa: SIM115
     error = error_of(files.download, files.OfficialFile('http://example.org/a', '00', 5 << 20), tmp_path / 'b' / 'a')
     assert 'has the SHA-256' in error and not (tmp_path / 'b').exists()
@@ -532,7 +532,7 @@ def test_endless_answer_to_a_download(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toy(tmp_path):
-    """A prepared set in tmp_path/toy/1.0.0."""
+    """Prepares a data set in tmp_path/toy/1.0.0, and returns that folder."""
     pytest.importorskip('tensorflow_datasets')
     archives.prepare_tfds(tmp_path)
     return tmp_path / 'toy' / '1.0.0'
@@ -556,7 +556,7 @@ tfds_warnings = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore
 )
 @tfds_warnings
 def test_tfds_that_names_a_class(change, toy, monkeypatch):
-    """The module is beside the data, which lie in the folder where Python looks for modules."""
+    """The module lies beside the data, in a folder where Python looks for modules."""
     (toy.parent.parent / 'evil.py').write_text('raise SystemExit("executed")\n')
     monkeypatch.syspath_prepend(toy.parent.parent)
     (toy / 'features.json').write_text(change((toy / 'features.json').read_text()))
@@ -567,7 +567,7 @@ def test_tfds_that_names_a_class(change, toy, monkeypatch):
 
 @tfds_warnings
 def test_known_classes_are_those_of_the_installed_package(toy):
-    """As it writes their names; those that an older version wrote are there too."""
+    """Names that older versions wrote are among them."""
     from tensorflow_datasets.core.features import feature
 
     installed = {
@@ -582,12 +582,12 @@ def test_known_classes_are_those_of_the_installed_package(toy):
 @pytest.mark.parametrize('name', ['../..', '..', '.', 'a/../b', '/etc', 'a//b', 'x:y', 'hugging_face:a', '~', 'a\0b'])
 def test_tfds_names_that_lead_elsewhere(name, tmp_path):
     (tmp_path / 'datasets').mkdir()
-    assert 'is no name of a data set' in error_of(data.dataset, f'tfds/{name}', tmp_path / 'datasets')
+    assert 'is not the name of a data set' in error_of(data.dataset, f'tfds/{name}', tmp_path / 'datasets')
 
 
 @tfds_warnings
 def test_tfds_behind_links(toy, tmp_path):
-    """A set may be a link, as to another disk. Links within a set are not followed."""
+    """A data set may be a link, for instance to another disk. Links within a data set are not followed."""
     inside = tmp_path / 'inside'
     inside.mkdir()
     (inside / 'toy').symlink_to(toy.parent)
@@ -611,7 +611,7 @@ def test_tfds_is_not_searched_to_any_depth(toy):
 def test_tfds_of_pipes(name, toy):
     (toy / name).unlink(missing_ok=True)
     os.mkfifo(toy / name)
-    assert 'is no regular file' in error_of(data.dataset, 'tfds/toy', toy.parent.parent)
+    assert 'is not a regular file' in error_of(data.dataset, 'tfds/toy', toy.parent.parent)
 
 
 def edit(path, change):
@@ -662,8 +662,8 @@ def encoded(mode, size, kind='PNG'):
 @pytest.mark.parametrize(
     ('payload', 'message'),
     [
-        (lambda: encoded('L', (13_000, 13_000)), '(Image size|promises 1014000000 bytes)'),
-        (lambda: encoded('1', (9_000, 9_000)), 'promises 486000000 bytes'),
+        (lambda: encoded('L', (13_000, 13_000)), '(Image size|claims to hold 1014000000 bytes)'),
+        (lambda: encoded('1', (9_000, 9_000)), 'claims to hold 486000000 bytes'),
         (lambda: encoded('I;16', (8, 8)), 'its pixels are I;16'),
         (lambda: encoded('L', (8, 8), 'BMP'), 'cannot identify image file'),
         (lambda: encoded('L', (8, 8))[:40], 'is damaged'),
@@ -681,7 +681,7 @@ def test_tfds_of_hostile_images(payload, message, tmp_path):
 
 @tfds_warnings
 def test_tfds_decodes_palettes_to_colours(tmp_path):
-    """TFDS itself would return the palette's indices."""
+    """TFDS itself would return indices into the palette."""
     pytest.importorskip('tensorflow_datasets')
     image = Image.new('RGB', (8, 8), (200, 10, 90)).convert('P', palette=Image.Palette.ADAPTIVE)
     file = io.BytesIO()
@@ -692,7 +692,7 @@ def test_tfds_decodes_palettes_to_colours(tmp_path):
 
 
 def test_all_but_tfds_works_without_it(tmp_path):
-    """Neither import of tensorflow_datasets nor array_record is needed."""
+    """Other data sets need neither tensorflow_datasets nor array_record."""
     archives.write_idx_set(tmp_path / 'mnist')
     code = """if True:
         import sys
@@ -705,7 +705,7 @@ def test_all_but_tfds_works_without_it(tmp_path):
             print(error)
     """
     done = subprocess.run([sys.executable, '-c', code, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True)
-    expected = 'tfds/mnist: there is no tensorflow_datasets, run pip install -r requirements.txt'
+    expected = 'tfds/mnist: tensorflow_datasets is not installed: run pip install -r requirements.txt'
     assert done.stdout.splitlines() == ['20', expected]
 
 
@@ -713,5 +713,5 @@ def test_all_but_tfds_works_without_it(tmp_path):
     ('num_bytes', 'budget'), [(10, 1 << 26), (1 << 25, 1 << 31), (1 << 30, 1 << 32), (5 << 30, 5 << 30)]
 )
 def test_budget(num_bytes, budget):
-    """A large checkpoint stands for itself."""
+    """The budget of a large checkpoint is its own size."""
     assert files.budget(num_bytes) == budget

@@ -17,7 +17,7 @@ FILES = {path: '.'.join(path.relative_to(ROOT).with_suffix('').parts) for path i
 
 
 def imported(path):
-    """The modules of this project that a file imports, wherever in the file."""
+    """Returns the project's modules that a file imports, also within functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

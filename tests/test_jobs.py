@@ -1,4 +1,4 @@
-"""Processes side by side: what they share, what they say, and how they end."""
+"""Parallel processes: how they share the machine, what they print, and how they end."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ WAITS = [sys.executable, '-c', 'import time; print("begun", flush=True); time.sl
 
 
 def test_jobs_share_the_machine(monkeypatch):
-    """Of two at once each has a GPU of its own, and half of the cores."""
+    """Each of two parallel tasks gets its own GPU and half of the cores."""
     monkeypatch.setattr('os.sched_getaffinity', lambda process: range(8), raising=False)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
     both_run = threading.Barrier(2)
@@ -50,12 +50,12 @@ def test_a_signal_ends_what_runs_and_begins_no_more(number, capsys):
     with pytest.raises(SystemExit) as stop:
         processes.on_devices([is_stopped, lambda run: run([sys.executable, '-c', 'print("begun")'], print)])
     out, error = capsys.readouterr()
-    assert stop.value.code == 128 + number and not out and f'{number.name}: waiting for what runs' in error
+    assert stop.value.code == 128 + number and not out and f'{number.name}: waiting for the running processes' in error
     assert signal.getsignal(number) == before
 
 
 def test_a_signal_that_another_thread_gets(capsys):
-    """As the second of two in quick succession may be: the system picks any thread, and the main one sleeps on."""
+    """The system may deliver a signal to any thread. This does not wake the main thread."""
     began = time.monotonic()
 
     def is_stopped(run):
@@ -72,7 +72,7 @@ def test_status_of_seeds_of_which_one_is_killed(monkeypatch):
 
 
 def test_seeds_that_a_signal_left_out_are_named(monkeypatch, tmp_path, capsys):
-    """Seed 0 is complete, 1 is saved, 2 had nothing to save, 3 was not begun."""
+    """Seed 0 is complete, seed 1 has a checkpoint, seed 2 has none, seed 3 was not started."""
 
     def saved(command, write):
         run = tmp_path / 'cifar10_resnet18' / 'sgd' / 'run_1'
@@ -96,7 +96,7 @@ def test_seeds_that_a_signal_left_out_are_named(monkeypatch, tmp_path, capsys):
 
 
 def test_run_to_go_on_with(tmp_path):
-    """One with a whole checkpoint, not with one that a kill left half written."""
+    """Only a run with a complete checkpoint can be resumed. A half-written checkpoint does not count."""
     checkpoints = tmp_path / 'mnist_mlp' / 'sgd' / 'run_0' / 'checkpoints'
     (checkpoints / '5.partial').mkdir(parents=True)
     assert processes.begun_run(tmp_path) is None
@@ -105,7 +105,7 @@ def test_run_to_go_on_with(tmp_path):
 
 
 def test_several_processes_on_a_gpu(monkeypatch):
-    """Each may take its part of the memory; with a GPU each, JAX's default stays."""
+    """Processes that share a GPU get a part of its memory each. A process with its own GPU keeps JAX's default."""
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1')
     monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
     code = 'import os; print(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))'
@@ -119,7 +119,7 @@ def test_several_processes_on_a_gpu(monkeypatch):
 
 
 def test_gpus_that_are_listed(monkeypatch):
-    """A line of an error, or of a part of a GPU, is none."""
+    """Lines with an error or with a part of a GPU (MIG) do not count."""
     said = 'GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 1g.10gb Device 0: (UUID: MIG-2)\nGPU 1: NVIDIA H100 (UUID: GPU-3)\n'
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setattr('shutil.which', lambda name: name)
@@ -129,7 +129,7 @@ def test_gpus_that_are_listed(monkeypatch):
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
-    """Neither trained twice nor removed, although it has no checkpoint yet."""
+    """The run is neither trained twice nor removed, although it has no checkpoint yet."""
     run = tmp_path / 'sweep' / 'mnist_mlp' / 'sgd' / 'run_0'
     run.mkdir(parents=True)
     for folder in (run, tmp_path / 'sweep'):
@@ -139,18 +139,18 @@ def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
 
 
 def test_folders_that_others_made_are_kept(tmp_path):
-    """Only what train.py leaves behind before its first checkpoint is removed."""
+    """Only files that train.py writes before the first checkpoint are removed."""
     run = tmp_path / 'project' / 'images' / 'run_7'
     run.mkdir(parents=True)
     (run / 'lock').touch()
     (run / 'precious.txt').touch()
-    with pytest.raises(folders.RunError, match=r'run_7 holds no checkpoint, but precious\.txt: move it away'):
+    with pytest.raises(folders.RunError, match=r'run_7 holds precious\.txt but no checkpoint: move the folder away'):
         processes._trained(None, tmp_path, {})
     assert (run / 'precious.txt').exists()
 
 
 def test_a_run_of_nothing_but_a_start_is_begun_anew(tmp_path):
-    """Any other file is somebody's, and stays."""
+    """Any other file belongs to somebody, and stays."""
     for name, is_ours in (
         ('lock', True), ('config.json', True), ('log.jsonl.host.1.partial', True), ('config.old', False),
         ('log.txt', False), ('checkpoints', True), ('checkpoints/2.partial', True), ('checkpoints/thesis.tex', False),

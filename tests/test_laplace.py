@@ -1,4 +1,4 @@
-"""The Laplace approximation of a last layer against the Hessian that JAX differentiates, and moments of its samples."""
+"""The Laplace approximation of a last layer: its samples against the Hessian from JAX, and the features it reads."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def outputs_of(head):
 
 
 def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
-    """With zero weights all images have the same probabilities, so that A ⊗ B is the Hessian itself."""
+    """With zero weights, all images have the same probabilities. Then A ⊗ B equals the Hessian."""
     head = {'kernel': jnp.zeros((2, 3)), 'bias': jnp.zeros(3)}
     factors = laplace.fit(outputs_of(head), np.arange(6), batch_size=4, num_data=60, prior_precision=2.0)
 
@@ -43,7 +43,7 @@ def test_covariance_is_that_of_the_hessian_where_it_factorises(x64):
 
 
 def test_draws_do_not_depend_on_eigenvectors_of_equal_eigenvalues():
-    """Two factors of the same covariance, whose last three features have equal deviations, turned in one of them."""
+    """Two Factors describe the same covariance. Their last three eigenvectors, with equal deviations, are rotated."""
     rng = np.random.default_rng(0)
     features, classes, turn = (np.linalg.qr(rng.normal(size=(n, n)))[0].astype(np.float32) for n in (5, 3, 3))
     deviations = rng.uniform(0.1, 1, (5, 3)).astype(np.float32)

@@ -1,5 +1,7 @@
-"""The metrics against the reference's numbers, scikit-learn, torchmetrics and torch-uncertainty (recorded by
-record_metrics.py), and cases that can be counted by hand."""
+"""The metrics against the reference's numbers, scikit-learn, torchmetrics, torch-uncertainty and counts by hand.
+
+record_metrics.py has recorded the numbers of torchmetrics and torch-uncertainty.
+"""
 
 import json
 from functools import partial
@@ -57,7 +59,7 @@ def test_golden_values(entry):
 
 
 def tied_predictions():
-    """Coarse probabilities, so that many confidences are tied."""
+    """Returns coarse probabilities, with many tied confidences, and labels."""
     rng = np.random.default_rng(3)
     counts = rng.integers(1, 6, size=(500, 4))
     return counts / counts.sum(axis=1, keepdims=True), rng.integers(0, 4, 500)
@@ -92,7 +94,7 @@ def test_scikit_learn_agrees_on_unknown_images():
 
 
 def test_torchmetrics_and_torch_uncertainty_agree():
-    """They compute in float32. torch-uncertainty's AURC is the area of trapezoids between the coverages 1/N and 1."""
+    """Both compute in float32. torch-uncertainty's AURC is the area of trapezoids between the coverages 1/N and 1."""
     probs, labels = predictions(**RECORDED['predictions'])
     summary = metrics.summary(probs, labels)
     shared = RECORDED['values'].keys() & summary.keys() - {'aurc'}
@@ -125,7 +127,7 @@ def test_torchmetrics_and_torch_uncertainty_agree():
 
 @pytest.mark.parametrize('made', [tied_predictions, partial(predictions, 7, 500, 10, 1.0)], ids=['ties', 'distinct'])
 def test_weights_count_images(made):
-    """A metric with weights is that of as many copies of each image, and in any order of the images."""
+    """A weighted metric equals the metric over as many copies of each image, in any order."""
     probs, labels = made()
     rng = np.random.default_rng(0)
     weights = rng.integers(0, 4, (3, len(labels)))
@@ -141,31 +143,34 @@ def test_weights_count_images(made):
 
 
 def test_adaptive_ece_by_hand():
-    """Four images in two bins: 0.6, 0.7 with one right and 0.8, 0.9 with both right: (|1 − 1.3| + |2 − 1.7|)/4."""
+    """Two bins, {0.6, 0.7} with one right and {0.8, 0.9} with both right, give (|1 − 1.3| + |2 − 1.7|)/4."""
     probs, labels = binary([0.9, 0.6, 0.8, 0.7]), np.array([0, 0, 0, 1])
     np.testing.assert_allclose(metrics.adaptive_ece(probs, labels, num_bins=2), 0.6 / 4)
 
 
 def test_classwise_ece_by_hand():
-    """Both columns have the bins {0.2, 0.4} and {0.6, 0.8} of two: gaps |1 − 1.4| and |0 − 0.6|, in either column."""
+    """Both columns have the bins {0.2, 0.4} and {0.6, 0.8}, with the gaps 0.4 and 0.6 in one order or the other."""
     probs, labels = binary([0.6, 0.8, 0.4, 0.2]), np.array([0, 1, 1, 1])
     np.testing.assert_allclose(metrics.classwise_ece(probs, labels, num_bins=2), (0.4 + 0.6) / 4)
 
 
 def test_mce_by_hand():
-    """Bins of ten: 0.62 and 0.68, one right, gap |0.5 − 0.65|; 0.95 right, gap 0.05."""
+    """Two of ten bins are filled: 0.62 and 0.68, one right, gap |0.5 − 0.65|; and 0.95, right, gap 0.05."""
     np.testing.assert_allclose(metrics.mce(binary([0.62, 0.68, 0.95]), np.array([0, 1, 0]), num_bins=10), 0.15)
 
 
 def test_risk_and_coverage_by_hand():
-    """By confidence: right, wrong, {right, wrong} tied, right. Risks 0, 1/2, 2/4 twice, 2/5; at 80 % of them 2/4."""
+    """In order of confidence: right, wrong, {right, wrong} tied, right.
+
+    The risks are 0, 1/2, 2/4 twice, and 2/5. At 80 % coverage the risk is 2/4.
+    """
     probs, labels = binary([0.95, 0.9, 0.8, 0.8, 0.6]), np.array([0, 1, 0, 1, 0])
     np.testing.assert_allclose(metrics.aurc(probs, labels), (0 + 1 / 2 + 1 / 2 + 1 / 2 + 2 / 5) / 5)
     np.testing.assert_allclose(metrics.risk_at_80(probs, labels), 2 / 4)
 
 
 def test_risk_of_ties_that_are_more_than_the_share():
-    """All images are tied: of any share of them as many are wrong."""
+    """All images are tied, so any share of them has the same risk."""
     probs = binary([1.0] * 10)
     assert metrics.risk_at_80(probs, np.ones(10, int)) == 1
     np.testing.assert_allclose(metrics.risk_at_80(probs, np.arange(10) % 2), 0.5)
@@ -178,7 +183,7 @@ def test_impossible_classes_count_where_they_are_drawn():
 
 
 def test_entropies_by_hand():
-    """Two samples that are sure of different classes: all of the uncertainty is about the weights."""
+    """Two samples are sure of different classes, so all of the uncertainty is about the weights."""
     samples = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
     predictive, expected = metrics.entropy(samples.mean(axis=0)), metrics.entropy(samples[0])
     np.testing.assert_allclose(predictive, np.log(2))
@@ -188,7 +193,7 @@ def test_entropies_by_hand():
 
 
 def test_temperature_of_scaled_logits():
-    """Labels drawn from probabilities, and logits of these times three: the temperature is three, and mends the ECE."""
+    """Labels are drawn from probabilities whose logits are then tripled. The temperature is 3, and mends the ECE."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(20_000, 5))
     labels = (metrics.softmax(logits).cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
@@ -204,25 +209,25 @@ def binary(confidences):
 
 
 def test_ece_by_hand():
-    """Two bins of ten: 0.62 and 0.68, one of them right, and 0.95, right: (|1 − 1.3| + |1 − 0.95|)/3."""
+    """Two of ten bins are filled: 0.62 and 0.68, one of them right, and 0.95, right: (|1 − 1.3| + |1 − 0.95|)/3."""
     probs, labels = binary([0.62, 0.68, 0.95]), np.array([0, 1, 0])
     np.testing.assert_allclose(metrics.ece(probs, labels, num_bins=10), (0.3 + 0.05) / 3)
 
 
 def test_ece_counts_a_confidence_on_an_edge_once():
-    """0.75 belongs to (0.5, 0.75], with 0.7: one right, one wrong: a gap of |1 − 1.45|/2. And 1 is in the last bin."""
+    """0.75 shares the bin (0.5, 0.75] with 0.7. One is right, so the gap is |1 − 1.45|/2. 1 is in the last bin."""
     np.testing.assert_allclose(metrics.ece(binary([0.75, 0.7]), np.array([1, 0]), num_bins=4), 0.45 / 2)
     assert metrics.ece(binary([1.0, 1.0]), np.array([0, 0])) == 0
 
 
 def test_auroc_by_hand():
-    """Right: 0.9 and 0.7; wrong: 0.7 and 0.6. Of four pairs three are in order and one is a tie."""
+    """0.9 and 0.7 are right, 0.7 and 0.6 are wrong. Three of four pairs are in order, and one is a tie."""
     probs, labels = binary([0.9, 0.7, 0.7, 0.6]), np.array([0, 0, 1, 1])
     assert metrics.auroc(probs, labels) == 3.5 / 4
 
 
 def test_auroc_grid_is_blind_above_its_last_threshold():
-    """Confidences above 0.9996 are all tied for the grid, which gives ½, while the exact order is perfect."""
+    """The grid ties all confidences above 0.9996 and gives ½. Their exact order is perfect."""
     probs, labels = binary([0.99999, 0.99998, 0.9998, 0.9997]), np.array([0, 0, 1, 1])
     assert metrics.auroc(probs, labels) == 1
     assert metrics.auroc_grid(probs, labels) == 0.5
@@ -230,7 +235,7 @@ def test_auroc_grid_is_blind_above_its_last_threshold():
 
 @pytest.mark.parametrize('label', [0, 1])
 def test_auroc_without_two_kinds(label):
-    """All right, or all wrong: there is no pair to compare."""
+    """If all predictions are right, or all are wrong, no pair can be compared."""
     probs, labels = binary([0.9, 0.8]), np.full(2, label)
     assert np.isnan(metrics.auroc(probs, labels)) and np.isnan(metrics.auroc_grid(probs, labels))
 
@@ -240,7 +245,7 @@ def test_nll_of_an_impossible_class():
 
 
 def test_summary_of_a_diverged_network():
-    """argmax of NaN is class 0: an accuracy of a tenth would look like a result."""
+    """The argmax of NaN is class 0, and an accuracy of a tenth would look like a result."""
     summary = metrics.summary(np.full((4, 10), np.nan), np.zeros(4, int))
     assert len(summary) == 13 and np.isnan(list(summary.values())).all()
     assert np.isnan(metrics.fit_temperature(np.full((4, 10), np.nan), np.zeros(4, int)))
@@ -250,7 +255,7 @@ def test_summary_of_a_diverged_network():
 @pytest.mark.parametrize('whole_row', [False, True])
 @pytest.mark.parametrize('name', metrics.METRICS)
 def test_no_metric_is_a_number_if_a_probability_is_not(name, whole_row, wrong):
-    """Also with weights, and where the image itself is right, or its wrong probability is another class's."""
+    """This holds with weights too, and for a right prediction if only another class's probability is not finite."""
     probs, labels = predictions(5, 50, 6, 2)
     probs[7, slice(None) if whole_row else (labels[7] + 1) % 6] = wrong
     metric = metrics.METRICS[name]
@@ -273,7 +278,7 @@ def test_curves_of_probabilities_that_are_not_finite():
     'measure', [metrics.area_under_roc, metrics.area_under_precision_recall, metrics.fpr_at_95_tpr]
 )
 def test_separation_by_scores_that_are_nan_or_infinite(measure):
-    """NaN has no rank. Infinite scores have one."""
+    """NaN has no rank. Infinite scores have a rank."""
     scores, positive = np.arange(10.0), np.arange(10) % 3 > 0
     expected = measure(scores, positive)
     np.testing.assert_equal(measure(np.array([-np.inf, *scores[1:9], np.inf]), positive), expected)
@@ -282,7 +287,7 @@ def test_separation_by_scores_that_are_nan_or_infinite(measure):
 
 
 def test_temperature_where_a_true_class_has_probability_0():
-    """Its NLL is finite at any temperature in logarithms: sure and half of the time wrong, it is best the hottest."""
+    """In logarithms the NLL is finite at any temperature. Sure but half wrong predictions need the highest one."""
     np.testing.assert_allclose(metrics.fit_temperature(np.eye(2)[[0, 0, 0, 0]], np.array([0, 1, 0, 1])), 20, rtol=1e-3)
 
 

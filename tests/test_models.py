@@ -26,7 +26,7 @@ def golden_images(entry):
 
 
 def golden_params(entry):
-    """Parameter i from the generator of seed i: kernels z·√(2/fan_in), scales 1 + 0.1 z, all else 0.1 z."""
+    """Draws parameter i with seed i from a normal z: kernels z·√(2/fan_in), scales 1 + 0.1 z, all others 0.1 z."""
     params = {}
     for i, (name, shape) in enumerate(entry['parameters']):
         z = np.random.default_rng(i).standard_normal(shape)
@@ -77,7 +77,7 @@ def test_parameter_counts(name, shape, num_classes, count):
 
 @pytest.fixture(scope='module')
 def initial():
-    """Initial variables of the networks, flat, by name."""
+    """Returns the networks' initial parameters, {network: {path: array}}."""
     shapes = {'resnet18': (1, 32, 32, 3), 'resnet20': (1, 32, 32, 3), 'lenet': (1, 32, 32, 1), 'mlp': (1, 32, 32, 3)}
     flat = {}
     for name, shape in shapes.items():
@@ -96,7 +96,7 @@ def initial():
     ],
 )
 def test_truncated_kernels(name, kernel, fan_in, initial):
-    """Cut at two standard deviations and not corrected for it: the real standard deviation is 0.8796/√fan_in."""
+    """Kernels are cut at two standard deviations without correction, so their standard deviation is 0.8796/√fan_in."""
     z = np.asarray(initial[name][kernel]).ravel() * np.sqrt(fan_in)
     assert np.abs(z).max() <= 2 and np.abs(z).max() > 1.99
     np.testing.assert_allclose(z.std(), 0.8796, rtol=0.01)
@@ -111,7 +111,7 @@ def test_kernels_drawn_flat_are_those_of_their_shape(shape):
 
 
 def test_he_kernels(initial):
-    """ResNet-20's are cut too, but corrected: their standard deviation is √(2/fan_in)."""
+    """ResNet-20's kernels are cut too, but corrected: their standard deviation is √(2/fan_in)."""
     kernel = np.asarray(initial['resnet20']['stage3/block2/layer1/conv/kernel'])
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 576), rtol=0.02)
     np.testing.assert_allclose(np.abs(kernel).max(), 2 * np.sqrt(2 / 576) / 0.8796, rtol=0.01)
@@ -125,7 +125,7 @@ def test_initial_constants(initial):
 
 
 def test_running_averages_are_zero_debiased():
-    """After the updates x₁, x₂ the running mean is (0.9·x₁ + x₂)/(0.9 + 1): no trace of the initial 0."""
+    """After the updates x₁, x₂ the running mean is (0.9·x₁ + x₂)/(0.9 + 1), without a trace of the initial 0."""
     norm = models.BatchNorm()
     x = np.random.default_rng(0).normal(5, 1, (2, 4, 3, 3, 2)).astype(np.float32)
     variables = norm.init(jax.random.key(0), x[0], train=True)
@@ -150,7 +150,7 @@ def plain_batch_norm(x, scale, bias, relu):
 
 @pytest.mark.parametrize('relu', [False, True])
 def test_gradient_of_batch_norm(relu, x64):
-    """That of the equations in JAX, under `vmap` over parameters of their own too."""
+    """Value and gradient equal JAX's for the plain equations, under `vmap` over images and parameters."""
     rng = np.random.default_rng(0)
     x = rng.normal(2, 1, (2, 3, 5, 6, 4))
     scale, bias = rng.standard_normal((2, 2, 4))
@@ -168,7 +168,7 @@ def test_gradient_of_batch_norm(relu, x64):
 
 
 def test_batch_norm_in_bfloat16():
-    """Sums and the normalised values are float32: outputs and gradients are off by their own rounding only."""
+    """Sums and normalised values are float32, so outputs and gradients have only their own rounding error."""
     x = np.random.default_rng(0).normal(3, 1, (50, 8, 8, 3)).astype(jnp.bfloat16)
     scale, bias = np.array([0.5, 1, 2], jnp.bfloat16), np.array([-1, 0.25, 1], jnp.bfloat16)
 
@@ -185,7 +185,7 @@ def test_batch_norm_in_bfloat16():
 
 
 def test_gradient_of_batch_norm_of_a_variance_that_was_negative(x64):
-    """Then the variance is 0 and does not depend on x: the gradient is γ r (d − mean(d))."""
+    """Such a variance counts as 0 and does not depend on x, so the gradient is γ r (d − mean(d))."""
     rng = np.random.default_rng(0)
     x, grads = rng.standard_normal((2, 3, 5, 6, 4))
     scale = rng.standard_normal(4)
@@ -204,7 +204,7 @@ def plain_filter_response_norm(x, scale, bias, threshold):
 
 @pytest.mark.parametrize('axes', [(0, None), (0, 0)])
 def test_filter_response_norm(axes, x64):
-    """Value and gradient are those of the equations in JAX, where values equal the threshold too, and under `vmap`."""
+    """Value and gradient equal JAX's for the plain equations, also at the threshold, and under `vmap`."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 2, 5, 6, 4))
     x[:, 0, :2, :, 1] = x[:, 1, ..., 2] = 0
@@ -227,7 +227,7 @@ def test_filter_response_norm(axes, x64):
 
 
 def test_filter_response_norm_in_bfloat16():
-    """Gradients are bfloat16 as well, and those of float32 but for its rounding."""
+    """Gradients are bfloat16 and equal the float32 gradients up to rounding."""
     rng = np.random.default_rng(0)
     x, grads = rng.standard_normal((2, 2, 8, 8, 4))
     parameters = rng.standard_normal((3, 4))
@@ -245,7 +245,7 @@ def test_filter_response_norm_in_bfloat16():
 
 @pytest.mark.parametrize(('pixels', 'size', 'stride'), [(9, 3, 2), (8, 3, 2), (7, 2, 2), (6, 3, 1)])
 def test_max_pool(pixels, size, stride, x64):
-    """Value and gradient are those of Flax's window reduction, as long as no two values are equal."""
+    """Value and gradient equal Flax's window reduction if no two values are equal."""
     x = np.random.default_rng(0).standard_normal((2, pixels, pixels + 1, 3))
 
     @partial(jax.jit, static_argnums=0)
@@ -261,7 +261,7 @@ def test_max_pool(pixels, size, stride, x64):
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet20'])
 def test_bfloat16(name):
-    """The logits are those of float32 but for bfloat16's rounding; they and the batch statistics are float32."""
+    """Logits equal the float32 logits up to bfloat16's rounding. Logits and batch statistics come in float32."""
     entry = GOLDEN[name]
     model, images = models.create(name, entry['num_classes']), golden_images(entry)
     batch_stats = jax.tree.map(
@@ -297,10 +297,10 @@ def test_unknown_model():
 def test_a_compiled_step_on_a_batch_of_200_against_numpy(name, shape):
     """Compiled sums over 32,769 rows and more have been wrong where sums over fewer were right.
 
-    NumPy takes a minute for ResNet-18 on 32×32 pixels; on 16×16 the first stages have 51,200 rows.
+    ResNet-18 gets 16×16 pixels, where its first stages have 51,200 rows. With 32×32 pixels NumPy would take a minute.
 
-    The slope of the loss in NumPy, float64, is along the step's gradient: a unit vector in each parameter, so that none
-    of them drowns in the others.
+    The slope of NumPy's loss (float64) is taken along the step's gradient. The gradient of each parameter is scaled to
+    norm 1, so that no parameter outweighs the others.
     """
     images = np.random.default_rng(0).normal(size=(200, *shape)).astype(np.float32)
     labels = np.arange(200) % 10

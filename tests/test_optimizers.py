@@ -56,7 +56,7 @@ IVON = np.load(Path(__file__).parent / 'golden' / 'ivon.npz')
 
 
 def toy_loss(params, batch_stats, batch):
-    """The network of the golden values, whose `mean` stands for batch statistics."""
+    """Returns the loss and the new batch statistics of the golden values' network."""
     x, y = batch
     hidden = jnp.tanh(x @ params['W1'] + params['b1'][None])
     logits = hidden @ params['W2'] + params['b2'][None]
@@ -65,19 +65,27 @@ def toy_loss(params, batch_stats, batch):
 
 
 def logistic_loss(params, batch_stats, batch):
-    """`reference.logistic_gradient`'s loss for JAX."""
+    """Returns the loss and stats of `reference.logistic_gradient`, in JAX."""
     x, y = batch
     score = x @ params
     return optax.sigmoid_binary_cross_entropy(score, y).mean(), 0.9 * batch_stats + 0.1 * score.mean()
 
 
 def quadratic_loss(params, batch_stats, batch):
-    """|w|²/2, whatever the batch is."""
+    """Returns |w|²/2 for any batch, and unchanged batch statistics."""
     return sum(jnp.sum(w**2) for w in tree.leaves(params)) / 2, batch_stats
 
 
 def draw_known_noise(monkeypatch, key, noise):
-    """Makes optimizers draw this noise, [steps, draws a step, ...]: a draw is found by its key, as they derive keys."""
+    """Makes optimizers use this noise instead of random draws.
+
+    Keys are derived as in the optimizers, and each draw is found by its key.
+
+    Args:
+        monkeypatch: pytest's fixture.
+        key: the key of the initial state.
+        noise: arrays [steps, draws per step, ...].
+    """
     steps, draws = tree.leaves(noise)[0].shape[:2]
     keys = []
     for _ in range(steps):
@@ -101,9 +109,9 @@ def draw_known_noise(monkeypatch, key, noise):
     ],
 )
 def test_golden_values(name, label, settings, x64, monkeypatch):
-    """Twelve steps with the reference's own update functions: weights, momentum, precision, statistics, losses.
+    """Twelve steps equal the reference's update functions: weights, momentum, precision, statistics, losses.
 
-    The same, however many sub-batches are computed together.
+    The number of sub-batches that are computed together does not matter.
     """
     steps, key = len(GOLDEN['lr']), jax.random.key(0)
     draw_known_noise(monkeypatch, key, {name: GOLDEN[f'noise_{name}'] for name in ('W1', 'b1', 'W2', 'b2')})
@@ -125,7 +133,7 @@ def test_golden_values(name, label, settings, x64, monkeypatch):
 
 @pytest.fixture
 def problem():
-    """Logistic regression in float64: 5 batches of 12 examples with 3 features, start weights."""
+    """Returns x [5, 12, 3], y [5, 12] and initial weights [3] of a logistic regression in float64."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(5, 12, 3)), rng.integers(0, 2, size=(5, 12)).astype(float)
     return x, y, rng.normal(size=3)
@@ -171,7 +179,7 @@ def test_sam_equals_the_equations(num_sub_batches, problem, x64):
 
 @pytest.mark.parametrize('num_sub_batches', [1, 3])
 def test_bsam_equals_the_equations(num_sub_batches, problem, x64):
-    """With the noise that `sample` draws for the keys of the sub-batches."""
+    """The equations get the noise that the optimizer draws with the keys of the sub-batches."""
     x, y, w = problem
     settings = {'rho': 0.1, 'damping': 0.05, 'num_data': 60}
     optimizer = optimizers.bsam(
@@ -203,7 +211,10 @@ def test_bsam_equals_the_equations(num_sub_batches, problem, x64):
 @pytest.mark.parametrize('bnupdate', ['both', 'first', 'second'])
 @pytest.mark.parametrize(('optim', 'perturbed'), [('sam', 1 + 0.1 / np.sqrt(2)), ('bsam', 1.1)])
 def test_batch_statistics_move_where_they_should(optim, perturbed, bnupdate):
-    """A gradient doubles them and adds its weight: 1 at the first of the two, which has hardly any noise."""
+    """Each gradient doubles the statistics and adds the first weight.
+
+    The weight is 1 at the first gradient, with hardly any noise, and `perturbed` at the second.
+    """
 
     def loss(params, batch_stats, batch):
         return quadratic_loss(params, batch_stats, batch)[0], 2 * batch_stats + params[0]
@@ -226,7 +237,7 @@ def test_batch_statistics_move_where_they_should(optim, perturbed, bnupdate):
 
 
 def test_sam_gradient_of_a_quadratic(x64):
-    """|w|²/2 has gradient w, so SAM's is w + ρ w/‖w‖: (3, 4)·1.02, over two leaves, as the norm is the global one."""
+    """|w|²/2 has gradient w, so SAM's is w + ρ w/‖w‖ = (3, 4)·1.02. The norm is over both leaves."""
     optimizer = optimizers.sam(
         quadratic_loss, learning_rate=1.0, beta1=0.0, weight_decay=0.0, rho=0.1, num_sub_batches=2
     )
@@ -239,7 +250,7 @@ def test_sam_gradient_of_a_quadratic(x64):
 
 @pytest.mark.parametrize('rho', [0.1, 5.0])
 def test_sam_at_a_minimum_stays_there(rho):
-    """The gradient is 0, the perturbation 0/0 by the book."""
+    """The gradient is 0, and the equation of the perturbation gives 0/0."""
     optimizer = optimizers.sam(
         quadratic_loss, learning_rate=1.0, beta1=0.9, weight_decay=0.0, rho=rho, num_sub_batches=1
     )
@@ -248,7 +259,7 @@ def test_sam_at_a_minimum_stays_there(rho):
 
 
 def test_bsam_precision_of_a_constant_gradient(x64):
-    """ℓ = c·w has |g| = c everywhere, so that s tends to the root of s = √s c + γ + δ, from any start."""
+    """ℓ = c·w has |g| = c everywhere, so s tends to the root of s = √s c + γ + δ from any initial value."""
     c = jnp.array([0.5, 2.0])
     optimizer = optimizers.bsam(
         lambda params, batch_stats, batch: (params @ c, batch_stats),
@@ -273,7 +284,7 @@ def test_sample_of_a_point_estimate_is_the_mean(name):
 
 @pytest.mark.parametrize('noise_block', [1, 2, optimizers._NOISE_BLOCK])
 def test_moments_of_bsam_samples(noise_block, monkeypatch):
-    """N(w, 1/(N s)), independent between leaves, elements and blocks: 40,000 draws, five standard errors."""
+    """Samples follow N(w, 1/(N s)), independent between leaves, elements and blocks, within five standard errors."""
     monkeypatch.setattr(optimizers, '_NOISE_BLOCK', noise_block)
     optimizer = optimizers.bsam(quadratic_loss, **SETTINGS['bsam'])
     state = optimizer.init({'a': jnp.array([1.0, -2.0]), 'b': jnp.array(0.5)}, {}, jax.random.key(0))
@@ -289,7 +300,7 @@ def test_moments_of_bsam_samples(noise_block, monkeypatch):
 
 @pytest.mark.parametrize(('elements', 'blocks'), [(130, 1), (3000, 2), (7000, 4)])
 def test_noise_is_that_of_jax(elements, blocks, platform, monkeypatch):
-    """Bit for bit that of a key for each block, whatever the leaves are."""
+    """The noise equals JAX's with a key for each block, bit for bit, whatever the leaves are."""
     monkeypatch.setattr(optimizers, '_NOISE_BLOCK', 2000)
     params = {'a': jnp.zeros((elements - 65, 1)), 'b': jnp.zeros(65)}
     noise = jax.jit(optimizers._normal_like)(jax.random.key(3), params)
@@ -301,7 +312,7 @@ def test_noise_is_that_of_jax(elements, blocks, platform, monkeypatch):
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='elsewhere a loop draws block after block')
 def test_noise_is_drawn_in_one_operation(monkeypatch):
-    """Of all blocks, for all leaves: XLA would go through a loop in one thread, and else draw for each leaf anew."""
+    """One operation draws all blocks for all leaves. XLA would run a loop in one thread, or draw anew for each leaf."""
     monkeypatch.setattr(optimizers, '_NOISE_BLOCK', 2000)
     params = {name: jnp.zeros(1500) for name in 'abc'}
     compiled = jax.jit(optimizers._normal_like).lower(jax.random.key(0), params).compile()
@@ -310,7 +321,10 @@ def test_noise_is_drawn_in_one_operation(monkeypatch):
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_second_step_neither_recompiles_nor_repeats_noise(name):
-    """One compilation, both gradients of SAM traced once; the state can be donated; the key moves on if it is used."""
+    """Both steps share one compilation, and SAM's two gradients share one trace.
+
+    The state can be donated. The key changes if the optimizer uses it.
+    """
     traces = []
 
     def loss(params, batch_stats, batch):
@@ -333,7 +347,7 @@ def test_second_step_neither_recompiles_nor_repeats_noise(name):
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_step_keeps_dtypes(name):
-    """bfloat16 weights stay so under a float32 rate, or a second step would compile again."""
+    """bfloat16 weights stay bfloat16 under a float32 learning rate. Otherwise a second step would compile again."""
     optimizer = optimizers.OPTIMIZERS[name](quadratic_loss, **SETTINGS[name])
     state = optimizer.init({'w': jnp.ones(3, jnp.bfloat16)}, {}, jax.random.key(0))
     stepped, _ = jax.jit(optimizer.step)(state, jnp.zeros(4), jnp.float32(0.5))
@@ -367,7 +381,7 @@ def test_adam_equals_optax(name, transform, problem, x64):
 
 
 def test_samadam_is_sam_into_adam(problem, x64):
-    """With sub-batches: SAM's gradient from the NumPy transcription into optax's Adam."""
+    """SAM's gradient over sub-batches, in NumPy, and optax's Adam give the same weights."""
     x, y, w = problem
     optimizer = optimizers.samadam(logistic_loss, **SETTINGS['samadam'])
     state, theirs = optimizer.init(jnp.asarray(w), jnp.zeros(()), jax.random.key(0)), w
@@ -385,7 +399,7 @@ def test_samadam_is_sam_into_adam(problem, x64):
 
 
 def test_asam_equals_the_equations(problem, x64):
-    """Weights are measured by |w| + η, a bias is not."""
+    """The perturbation is scaled by |w| + η for weights, and by 1 for a bias."""
     x, y, w = problem
 
     def loss(params, batch_stats, batch):
@@ -405,7 +419,7 @@ def test_asam_equals_the_equations(problem, x64):
 
 
 def test_swag_records_what_sgd_passes(problem, x64):
-    """SGD's weights after the steps 2, 4, ... 10: their mean and variance; the last three deviations."""
+    """SWAG holds the mean and variance of SGD's weights after steps 2, 4, ... 10, and the last three deviations."""
     x, y, w = problem
     common = {'learning_rate': 0.4, 'beta1': 0.8, 'weight_decay': 0.03}
     swag = optimizers.swag(logistic_loss, **common, swagstart=2, swagevery=2, swagrank=3)
@@ -434,7 +448,7 @@ def test_swag_records_what_sgd_passes(problem, x64):
 
 
 def test_variance_of_swag_in_float32():
-    """Of weights near 1 that move by 1e-4 a step: their squares differ by no more than float32's rounding."""
+    """The weights are near 1 and move by 1e-4 per step. Their squares differ by no more than float32's rounding."""
 
     def loss(params, batch_stats, batch):
         return (params * batch).sum(), batch_stats
@@ -448,7 +462,7 @@ def test_variance_of_swag_in_float32():
 
 
 def test_moments_of_swag_samples(x64):
-    """The mean, and half of the diagonal and the low-rank covariance."""
+    """The samples have the mean, and half of the diagonal plus half of the low-rank covariance."""
     swag = optimizers.swag(quadratic_loss, **SETTINGS['swag'])
     mean, deviations = np.array([1.0, -2.0]), np.array([[1.0, 1.0], [0.5, -1.0], [-2.0, 0.0]])
     state = swag.init(mean, {}, jax.random.key(0))
@@ -464,7 +478,7 @@ def test_moments_of_swag_samples(x64):
 
 @pytest.mark.parametrize(('case', 'clip', 'num_samples'), [('plain', np.inf, 1), ('clipped', 0.1, 2)])
 def test_ivon_equals_the_package_of_its_authors(case, clip, num_samples, monkeypatch, x64):
-    """ivon-opt with the same noise, recorded by record_ivon.py."""
+    """record_ivon.py has recorded ivon-opt with the same noise."""
     settings = SETTINGS['ivon'] | {'num_sub_batches': 1, 'num_samples': num_samples, 'clip': clip}
     optimizer = optimizers.ivon(logistic_loss, **settings)
     state = optimizer.init(jnp.asarray(IVON['w']), jnp.zeros(()), jax.random.key(0))
@@ -477,7 +491,7 @@ def test_ivon_equals_the_package_of_its_authors(case, clip, num_samples, monkeyp
 
 
 def test_precision_of_ivon_stays_positive():
-    """Whatever the gradients are: those of this loss are large, random and of either sign."""
+    """The precision stays positive for any gradients. Here they are large, random and of either sign."""
 
     def wild_loss(params, batch_stats, batch):
         return (params * batch.mean(axis=0)).sum(), batch_stats
@@ -492,7 +506,7 @@ def test_precision_of_ivon_stays_positive():
 
 
 def test_sub_batches_and_samples_of_ivon_average(x64):
-    """A quadratic has the gradient θ: over many samples the average of θ is w, and the Hessian's estimate is 1."""
+    """A quadratic has the gradient θ: over many samples the average of θ is w, and the estimated Hessian is 1."""
     settings = SETTINGS['ivon'] | {
         'num_sub_batches': 2,
         'num_samples': 4000,
@@ -516,7 +530,7 @@ def test_batch_that_does_not_divide():
 
 
 def test_lr_factor():
-    """181 epochs of the reference: five of warm-up, then half a cosine over the other 176."""
+    """The 181 epochs of the reference are five of warm-up, then half a cosine over the other 176."""
     factors = [optimizers.lr_factor(epoch, epochs=180, warmup=5) for epoch in range(181)]
     np.testing.assert_allclose(factors[:6], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     np.testing.assert_allclose(factors[5 + 88], 0.5, atol=1e-12)
@@ -539,7 +553,7 @@ def test_which_optimizers_have_a_posterior():
 
 @pytest.mark.parametrize(('atonce', 'rounds'), [(1, 4), (2, 2), (3, 2), (4, 1), (10**9, 1)])
 def test_sub_batches_are_taken_in_rounds(atonce, rounds):
-    """Groups are of equal size: three at once are two of four sub-batches."""
+    """Groups have equal sizes: with four sub-batches, three at once become two."""
     optimizer = optimizers.sam(toy_loss, **SETTINGS['sam'], atonce=atonce)
     params = {name: jnp.asarray(GOLDEN[f'w0_{name}'], jnp.float32) for name in ('W1', 'b1', 'W2', 'b2')}
     state = optimizer.init(params, {'mean': jnp.zeros(5)}, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Predictions at the mean and over samples, batch statistics that are estimated again."""
+"""Predictions at the mean and over samples, and re-estimated batch statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def apply(params, batch_stats, images):
 
 
 def update(params, batch_stats, images):
-    """Running averages whose first value replaces what was there, as BatchNorm's."""
+    """Returns running averages after the first batch. As in BatchNorm, the first value replaces the initial value."""
     del batch_stats
     return apply(params, 0.0, images).mean(axis=0)
 
@@ -37,7 +37,7 @@ def probs_of(params, batch_stats):
 
 
 def test_averages_over_samples():
-    """Against loops over the samples: probabilities, entropies and votes, after two and after five of them."""
+    """Probabilities, entropies and votes equal a loop over the samples, after two and after five samples."""
     drawn = [sample(jax.random.fold_in(jax.random.key(1), i)) for i in range(5)]
     probs = np.stack([probs_of(params, np.arange(3)) for params in drawn])
     for n, prediction in zip((2, 5), posterior().predict(IMAGES, [2, 5]), strict=True):
@@ -56,7 +56,7 @@ def test_more_samples_begin_with_the_same():
 
 
 def test_a_point_is_run_once():
-    """Of a posterior that is a point, samples are the mean and need no pass of their own."""
+    """Every sample of a point estimate equals the mean, so one forward pass is enough."""
     calls = []
 
     def counted(params, batch_stats, images):
@@ -73,7 +73,7 @@ def test_a_point_is_run_once():
 
 
 def test_batch_statistics_are_estimated_again():
-    """Each weights' own: the average over batches of what a batch alone gives."""
+    """Mean and samples each have their own statistics: the statistics of single batches, averaged over batches."""
     batches = jnp.asarray(IMAGES[:6].reshape(3, 2, 2, 2, 1))
 
     def refresh(params):

@@ -1,4 +1,4 @@
-"""Runs of several processes, as on several hosts: real ones on this machine, each with one CPU device."""
+"""Runs of several processes, as on several hosts: real processes on this machine, with one CPU device each."""
 
 import json
 import os
@@ -20,7 +20,7 @@ import train
 from children import ROOT, Child
 from runs import checkpoints
 
-# train.py or test.py with small networks, so that they compile soon.
+# Runs train.py or test.py with small networks, which compile fast.
 SCRIPT = f"""if True:
     import sys
     sys.path[:0] = ['{ROOT}/tests', '{ROOT}']
@@ -30,7 +30,7 @@ SCRIPT = f"""if True:
 """
 FLAGS = ['--dataset=mnist', '--alpha=0.05', '--batchsize=96', '--warmup=0', '--epochs=1']
 LONG = ['--optim=bsam', '--model=resnet18', '--checkpointevery=1']
-# More threads than cores hinder each other.
+# More threads than cores slow each other down.
 SMALL = {'JAX_PLATFORMS': 'cpu', 'PJRT_NPROC': '1', 'XLA_FLAGS': conftest.XLA_FLAGS_OF_FEW_STEPS}
 
 
@@ -41,7 +41,7 @@ def free_address():
 
 
 def start(number, *arguments, last=(), script='train', devices_of_last=1, folder_of_last=ROOT, code=SCRIPT):
-    """Processes of one run, the last with more arguments; with number 1, a run that knows nothing of others."""
+    """Starts the processes of one run, the last with more arguments. A single process gets no --coordinator."""
     address = free_address()
     others = [[f'--coordinator={address}', f'--processes={number}', f'--processid={i}'] for i in range(number)]
     others[-1] += last
@@ -55,14 +55,17 @@ def start(number, *arguments, last=(), script='train', devices_of_last=1, folder
 
 
 def ended(processes):
-    """[(exit status, stdout, stderr)] of processes."""
+    """Waits for processes. Returns [(exit status, stdout, stderr)]."""
     said = [process.communicate() for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
 @pytest.fixture(scope='module')
 def short(tmp_path_factory):
-    """Flags of a short run on 480 digits of scikit-learn in MNIST's files: no process has to import it for a second."""
+    """Flags of a short run on 480 digits of scikit-learn.
+
+    The digits are in files of MNIST's format, because importing scikit-learn would take each process a second.
+    """
     folder = tmp_path_factory.mktemp('digits')
     digits = data.dataset('digits', folder)
     parts = ([array[:number] for array in digits.read(split)] for split, number in (('train', 480), ('test', 120)))
@@ -72,13 +75,13 @@ def short(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch):
-    """This process, which trains and evaluates what one alone does, has the networks of the others."""
+    """Gives this process, which trains and evaluates alone for comparison, the same small networks."""
     monkeypatch.setitem(models.MODELS, 'resnet18', conftest.SmallResNet)
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.ShortResNet20)
 
 
 def weights(run):
-    """All weights and batch statistics of a run's newest checkpoint, and its step."""
+    """Returns all weights and batch statistics of a run's newest checkpoint, and the step."""
     step, state, _ = conftest.restore(run)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves((state.params, state.batch_stats))]), step
 
@@ -88,9 +91,9 @@ def weights(run):
     [(2, 'bsam', 'lenet', ['--stream']), (4, 'sam', 'resnet20', []), (2, 'sgd', 'resnet18', ['--stream'])],
 )
 def test_processes_train_as_one(number, optim, model, more, short, tmp_path):
-    """Those that stream read their part of each batch only, the one alone has all images on its device.
+    """With --stream each process reads only its part of a batch. The single process keeps all images on its device.
 
-    The last process does not see the run folder.
+    The last of several processes does not see the run folder.
     """
     flags = [*short, f'--optim={optim}', f'--model={model}', '--trainimages=192']
     alone, together = tmp_path / 'alone', tmp_path / 'to[ge]ther'
@@ -121,7 +124,7 @@ def until_step(folder, step):
 
 
 def test_signal_and_resume_on_more(short, tmp_path):
-    """SIGTERM to one of two processes ends both after the same step; four go on, to what one alone comes to."""
+    """SIGTERM to one of two processes ends both after the same step. Four resume, and match a single process."""
     flags = [*short, *LONG, '--epochs=4']
     alone, together = tmp_path / 'alone', tmp_path / 'to[ge]ther'
     processes = start(2, *flags, f'--resultsfolder={together}')
@@ -129,7 +132,7 @@ def test_signal_and_resume_on_more(short, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     (first, _, saved), (second, _, _) = ended(processes)
     assert (first, second) == (143, 143)
-    assert f'saved; go on with: python train.py --resume {shlex.quote(str(run))}' in saved
+    assert f'saved; resume with: python train.py --resume {shlex.quote(str(run))}' in saved
     assert 2 <= weights(run)[1] < 25
     processes = start(4, f'--resume={run}', '--checkpointevery=1000')
     train.main([*flags, '--checkpointevery=1000', f'--resultsfolder={alone}'])
@@ -141,7 +144,7 @@ def test_signal_and_resume_on_more(short, tmp_path):
 
 
 def test_signal_before_the_first_step_that_is_resumed(short, tmp_path):
-    """It comes while the step is compiled, and ends both processes after it."""
+    """The signal arrives while the step is compiled. Both processes end after the step."""
     run = train.main([*short, '--optim=bsam', '--model=resnet18', f'--resultsfolder={tmp_path}'])
     begun = weights(run)[1]
     processes = start(2, f'--resume={run}', '--epochs=100000')
@@ -151,7 +154,7 @@ def test_signal_before_the_first_step_that_is_resumed(short, tmp_path):
     assert begun < weights(run)[1] < begun + 10
 
 
-# The first process cannot write its checkpoints.
+# Runs SCRIPT so that the first process cannot write its checkpoints.
 CANNOT_SAVE = f"""if True:
     import sys
     import numpy
@@ -162,7 +165,7 @@ CANNOT_SAVE = f"""if True:
 
 
 def test_checkpoints_that_are_not_written(short, tmp_path):
-    """The first process says so once. All processes end with status 1."""
+    """The first process reports the failure once. All processes end with status 1."""
     processes = start(2, *short, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}', code=CANNOT_SAVE)
     (first, _, said), (second, _, other) = ended(processes)
     assert (first, second) == (1, 1)
@@ -171,7 +174,7 @@ def test_checkpoints_that_are_not_written(short, tmp_path):
 
 @pytest.mark.parametrize('killed', [0, 1])
 def test_killed_process_ends_the_others(killed, short, tmp_path):
-    """Within a minute and with a line on it; one process alone goes on with the run."""
+    """The others end within a minute, with a message. A single process can resume the run."""
     processes = start(2, *short, *LONG, '--epochs=100000', f'--resultsfolder={tmp_path}')
     run = until_step(tmp_path, 2)
     processes[killed].kill()
@@ -194,8 +197,8 @@ def test_killed_process_ends_the_others(killed, short, tmp_path):
         (['--coordinator=host'], "argument --coordinator: 'host' is neither HOST:PORT nor auto"),
         (['--coordinator=host:1'], '--coordinator HOST:PORT needs --processes N, and a --processid from 0 to N - 1'),
         (['--coordinator=host:1', '--processes=2', '--processid=2'], 'needs --processes N, and a --processid'),
-        (['--jointimeout=9'], '--jointimeout goes with --coordinator'),
-        (['--processes=2'], '--processes and --processid go with --coordinator HOST:PORT'),
+        (['--jointimeout=9'], '--jointimeout needs --coordinator'),
+        (['--processes=2'], '--processes and --processid need --coordinator HOST:PORT'),
     ],
 )
 def test_addresses_that_are_not_whole(flags, line, capsys):
@@ -207,7 +210,7 @@ def test_addresses_that_are_not_whole(flags, line, capsys):
 def test_automatic_without_a_cluster(short, tmp_path):
     ((status, _, error),) = ended(start(1, *short, '--coordinator=auto', f'--resultsfolder={tmp_path}'))
     assert status == 2 and error.count('\n') == 1 and not list(tmp_path.iterdir())
-    assert '--coordinator auto: neither Slurm, Open MPI nor Kubernetes says which processes there are' in error
+    assert '--coordinator auto: this process is not in a job of Slurm, Open MPI or Kubernetes' in error
 
 
 @pytest.mark.parametrize('number', [0, 1])
@@ -220,7 +223,7 @@ def test_process_that_waits_for_one_that_never_joins(number, short, tmp_path):
 
 
 def test_error_of_one_ends_all(datasets, tmp_path):
-    """Data that one of two processes does not find, or other data: its line and status 2, and soon the other's end."""
+    """One of two processes does not find its data, or has other flags. It ends with status 2, the other soon after."""
     flags = ['--dataset=mnist', '--model=mlp', '--batchsize=20', '--optim=sgd', f'--datasetfolder={datasets}']
     processes = start(2, *flags, f'--resultsfolder={tmp_path}', last=['--dataset=tinyimagenet'])
     began = time.monotonic()
@@ -229,7 +232,7 @@ def test_error_of_one_ends_all(datasets, tmp_path):
     assert 'train.py: error:' in errors and 'Traceback' not in errors
     (first, _, _), (second, _, errors) = ended(start(2, *flags, f'--resultsfolder={tmp_path}', last=['--alpha=0.5']))
     assert first != 0 and second == 2
-    assert 'process 1 has other flags than process 0: start all with the same flags and data' in errors
+    assert 'process 1 and process 0 differ in their flags: start all processes with the same flags and data' in errors
 
 
 @pytest.mark.parametrize(
@@ -237,7 +240,7 @@ def test_error_of_one_ends_all(datasets, tmp_path):
     [('bsam', 'resnet18', ['--testmc=5', '--bnrefresh=2', '--ood=mnist', '--plots']), ('sgd', 'mlp', ['--laplace'])],
 )
 def test_processes_evaluate_as_one(optim, model, flags, datasets, tmp_path):
-    """Two processes, of which one has no run folder, measure what one alone does, and the first says and writes it."""
+    """Two processes, one without the run folder, measure the same as one. The first prints and writes the results."""
     training = [*FLAGS, f'--optim={optim}', f'--model={model}', f'--datasetfolder={datasets}', '--epochs=0']
     training += ['--dataset=cifar10', '--batchsize=8']
     run = train.main([*training, f'--resultsfolder={tmp_path}'])
@@ -260,7 +263,7 @@ def test_processes_that_differ_in_devices(short, tmp_path):
     flags = [*short, '--optim=sgd', '--model=mlp', f'--resultsfolder={tmp_path}']
     found = ended(start(2, *flags, devices_of_last=2))
     assert all(status != 0 and 'Traceback' not in errors for status, _, errors in found)
-    assert any('some processes have 1 devices and some 2: give each as many' in errors for _, _, errors in found)
+    assert any('some processes have 1 devices, others 2: give all the same number' in errors for _, _, errors in found)
 
 
 def test_one_process_that_joined_is_stopped_as_ever(short, tmp_path):
@@ -269,4 +272,4 @@ def test_one_process_that_joined_is_stopped_as_ever(short, tmp_path):
     until_step(tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     ((status, _, errors),) = ended([process])
-    assert status == 143 and 'saved; go on with' in errors
+    assert status == 143 and 'saved; resume with' in errors

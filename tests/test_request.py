@@ -1,4 +1,4 @@
-"""What an evaluation is asked: test.py understands the flags of a Request, and files are named by it."""
+"""Requests for evaluations: test.py understands the flags of a Request, and a Request names the files."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a script finds around it at the start: JAX's configuration, paths, environment, signals while it imports."""
+"""Scripts at start-up: JAX's configuration, paths, environment variables, and signals during imports."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SCRIPTS = ('train.py', 'test.py', 'sweep.py', 'demo2d.py', 'setup_tinyimagenet.p
 
 
 def call(*command, folder=ROOT, **environment):
-    """A process of its own, because most of the environment is read where Python or JAX begins."""
+    """Runs a separate process, because Python and JAX read most of the environment at start-up."""
     given = os.environ | {name: str(value) for name, value in environment.items()}
     given.pop('TF_CPP_MIN_LOG_LEVEL', None)  # JAX has set it in this process
     command = [sys.executable, *map(str, command)]
@@ -35,7 +35,7 @@ def call(*command, folder=ROOT, **environment):
 
 
 def test_numbers_do_not_depend_on_the_configuration_of_jax(flags_of, tmp_path):
-    """Nor does a resume."""
+    """The numbers of a resumed run do not depend on it either."""
     odd = {
         'JAX_DEFAULT_PRNG_IMPL': 'rbg', 'JAX_THREEFRY_PARTITIONABLE': 0, 'JAX_RANDOM_SEED_OFFSET': 7,
         'JAX_ENABLE_X64': 1, 'JAX_NUMPY_DTYPE_PROMOTION': 'strict', 'JAX_TRANSFER_GUARD': 'disallow',
@@ -71,7 +71,7 @@ def test_a_resume_in_another_precision_is_refused(flags_of, monkeypatch, capsys)
         train.main([f'--resume={run}', '--epochs=2'])
     error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert f'JAX_DEFAULT_MATMUL_PRECISION is bfloat16, and {run} was begun with float32: set it so' in error
+    assert f'JAX_DEFAULT_MATMUL_PRECISION is bfloat16, but {run} began with float32: set the same precision' in error
     monkeypatch.setattr(provenance, 'environment', lambda: before | {'xla_flags': '--another=1'})
     train.main([f'--resume={run}', '--epochs=2'])
     assert "XLA_FLAGS is '--another=1'" in capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_variables_of_jax_choose_the_compile_cache(variables, expected, monkeypa
 
 
 def test_empty_entries_of_a_compile_cache_are_removed(tmp_path, compilecache):
-    """Those that are a minute old; a younger one is being written."""
+    """Only entries older than a minute are removed, because newer ones may still be written."""
     for name, age in (('old-cache', 100), ('new-cache', 0), ('old-atime', 100)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
@@ -176,12 +176,12 @@ def test_a_working_folder_that_was_removed(tmp_path):
     command = ['sh', '-c', 'rmdir "$PWD" && exec "$0" "$1"', sys.executable, str(ROOT / 'train.py')]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == 'train.py: error: the working folder no longer exists: cd to one that does\n'
+    assert done.stderr == 'train.py: error: the working folder no longer exists: cd to an existing folder\n'
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_ctrl_c_while_a_script_imports(script):
-    """Here while it imports this project's own modules; JAX comes later, see test_resume."""
+    """The signal comes just before JAX is imported. For later signals see test_resume."""
     code = f"""if True:
         import builtins, os, runpy, signal, sys
         def interrupted(name, *rest, imported=builtins.__import__):
@@ -217,7 +217,7 @@ def test_a_closed_terminal_ends_what_nohup_does_not_protect(ignored):
 
 
 def test_a_signal_in_the_middle_of_a_print(monkeypatch, capfd):
-    """Streams cannot be entered twice: the line takes another way, and nothing is raised in the handler."""
+    """Streams are not reentrant. The line goes directly to the file descriptor, and the handler raises nothing."""
     from runs import signals
 
     class Entered:
@@ -289,11 +289,11 @@ def test_sweep_files(text, message, tmp_path, capsys):
 
 @pytest.mark.parametrize('name', ['config.json', 'log.jsonl'])
 def test_a_pipe_in_place_of_a_file_of_a_run(name, flags_of, capsys):
-    """Reading it must not wait for the other end."""
+    """Reading the pipe must not wait for a writer."""
     run = train.main(flags_of())
     (run / name).unlink()
     os.mkfifo(run / name)
-    with pytest.raises(errors.UserError, match=f'{name} is damaged or cannot be read: it is no regular file'):
+    with pytest.raises(errors.UserError, match=f'{name} is damaged or cannot be read: it is not a regular file'):
         folders.read_config(run) if name == 'config.json' else folders.read_log(run)
 
 

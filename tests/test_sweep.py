@@ -1,4 +1,4 @@
-"""Sweeps: which runs they make, that they go on where they were, and the table of validation metrics."""
+"""Sweeps: which runs they make, how they resume, and the table of validation metrics."""
 
 import csv
 import shutil
@@ -48,7 +48,7 @@ def toml(datasets, tmp_path):
 
 @pytest.fixture(scope='module')
 def one_of_four(forked_jobs, datasets, tmp_path_factory):
-    """The output folder of a sweep whose first run is made and evaluated with one sample."""
+    """Returns the output folder of a sweep whose first run is trained, and evaluated with one sample."""
     folder = tmp_path_factory.mktemp('sweep')
     sweep.main([str(write_toml(folder, datasets)), f'--output={folder / "sweep"}', '--testmc=1', '--part=0/4'])
     return folder / 'sweep'
@@ -60,7 +60,7 @@ def output(one_of_four, tmp_path):
 
 
 def test_runs_of_a_sweep(toml):
-    """Every combination with the same draws, between the bounds."""
+    """Every combination has the same draws, within the bounds."""
     fixed, runs = sweep.read(toml)
     assert fixed['noaugment'] is True and [run['optim'] for run in runs] == ['sgd', 'sgd', 'adam', 'adam']
     alphas = [run['alpha'] for run in runs]
@@ -77,7 +77,7 @@ def test_whole_numbers_are_drawn_whole(toml):
 
 
 def test_parts_and_going_on(toml, output, capsys):
-    """Half of a sweep, then the rest; complete runs are left as they are."""
+    """Trains half of a sweep, then the rest. Complete runs stay as they are."""
     first = evaluated(output)
     sweep.main([str(toml), f'--output={output}', '--part=0/2', '--testmc=1'])
     assert '2 of 4 runs' in capsys.readouterr().out
@@ -92,12 +92,12 @@ def test_parts_and_going_on(toml, output, capsys):
 
 
 def evaluated(output):
-    """When each run of a sweep was evaluated, {path: nanoseconds}."""
+    """Returns when each run of a sweep was evaluated, {path: nanoseconds}."""
     return {path: path.stat().st_mtime_ns for path in output.rglob('metrics-validation.json')}
 
 
 def test_another_number_of_samples_evaluates_again(toml, output, capsys):
-    """Runs are ranked by the same number of samples each, and those of another number are not in the table."""
+    """All ranked runs have the same number of samples. Runs evaluated with another number are not in the table."""
     sweep.main([str(toml), f'--output={output}', '--testmc=2', '--part=1/4'])
     assert '1 of 4 runs' in capsys.readouterr().out
     sweep.main([str(toml), f'--output={output}', '--testmc=2', '--part=0/4'])
@@ -105,7 +105,7 @@ def test_another_number_of_samples_evaluates_again(toml, output, capsys):
 
 
 def test_an_evaluation_by_hand_is_not_the_sweep_s(toml, output, capsys):
-    """Runs are ranked by evaluations that are alike: one with other flags is made again."""
+    """All ranked runs are evaluated with the same flags. A run evaluated with other flags is evaluated again."""
     arguments = [str(toml), f'--output={output}', '--testmc=1', '--part=0/4']
     (run,) = output.glob('0000/*/*/run_*')
     summary = (output / 'summary.md').read_text()
@@ -119,7 +119,7 @@ def test_an_evaluation_by_hand_is_not_the_sweep_s(toml, output, capsys):
 
 
 def test_a_sweep_that_is_stopped_saves_and_goes_on(toml, tmp_path):
-    """SIGTERM to sweep.py alone: the run is saved, the next one not begun."""
+    """After SIGTERM to sweep.py alone, the run saves, and the next run does not start."""
     toml.write_text(toml.read_text().replace('epochs = 0', 'epochs = 100_000'))
     output = tmp_path / 'sweep'
     command = [sys.executable, processes.SCRIPTS / 'sweep.py', toml, f'--output={output}']
@@ -131,13 +131,13 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on(toml, tmp_path):
         process.send_signal(signal.SIGTERM)
         error = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and 'Traceback' not in error
-    assert 'saved; go on with' in said.read_text() and not list(output.glob('0001/*/'))
+    assert 'saved; resume with' in said.read_text() and not list(output.glob('0001/*/'))
     (run,) = output.glob('0000/*/*/run_*')
     assert processes.begun_run(output / '0000') == run and len(folders.read_log(run)) >= 2
 
 
 def test_a_run_that_fails(toml, tmp_path, capsys):
-    """The others are made; the status tells."""
+    """The other runs are trained, and sweep.py ends with status 1."""
     head = toml.read_text().split('[grid]')[0]
     toml.write_text(head + "[grid]\noptim = ['sgd']\nalpha = [0.01, 1e30]\n")
     with pytest.raises(SystemExit) as stop:
@@ -152,21 +152,21 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('old', 'new', 'message'),
     [
-        ('[grid]', '[grids]', 'has a table [grids]'),
-        ('validation = 0.25', '', 'keeps no images out to choose by'),
-        ("['sgd', 'adam']", "'sgd'", 'each flag in [grid] has a list of values'),
+        ('[grid]', '[grids]', 'has an unknown table [grids]'),
+        ('validation = 0.25', '', 'holds out no images to rank the runs by'),
+        ("['sgd', 'adam']", "'sgd'", 'each flag in [grid] needs a list of values'),
         ('[0.001, 0.1]', '[0.1, 0.001]', 'two numbers, 0 < low < high'),
         ('[0.001, 0.1]', '[0.1, inf]', 'two numbers, 0 < low < high'),
         ('alpha = [0.001, 0.1]', '', '[random] draws nothing'),
         ('[flags]', '[flags', 'cannot be read'),
-        ("optim = ['sgd', 'adam']", 'rho = [0.1]', '--rho is no flag of sgd'),
-        ('epochs = 0', 'epoch = 0', 'unrecognized arguments: --epoch=0'),
-        ('epochs = 0', "resume = 'run_0'", 'resume is not for the runs of a sweep'),
-        ('epochs = 0', 'devices = 2', 'devices is not for the runs of a sweep'),
-        ('epochs = 0', 'help = true', 'help is not for the runs of a sweep'),
+        ("optim = ['sgd', 'adam']", 'rho = [0.1]', '--rho does not apply to --optim sgd'),
+        ('epochs = 0', 'epoch = 0', 'unknown flag: --epoch=0; use --epochs'),
+        ('epochs = 0', "resume = 'run_0'", '--resume cannot be set in a sweep'),
+        ('epochs = 0', 'devices = 2', '--devices cannot be set in a sweep'),
+        ('epochs = 0', 'help = true', '--help cannot be set in a sweep'),
         ('epochs = 0', f'epochs = {2**31}', 'is not a whole number of 0 or more and less than 2147483648'),
         ('draws = 2', 'draws = 300_000_000', 'asks for 600000000 runs'),
-        ('alpha = [', 'optim = [', 'optim is in [grid] and in [random]: leave one out'),
+        ('alpha = [', 'optim = [', 'optim is both in [grid] and in [random]: remove one'),
     ],
 )
 def test_what_is_refused(old, new, message, toml, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_a_number_in_place_of_a_table(tmp_path, capsys):
     (tmp_path / 'sweep.toml').write_text('grid = 3')
     with pytest.raises(SystemExit) as stop:
         sweep.main([str(tmp_path / 'sweep.toml'), f'--output={tmp_path / "sweep"}'])
-    assert stop.value.code == 2 and 'flags, grid and random are tables' in capsys.readouterr().err
+    assert stop.value.code == 2 and 'flags, grid and random must be tables' in capsys.readouterr().err
 
 
 def test_a_file_in_place_of_the_folder(toml, capsys):
@@ -200,20 +200,20 @@ def test_a_folder_of_others(toml, tmp_path, monkeypatch, capsys):
 
 
 def test_changed_file_is_refused(toml, output, capsys):
-    """Runs of before would stand in the table with the flags of now."""
+    """Otherwise the table would show earlier runs with the new flags."""
     toml.write_text(toml.read_text().replace("['sgd', 'adam']", "['adam', 'sgd']"))
     with pytest.raises(SystemExit) as stop:
         sweep.main([str(toml), f'--output={output}', '--testmc=1', '--summary'])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count('\n') == 1
-    assert 'was begun with --optim sgd, not adam: take another folder' in error
+    assert 'began with --optim sgd, not adam: use another folder' in error
 
 
 def test_flag_that_is_left_out_is_a_change(toml, output, capsys):
-    """But not one that train.py lets change when it goes on, such as where its data is."""
+    """Flags that may change when a run resumes, such as --checkpointevery, are exempt."""
     toml.write_text(toml.read_text().replace('epochs = 0', 'epochs = 0\ncheckpointevery = 5'))
     sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
     toml.write_text(toml.read_text().replace('noaugment = true\n', ''))
     with pytest.raises(SystemExit) as stop:
         sweep.main([str(toml), f'--output={output}', '--testmc=1', '--part=0/4'])
-    assert stop.value.code == 2 and 'was begun with --noaugment True, not False' in capsys.readouterr().err
+    assert stop.value.code == 2 and 'began with --noaugment True, not False' in capsys.readouterr().err

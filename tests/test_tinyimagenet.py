@@ -1,4 +1,4 @@
-"""setup_tinyimagenet.py from the zip to sorted folders and the cache, interrupted anywhere, and its errors."""
+"""setup_tinyimagenet.py, from the zip to sorted folders and the cache. It is interrupted anywhere, and meets errors."""
 
 import io
 import multiprocessing
@@ -88,7 +88,7 @@ def test_changed_images_are_decoded_again(folder):
 
 
 def test_arrays_of_the_user_stay(folder):
-    """Whatever they are called; caches of earlier images go."""
+    """Arrays of any other name stay. Caches of earlier images are deleted."""
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
     root = folder / 'tiny-imagenet-200'
     own = ['train-labels.npy', 'test-my-labels.npy', 'train-features-resnet50.npy', 'train-0123456789ABCDEF.npy']
@@ -120,7 +120,7 @@ def test_cache_with_a_damaged_header_is_made_again(payload, folder):
 
 @pytest.mark.parametrize('where', [128, 1_000_000, -4, -5])
 def test_cache_with_a_changed_byte_is_made_again(where, folder):
-    """In the first pixel, one in the middle and the last, and in a checksum."""
+    """Changes the first pixel, one in the middle, the last, or a checksum."""
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
     caches = list((folder / 'tiny-imagenet-200').glob('*.npy'))
     before = [cache.read_bytes() for cache in caches]
@@ -134,7 +134,7 @@ def test_cache_with_a_changed_byte_is_made_again(where, folder):
 
 @pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
 def test_something_else_in_place_of_a_cache(make, folder, capsys):
-    """A pipe is replaced; beside a folder the images come in memory, after one line."""
+    """A pipe is replaced. With a folder, one line is printed, and the images stay in memory."""
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
     for cache in list((folder / 'tiny-imagenet-200').glob('*.npy')):
         cache.unlink()
@@ -147,7 +147,7 @@ def test_something_else_in_place_of_a_cache(make, folder, capsys):
 
 @pytest.fixture
 def unpacked(folder):
-    """The folder as users unpack it themselves, with val/ unsorted."""
+    """The zip as users unpack it themselves, with val/ unsorted."""
     shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
     shutil.rmtree(folder / 'tiny-imagenet-200' / 'test')
     return folder
@@ -180,17 +180,17 @@ def test_pipes_in_place_of_files(folder, capsys):
     image = root / 'val' / 'n00000003' / 'val_197.JPEG'
     image.unlink()
     os.mkfifo(image)
-    assert f'{image} is no regular file' in error_of(['--datasetfolder', str(folder)], capsys)
+    assert f'{image} is not a regular file' in error_of(['--datasetfolder', str(folder)], capsys)
     (root / 'val' / 'images').mkdir()
     (root / 'val' / 'val_annotations.txt').unlink()
     os.mkfifo(root / 'val' / 'val_annotations.txt')
-    assert 'val_annotations.txt cannot be read: it is no regular file' in error_of(
+    assert 'val_annotations.txt cannot be read: it is not a regular file' in error_of(
         ['--datasetfolder', str(folder)], capsys
     )
     shutil.rmtree(root)
     (folder / 'tiny-imagenet-200.zip').unlink()
     os.mkfifo(folder / 'tiny-imagenet-200.zip')
-    assert 'tiny-imagenet-200.zip cannot be read: it is no regular file' in error_of(
+    assert 'tiny-imagenet-200.zip cannot be read: it is not a regular file' in error_of(
         ['--datasetfolder', str(folder)], capsys
     )
 
@@ -201,7 +201,7 @@ class Interrupt(BaseException):
 
 @pytest.mark.parametrize('calls', [1, 2, 3, 100, 202])
 def test_interrupted_anywhere(calls, folder, monkeypatch):
-    """Ends the first run at the n-th file that is moved: the unpacked folder, 200 validation images, two caches."""
+    """The first run ends at the n-th move, of the unpacked folder, 200 validation images and two caches."""
     replace, count = os.replace, 0
 
     def interrupted(source, target):
@@ -223,7 +223,7 @@ def test_interrupted_anywhere(calls, folder, monkeypatch):
 
 
 def test_what_killed_processes_left(folder):
-    """Goes after an hour; what another process may be at, and what is not ours, stays."""
+    """Leftovers are deleted after an hour. Folders of other processes, which may be running, and of the user stay."""
     killed, another, *of_the_user = paths = [
         folder / f'tiny-imagenet-200{name}.partial' for name in ('.node.7', '.node.8', '', '.mine')
     ]
@@ -256,7 +256,7 @@ def test_damaged_zip(folder, capsys):
     path = folder / 'tiny-imagenet-200.zip'
     path.write_bytes(path.read_bytes()[:-100])
     error = error_of(['--datasetfolder', str(folder)], capsys)
-    assert f'{path} is damaged' in error and f'the published one {tinyimagenet.OFFICIAL.sha256}' in error
+    assert f'{path} is damaged' in error and f'not the published {tinyimagenet.OFFICIAL.sha256}' in error
     assert os.listdir(folder) == ['tiny-imagenet-200.zip']
 
 
@@ -264,7 +264,7 @@ def test_damaged_annotations(folder, capsys):
     shutil.unpack_archive(folder / 'tiny-imagenet-200.zip', folder)
     (folder / 'tiny-imagenet-200' / 'val' / 'val_annotations.txt').write_text('one word a line\n')
     error = error_of(['--datasetfolder', str(folder)], capsys)
-    assert "val_annotations.txt is damaged: 'one word a line' in '' are not plain names" in error
+    assert "val_annotations.txt is damaged: 'one word a line' and '' are not plain names" in error
     assert len(os.listdir(folder / 'tiny-imagenet-200' / 'val' / 'images')) == 200
 
 
@@ -297,7 +297,7 @@ def test_training_before_the_setup(folder):
 
 @pytest.fixture
 def in_processes(folder, monkeypatch):
-    """The sorted folder tiny-imagenet-200 without its caches, to be decoded in seven blocks."""
+    """Returns the sorted folder tiny-imagenet-200 without caches. Its images are decoded in seven blocks."""
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
     monkeypatch.setattr(jpegs, 'BLOCK', 30)
     root = folder / 'tiny-imagenet-200'
@@ -315,7 +315,7 @@ def files_beside_images(root):
 
 
 def test_decoding_in_processes(in_processes):
-    """What comes back is mapped from a file, which is the one that np.save writes, and seven checksums."""
+    """The images are mapped from a file, which is what np.save writes, followed by seven checksums."""
     images, _ = data.dataset('tinyimagenet', in_processes.parent).read('train')
     assert isinstance(images, np.memmap)
     np.testing.assert_array_equal(images, plainly_decoded(in_processes))
@@ -338,7 +338,7 @@ def test_damage_found_by_a_process(in_processes, capsys):
 
 @pytest.mark.parametrize('room', [100, 1_000_000])
 def test_no_room_for_the_cache(room, in_processes, capsys):
-    """Not even for its header, and for three of its seven blocks: the images come in memory, after one line."""
+    """The header does not fit, or the third of seven blocks. One line is printed, and the images stay in memory."""
     capsys.readouterr()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
@@ -377,7 +377,7 @@ with jpegs.decoders(3) as pool:
 
 
 def test_processes_import_neither_jax_nor_the_main_script(in_processes, tmp_path):
-    """So a script without a guard works, which spawned processes would run again: it would print more lines."""
+    """Spawned processes would run a script without a guard again, and it would print more lines."""
     script = tmp_path / 'own.py'
     script.write_text(OWN_SCRIPT.format(root=str(ROOT), folder=str(in_processes.parent)))
     done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True, timeout=120)
@@ -408,7 +408,7 @@ def test_processes_end_with_the_one_that_started_them():
 def test_process_that_is_killed_while_it_decodes(in_processes, monkeypatch, capsys):
     monkeypatch.setattr(jpegs, 'decode_with_checksum', kill_itself)
     error = error_of(['--datasetfolder', str(in_processes.parent)], capsys)
-    assert 'a process that decodes images ended, perhaps for lack of memory: start again' in error
+    assert 'a process that decodes images died, perhaps for lack of memory: start again' in error
     assert not files_beside_images(in_processes)
 
 

@@ -15,7 +15,7 @@ from runs import training_flags
 
 
 def create(optim, num_images=40, more=()):
-    """A step of an MLP whose 1.7 million parameters are most of what it holds, and its arguments."""
+    """Returns a training step of an MLP and its arguments. The 1.7 million parameters take most of its memory."""
     flags = vars(training_flags.parse_args(['--model=mlp', f'--optim={optim}', '--batchsize=8', *more]))
     flags['batchsplit'] = flags['batchsplit'] and 4
     dataset = {'num_train': num_images, 'num_classes': 10, 'image_shape': [32, 32, 3], 'mean': [0.5], 'std': [0.2]}
@@ -35,10 +35,10 @@ def peak_bytes(function, *arguments):
     ('optim', 'most'), [('sgd', 2), ('sam', 5), ('bsam', 6), ('adam', 3), ('samadam', 6), ('asam', 6), ('ivon', 7)]
 )
 def test_memory_of_a_step(optim, most):
-    """One sub-batch's gradient and so many arrays of the size of the parameters, if sub-batches come one by one.
+    """A step holds a sub-batch's gradient and `most` copies of the parameters, if sub-batches are computed one by one.
 
-    bSAM: momentum and precision, two sums over sub-batches, sampled or perturbed weights; and a copy of the precision,
-    which XLA does not update in place on CPUs.
+    bSAM's copies are momentum, precision, two sums over sub-batches, and sampled or perturbed weights. The sixth is
+    another precision, because XLA does not update it in place on CPUs.
     """
     step, arguments = create(optim, more=[] if optim in ('sgd', 'adam') else ['--atonce=1'])
     loss = experiment.loss_function(models.create('mlp', 10), jnp.dtype('float32'))
@@ -51,7 +51,10 @@ def test_memory_of_a_step(optim, most):
 
 @pytest.mark.parametrize(('optim', 'flags', 'gradients'), [('sgd', [], 1), ('bsam', ['--atonce=1'], 2)])
 def test_step_for_gpus(optim, flags, gradients, monkeypatch):
-    """It can be lowered for them: two layers of three plain convolutions a gradient, no tiles, and noise in a loop."""
+    """The step can be lowered for GPUs, with plain convolutions instead of tiles, and noise drawn in a loop.
+
+    Each of two layers has three convolutions per gradient.
+    """
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.TwoConvolutions)
     step, arguments = create(optim, more=['--model=resnet20', *flags])
     lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
@@ -73,7 +76,7 @@ def test_default_of_sub_batches_at_once(backend, flags, number, monkeypatch):
 
 
 def test_runs_of_one_kind_share_what_is_compiled():
-    """Seeds and folders make no other experiment and no other step; what a step depends on does."""
+    """Runs that differ in seeds and folders share a step. Flags that a step depends on make another step."""
 
     def step_of(*more):
         return create('bsam', more=more)[0]
@@ -85,7 +88,7 @@ def test_runs_of_one_kind_share_what_is_compiled():
 
 @pytest.mark.parametrize(('optim', 'model'), [('bsam', 'resnet18'), ('sam', 'resnet20')])
 def test_sub_batches_at_once(optim, model, monkeypatch):
-    """Five steps with all sub-batches together are those with one after another, with both kinds of normalisation."""
+    """Five steps with all sub-batches at once equal five steps one by one, with both kinds of normalisation."""
     monkeypatch.setitem(models.MODELS, 'resnet18', conftest.SmallResNet)
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
     dataset = {'num_train': 80, 'num_classes': 10, 'image_shape': [16, 16, 3], 'mean': [0.5], 'std': [0.2]}
@@ -119,7 +122,7 @@ def test_step_reuses_the_state(optim):
 @pytest.mark.parametrize('size', [12, 100_000])
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 def test_all_finite(value, size):
-    """Of large arrays XLA's maximum on CPUs can be a number where one of the values is none."""
+    """XLA's maximum of a large array on CPUs can be a number although one of the values is NaN."""
     arrays = {'weights': np.ones(size, np.float32), 'none': np.ones(0, np.float32), 'key': jax.random.key(0)}
     assert experiment.all_finite(arrays)
     arrays['weights'][7] = value
