@@ -119,7 +119,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk. Does not wait on network shares without fsync."""
+    """Waits until a file or folder is on the disk. Does nothing on file systems without fsync. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,7 @@ The format of sweep.toml:
     rho = [0.01, 0.05]
     randomseed = [0, 1]
 
-    [random]                 # N draws, the same for each combination, log-uniform between two numbers
+    [random]                 # settings, the same for each combination, log-uniform between two numbers
     draws = 2
     alpha = [0.1, 1.0]
 """

@@ -304,14 +304,16 @@ def announce(training: Training) -> None:
     device = training.mesh.devices.flat[0]
     epoch, step = training.progress.epoch, training.progress.step
     resumed = f'; resumed in epoch {epoch + 1} after step {step}' if epoch or step else ''
+    what_next = 'compiling the first step, which can take a minute'
+    if (epoch, step) == (args.epochs, training.steps):
+        what_next = 'training is complete: only the last epoch is evaluated again'
     print(
         f'{training.run}: {images} training and {evaluated} {training.split} images\n'
         f'  network    {args.model}, {weights:,} weights, {args.precision}; '
         f'{args.dataset} images {shape}{", augmented" if training.augmented else ""}\n'
         f'  optimizer  {optim} {flags}, N = {training.experiment.num_data:,.0f}\n'
         f'  training   {args.epochs + 1} epochs of {training.steps} steps, {args.batchsize} images per step{resumed}\n'
-        f'  devices    {training.mesh.size} × {device.device_kind}\n'
-        'compiling the first step, which can take a minute',
+        f'  devices    {training.mesh.size} × {device.device_kind}\n{what_next}',
         flush=True,
     )
 

@@ -77,7 +77,9 @@ def all_ood(
 
 
 def ood_detection(known: posteriors.Prediction, prediction: posteriors.Prediction) -> dict[str, dict]:
-    """Returns how well scores detect the images of `prediction` as unknown: {'mean': {score: {...}}, 'average': ...}.
+    """Returns how well each score separates unknown images from known images: {'mean': {score: {...}}, 'average': ...}.
+
+    Scores are 'max_prob', 'entropy' and, in 'average', 'mutual_information'. A score that is constant is left out.
 
     Each score has these measures (Hendrycks & Gimpel, 2017; Liang et al., 2018):
         auroc: the area under the ROC curve.

@@ -17,7 +17,7 @@ from runs import checkpoints, folders, json_files
 def write(
     path: Path, prediction: posteriors.Prediction, labels: np.ndarray, num_samples: int, progress: checkpoints.Progress
 ) -> None:
-    """Writes predictions.npz. The README documents the format. Raises RunError.
+    """Writes predictions.npz. docs/evaluation.md documents the format. Raises RunError.
 
     Args:
         path: the file.

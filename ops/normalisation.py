@@ -13,7 +13,9 @@ _BATCH_EPSILON, _RESPONSE_EPSILON = 1e-5, 1e-6  # ε of batch and of filter resp
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), for each channel over all images and pixels.
+    """Returns (outputs, mean, variance) of batch normalisation, with ReLU after it if `relu` is set.
+
+    The outputs are γ x̂ + β with x̂ = (x − μ) r and r = 1/√(σ² + ε), for each channel over all images and pixels.
 
     Let d be the loss's gradient with respect to γ x̂ + β. Then the gradient with respect to x is
     γ r (d − mean(d) − x̂ mean(d x̂)). JAX's own gradient takes more passes over the images, where GPUs spend much of
@@ -87,7 +89,7 @@ def _means_of_channels(*arrays):
 def filter_response_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, threshold: jax.Array) -> jax.Array:
     """Returns max(γ x̂ + β, τ) with x̂ = x r and r = 1/√(ν² + ε), for each channel.
 
-    The mean of x² over an image's pixels is ν². The gradient is written out: all parts follow from sums for each image.
+    The mean of x² over an image's pixels is ν². The gradient is written by hand.
     Let d be the gradient with respect to γ x̂ + β. Then the gradient of one image and channel with respect to x is
     γ r (d − x̂ mean(d x̂)). JAX's own gradient takes more passes over the images. On CPUs it makes a gradient of
     ResNet-20 up to a tenth slower.

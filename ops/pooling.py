@@ -11,7 +11,7 @@ def max_pool(x: jax.Array, size: int, stride: int) -> jax.Array:
     """Returns the largest value of each channel in windows of size × size pixels that lie inside the image.
 
     Takes the maximum of shifted images. With XLA's window reduction instead, a gradient of LeNet-5 takes 1.2 to 1.7
-    times as long on CPUs. Equal values share their gradient.
+    times as long on CPUs. Equal values share their gradient, not always equally.
 
     Args:
         x: float [B, H, W, C].

@@ -1,7 +1,8 @@
 """Arrays on the devices of a mesh: replicated, or batches that are sharded.
 
-Weights and images are on every device. Under `jax.set_mesh(mesh)` training and evaluation shard their batches. The same
-seeds give the same batches, perturbations and noise on any number of devices. Results are equal up to rounding.
+Weights are on every device, and images too unless they are streamed. Under `jax.set_mesh(mesh)` training and evaluation
+shard their batches. The same seeds give the same batches, perturbations and noise on any number of devices. Results are
+equal up to rounding.
 
 The current mesh is the mesh that `jax.set_mesh` sets.
 """
@@ -58,7 +59,10 @@ def send(arrays: Any) -> Any:
 
 
 def num_devices() -> int:
-    """Returns the number of devices of the current mesh. It is 1 without a mesh, and inside a function of `on_each`."""
+    """Returns the number of devices of the current mesh, 1 without a mesh.
+
+    It is also 1 inside a function of `on_each`, `over_shares` or `sum_over_shares`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else mesh.size
 

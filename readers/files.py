@@ -96,7 +96,9 @@ def require_within_budget(path: Path, claimed: int, num_bytes: int | None = None
     """
     held = budget(os.stat(path).st_size if num_bytes is None else num_bytes)
     if claimed > held:
-        raise DataError(f'{path} is damaged: it claims to hold {claimed} bytes, more than the {held} that it may')
+        raise DataError(
+            f'{path} is damaged: it claims to hold {claimed} bytes, but at most {held} are allowed for its size'
+        )
 
 
 _CHUNK = 1 << 18

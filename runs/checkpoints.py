@@ -34,6 +34,9 @@ from readers import npy
 from runs import folders, hosts, json_files
 
 
+EXPORT = 'posterior.safetensors'  # holds the mean and the posterior in an export of test.py
+
+
 class Progress(NamedTuple):
     """The progress of training.
 
@@ -62,7 +65,7 @@ class Writer:
     """Saves the checkpoints of a run in the background, one at a time.
 
     Keeps the newest two checkpoints, and with `keep_best` also the checkpoint of the most accurate epoch. Training
-    resumes from `progress`. Later checkpoints are removed once the first new checkpoint is saved. A failed save is
+    resumes from `progress`. Checkpoints after `progress` are removed once the first new one is saved. A failed save is
     reported once, and the next checkpoint is another try. `failed` says whether the last save failed.
 
     Every process of a run makes a Writer. Only the first process writes, because the state is the same in all of them.
@@ -86,7 +89,7 @@ class Writer:
         self._thread.shutdown()
 
     def save(self, state: Any, progress: Progress) -> None:
-        """Copies a state, which may be donated at once. The first process writes the copy in the background."""
+        """Copies a state, which the caller may then donate. The first process writes the copy in the background."""
         self.wait()
         copied = _copy(state)  # in every process, because all must run the same programs
         if hosts.is_first():
@@ -103,7 +106,7 @@ class Writer:
         self.failed = error is not None
 
     def _write(self, state, progress):
-        arrays = {name: np.asarray(x.addressable_data(0)) for name, x in _named(state).items()}
+        arrays = {name: np.asarray(x.addressable_data(0)) for name, x in named(state).items()}
         partial = self.folder / f'{self._step(progress)}.partial'
         try:
             self.folder.mkdir(exist_ok=True)
@@ -230,6 +233,11 @@ def restore(run: Path, like: Any, step: int | None = None) -> tuple[int, Any, Pr
     return found, hosts.arrays_from_first(state), Progress(**progress)
 
 
+def is_export(folder: str | Path) -> bool:
+    """Returns whether a folder is an export of test.py. The module `evaluation.exported` reads it."""
+    return os.path.lexists(Path(folder) / EXPORT)
+
+
 def require_whole(run: Path, step: int | None = None) -> Path:
     """Returns the folder of a run's newest checkpoint, or of the checkpoint of `step`.
 
@@ -258,6 +266,10 @@ def _folder_of(run, step):
         steps = all_steps(folder)
     except OSError as error:
         raise folders.RunError(f'{folder} cannot be read: {error.strerror}') from error
+    if not steps and is_export(run):
+        raise folders.RunError(
+            f'{run} is an export of test.py, which holds no momentum and no random keys: resume the run that it is from'
+        )
     if not steps:
         raise folders.RunError(f'{run} holds no checkpoint: training has not saved one yet')
     if step is not None and step not in steps:
@@ -308,20 +320,25 @@ def _checksums(checkpoint):
 
 
 def _read_state(checkpoint, like):
-    needed = _named(jax.eval_shape(lambda state: jax.tree.map(sharding.key_data, state), like))
+    needed = named(jax.eval_shape(lambda state: jax.tree.map(sharding.key_data, state), like))
     try:
         held = npy.load_npz(checkpoint / 'state.npz')
-        for name in sorted({*held, *needed}):
-            is_there, should_be = _type(held.get(name)), _type(needed.get(name))
-            if is_there != should_be:
-                raise errors.UserError(f'{name}: found {is_there}, expected {should_be}')
+        require_types(held, needed)
     except errors.UserError as error:
         raise folders.RunError(f'{checkpoint} does not fit the model and optimizer of config.json: {error}') from error
     leaves = jax.device_put([held[name] for name in needed], jax.local_devices()[0])
     return jax.tree.map(sharding.like_key, jax.tree.unflatten(jax.tree.structure(like), leaves), like)
 
 
-def _named(arrays):
+def require_types(held: dict, needed: dict) -> None:
+    """Raises a UserError if arrays by name differ from the needed arrays in their names, dtypes or shapes."""
+    for name in sorted({*held, *needed}):
+        is_there, should_be = _type(held.get(name)), _type(needed.get(name))
+        if is_there != should_be:
+            raise errors.UserError(f'{name}: found {is_there}, expected {should_be}')
+
+
+def named(arrays: Any) -> dict[str, Any]:
     """Returns the leaves of a pytree by name, such as params.head.kernel, in order."""
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}

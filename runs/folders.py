@@ -183,7 +183,9 @@ def read_config(run: str | Path) -> dict:
     if sha256 is None:
         raise RunError(f'{path} has no checksum: it is incomplete, or another version of train.py wrote it')
     if sha256 != _digest(config):
-        raise RunError(f'{path} is damaged: its SHA-256 is {_digest(config)}, but train.py recorded {sha256}')
+        raise RunError(
+            f'{path} is damaged: its SHA-256 is {_digest(config)}, but train.py recorded {sha256}: train again'
+        )
     if config.get('format') not in READABLE:
         raise RunError(
             f'{path} has format {config.get("format", 0)}, but this version reads format {READABLE[-1]}: '
@@ -201,4 +203,4 @@ def end_of_training(config: dict, epochs: int) -> dict:
     try:
         return {'epoch': epochs, 'steps_of_epoch': config['dataset']['num_train'] // config['flags']['batchsize']}
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise RunError('a config.json lacks the number of training images or the batch size') from error
+        raise RunError('a config.json lacks the number of training images or the batch size: train again') from error

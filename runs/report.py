@@ -44,7 +44,7 @@ class Report:
         self._clock.step(now, step)
         if self._printed is None and self._clock.measured >= SECONDS_BEFORE_ESTIMATE:
             self._print(
-                f'first step after {duration(self._clock.first)} with compilation; now {self._images_per_second()}, '
+                f'the first step took {duration(self._clock.first)} with compilation; now {self._images_per_second()}, '
                 f'about {duration(self._clock.left)} to go'
             )
         if not self.bar.disable:

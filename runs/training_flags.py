@@ -91,11 +91,11 @@ OPTIMIZER_FLAGS = (
     ),
     OptimizerFlag(
         'batchsplit', 'num_sub_batches', integer(1), _each(_SHARPNESS_AWARE, 8) | {'ivon': 1},
-        'sub-batches M of a batch (m-sharpness); each has its own perturbation or noise',
+        'sub-batches M of a batch (m-sharpness), each with its own perturbation or noise; must divide --batchsize',
     ),
     OptimizerFlag(
         'atonce', 'atonce', integer(1), _each((*_SHARPNESS_AWARE, 'ivon'), None),
-        'sub-batches computed together at most; more of them fill a GPU but take memory; none: all on GPUs, 1 on CPUs',
+        'the most sub-batches computed together; more fill a GPU but take memory; none means all on GPUs, 1 on CPUs',
     ),
     OptimizerFlag(
         'bnupdate', 'bnupdate', parsing.choice(BNUPDATES), _each(_SHARPNESS_AWARE, 'both'),
@@ -180,7 +180,8 @@ def _require_consistency(args):
     if split and batch % split:
         nearest = ' or '.join(f'{n}' for n in (batch // split * split, batch // split * split + split) if n)
         what = f'--batchsize {batch} does not divide into --batchsplit {split} sub-batches'
-        raise ValueError(f'{what}: use --batchsize {nearest}')
+        divisors = sorted((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - split))
+        raise ValueError(f'{what}: use --batchsize {nearest}, or --batchsplit {divisors[0]}')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
         raise ValueError('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
     if args.optim == 'swag' and args.epochs + 1 - first_constant_epoch(args.epochs, args.swagstart) < 2:
@@ -297,16 +298,16 @@ def create_parser(exits: bool = True) -> parsing.Parser:
     add = parser.add_argument_group('training').add_argument
     add('--optim', type=parsing.choice(OPTIMIZERS), default='sgd', help=_OPTIMIZER_HELP)
     add('--epochs', type=integer(0), default=180, help='epochs; one more is run, as in the published scripts')
-    help = 'warm-up epochs e with learning rate α (e+1)/warmup; then α ½(1 + cos(π (e−warmup)/(epochs+1−warmup)))'
+    help = 'warm-up epochs, with rate α (e+1)/warmup in epoch e; then rate α ½(1 + cos(π (e−warmup)/(epochs+1−warmup)))'
     add('--warmup', type=integer(0), default=5, help=help)
     add('--batchsize', type=integer(1), default=200, help='images per training step')
     add('--testbatchsize', type=integer(1), default=200, help='images per batch of the test set')
-    help = 'multiplies N, and so divides the weight decay and the posterior variance; N = training images × dafactor'
+    help = 'data augmentation factor, which multiplies N and so divides the weight decay and the posterior variance'
     add('--dafactor', type=number(above=0), default=1.0, help=help)
     add(
         '--randomseed', type=integer(0, below=2**32), default=0, help='seed of weights, batches, augmentation and noise'
     )
-    help = 'train one run per seed, each on its own GPU, or one after another'
+    help = 'train one run per seed, at the same time on several GPUs, otherwise one after another'
     add('--seeds', type=integer(0, below=2**32), nargs='+', default=[], metavar='SEED', help=help)
 
     title = 'settings of the optimizer (a setting of another optimizer is refused)'

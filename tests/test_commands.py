@@ -181,7 +181,10 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'dataset': 'tfds/'}, "unknown: 'tfds/'"),
         ({'model': 'resnet-18'}, "--model: unknown: 'resnet-18'; did you mean resnet18?"),
         ({'optim': 'bsm'}, "--optim: unknown: 'bsm'; did you mean bsam? choose from sgd, sam, bsam"),
-        ({'batchsplit': 3}, '20 does not divide into --batchsplit 3 sub-batches: use --batchsize 18 or 21 ('),
+        (
+            {'batchsplit': 3},
+            '20 does not divide into --batchsplit 3 sub-batches: use --batchsize 18 or 21, or --batchsplit 2 (',
+        ),
         ({'batchsize': 60}, '--batchsize 60 exceeds the 40 training images'),
         ({'batchsize': 0}, "--batchsize: '0' is not a whole number of 1 or more"),
         ({'alpha': -1}, "--alpha: '-1' is not a number > 0"),

@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import optimizers
 import sweep
 import test as evaluate
 import train
@@ -42,8 +44,9 @@ def test_example_of_a_trained_run(flags_of):
     assert average.shape == (3, 10) and not np.array_equal(average, names['average'](images, 2, seed=1))
 
 
-def test_example_of_the_optimizers():
-    """Runs, and finds the line that its data lie on."""
+def test_example_of_the_optimizers(monkeypatch):
+    """The example runs, and finds the line that its data lie on."""
+    monkeypatch.setitem(sys.modules, 'bayesian_sam', optimizers)
     names = {}
     exec(OF_OPTIMIZERS, names)
     np.testing.assert_allclose(names['state'].params['w'], [1.0, -2.0, 0.5], atol=0.02)

@@ -29,7 +29,7 @@ def test_time_left_after_the_first_steps(seconds, capsys):
     for step in range(1, 9):
         seconds[0] = 10.0 * step if step <= 3 else 30 + 0.5 * (step - 3)
         reported.step(step, 1.0)
-    expected = 'first step after 30 s with compilation; now 100 images/s, about 7 min to go\n'
+    expected = 'the first step took 30 s with compilation; now 100 images/s, about 7 min to go\n'
     assert capsys.readouterr().out == expected
 
 
@@ -40,7 +40,7 @@ def test_a_line_every_five_minutes(seconds, capsys):
         seconds[0] += 10
         reported.step(step, step / 100)
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == 'first step after 30 s with compilation; now 5 images/s, about 46 min to go'
+    assert first == 'the first step took 30 s with compilation; now 5 images/s, about 46 min to go'
     assert lines == [
         'epoch 7/9, step 56/100: loss 0.5600, 5 images/s, about 41 min to go',
         'epoch 7/9, step 86/100: loss 0.8600, 5 images/s, about 36 min to go',
