@@ -491,7 +491,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
     Both bounds are nan if a value is nan, such as the AUROC of a resample without errors.
     """
-    return tuple(float(x) for x in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method='inverted_cdf'))
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method='inverted_cdf')
+    return float(low), float(high)
 
 
 def difference(observed: float, resampled: np.ndarray) -> tuple[float, float, float]:

@@ -1,14 +1,22 @@
 """Optimizers that train the weights of a network, or a posterior over the weights.
 
-    loss(params, batch_stats, batch) -> (value, new batch_stats)      yours: the mean negative log-likelihood
+    loss(params, batch) -> value                                yours: the mean negative log-likelihood
     optimizer = bsam(loss, learning_rate=0.5, ...)
-    state = optimizer.init(params, batch_stats, key)
-    state, value = optimizer.step(state, batch, lr_factor)            jittable; the state may be donated
-    params = optimizer.sample(state, key)                             a draw from the posterior
+    state = optimizer.init(params, key=key)
+    state, value = optimizer.step(state, batch)                 jittable; the state may be donated
+    params = optimizer.sample(state, key)                       a draw from the posterior
 
 Each optimizer is a triple of pure functions over an immutable state. `state.params` is the mean of the posterior.
-`params` and `batch_stats` are any pytrees of arrays. `batch_stats` is `{}` for a network without batch statistics.
-`batch` is any pytree of arrays [B, ...].
+`params` is any pytree of floating-point arrays, and `batch` any pytree of arrays [B, ...].
+
+A network with batch statistics, or a loss with other outputs, has one more pytree. The optimizer keeps it in the state:
+
+    loss(params, batch_stats, batch) -> (value, new batch_stats)
+    state = optimizer.init(params, batch_stats, key)
+
+`learning_rate` is a number or a function of the number of steps, such as a schedule of optax. `step` takes a factor on
+it, as in `step(state, batch, lr_factor)`. Weights may be bfloat16 or float16. The rest of the state is then float32,
+except the key and `batch_stats`.
 
 SAM, bSAM, SAM-Adam, ASAM and IVON cut a batch into `num_sub_batches` consecutive sub-batches. Each sub-batch has its
 own perturbation (m-sharpness) or noise. Sub-batches are computed one after another, or in groups of equal size with at
@@ -22,7 +30,7 @@ Symbols of Möllenhoff & Khan, "SAM as an Optimal Relaxation of Bayes" (ICLR 202
     m  momentum
     s  precision      the posterior is N(w, 1 / (N s))
     g  grads          gradients of the loss, without weight decay
-    α  learning_rate  times the schedule's `lr_factor`
+    α  learning_rate  times the `lr_factor` of `step`
     β₁ beta1          decay of the momentum
     β₂ beta2          decay of the precision, or of squared gradients
     δ  weight_decay   prior precision / N, coupled (L2) unless an optimizer says otherwise
@@ -39,19 +47,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import tree
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
+# A learning rate, or a schedule: schedule(number of steps) -> learning rate.
+Rate = float | Callable[[jax.Array], Any]
+
 
 class Optimizer(NamedTuple):
-    """The three functions of an algorithm. The top of this module shows how to use them."""
+    """The three functions of an algorithm. The top of this module shows how to use them.
 
-    init: Callable
-    step: Callable
-    sample: Callable
+    Attributes:
+        init: init(params, batch_stats=None, key=None) -> state. The key is required.
+        step: step(state, batch, lr_factor=1.0) -> (state, value).
+        sample: sample(state, key) -> params.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., tuple[Any, jax.Array]]
+    sample: Callable[[Any, jax.Array], Any]
 
     @property
     def is_point(self) -> bool:
@@ -60,22 +76,30 @@ class Optimizer(NamedTuple):
 
 
 class MomentumState(NamedTuple):
-    """State of SGD, SAM and ASAM. `momentum` has the structure of `params`."""
+    """State of SGD, SAM and ASAM. `momentum` has the structure of `params`.
+
+    `count` is the number of steps if the learning rate is a schedule, otherwise None.
+    """
 
     params: Any
     momentum: Any
     batch_stats: Any
     key: jax.Array
+    count: jax.Array | None = None  # type: ignore[assignment]
 
 
 class BSAMState(NamedTuple):
-    """State of bSAM. `momentum` and `precision` have the structure of `params`."""
+    """State of bSAM. `momentum` and `precision` have the structure of `params`.
+
+    `count` is the number of steps if the learning rate is a schedule, otherwise None.
+    """
 
     params: Any
     momentum: Any
     precision: Any
     batch_stats: Any
     key: jax.Array
+    count: jax.Array | None = None  # type: ignore[assignment]
 
 
 class AdamState(NamedTuple):
@@ -87,7 +111,7 @@ class AdamState(NamedTuple):
     params: Any
     momentum: Any
     squares: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     batch_stats: Any
     key: jax.Array
 
@@ -110,7 +134,7 @@ class SWAGState(NamedTuple):
     variance: Any
     deviations: Any
     num_snapshots: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     batch_stats: Any
     key: jax.Array
 
@@ -121,7 +145,7 @@ class IVONState(NamedTuple):
     params: Any
     momentum: Any
     hessian: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     batch_stats: Any
     key: jax.Array
 
@@ -139,7 +163,7 @@ def lr_factor(epoch: int, epochs: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs + 1 - warmup)))
 
 
-def sgd(loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float) -> Optimizer:
+def sgd(loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay: float) -> Optimizer:
     """Returns stochastic gradient descent with heavy-ball momentum and coupled weight decay.
 
         m ← β₁m + g + δw
@@ -149,7 +173,7 @@ def sgd(loss: Callable, *, learning_rate: float, beta1: float, weight_decay: flo
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         weight_decay: δ, the prior precision divided by N.
 
@@ -162,17 +186,17 @@ def sgd(loss: Callable, *, learning_rate: float, beta1: float, weight_decay: flo
     """
     value_and_grad = _value_and_grad(loss)
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
-        state = _momentum_step(state, grads, learning_rate * lr_factor, beta1, weight_decay)
+        state = _momentum_step(state, grads, rate, beta1, weight_decay)
         return state._replace(batch_stats=batch_stats), value
 
-    return Optimizer(_init_momentum, step, _mean)
+    return _optimizer(_init_momentum, step, _mean, learning_rate)
 
 
 def sam(
-    loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, rho: float, num_sub_batches: int,
-    bnupdate: str = 'both', atonce: int = 1,
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay: float, rho: float,
+    num_sub_batches: int = 1, bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
     """Returns sharpness-aware minimisation (SAM) with m-sharpness over `num_sub_batches` sub-batches.
 
@@ -190,7 +214,7 @@ def sam(
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         weight_decay: δ, the prior precision divided by N.
         rho: ρ, the Euclidean length of the perturbation, in units of the weights.
@@ -206,16 +230,16 @@ def sam(
     """
     gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), num_sub_batches, bnupdate, atonce)
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         state, grads, value = gradient(state, batch)
-        return _momentum_step(state, grads, learning_rate * lr_factor, beta1, weight_decay), value
+        return _momentum_step(state, grads, rate, beta1, weight_decay), value
 
-    return Optimizer(_init_momentum, step, _mean)
+    return _optimizer(_init_momentum, step, _mean, learning_rate)
 
 
 def bsam(
-    loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, rho: float,
-    num_sub_batches: int, num_data: float, initial_precision: float = 1.0, damping: float = 0.1,
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float, rho: float,
+    num_sub_batches: int = 1, num_data: float, initial_precision: float = 1.0, damping: float = 0.1,
     bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
     """Returns Bayesian SAM (bSAM) with a diagonal Gaussian posterior N(w, 1/(N s)).
@@ -237,7 +261,7 @@ def bsam(
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the precision per step.
         weight_decay: δ, the prior precision divided by N.
@@ -258,19 +282,18 @@ def bsam(
     value_and_grad = _value_and_grad(loss)
 
     def init(params, batch_stats, key):
-        momentum = tree.map(jnp.zeros_like, params)
-        precision = tree.map(lambda w: jnp.full_like(w, initial_precision), params)
-        return BSAMState(params, momentum, precision, batch_stats, key)
+        precision = tree.map(lambda m: jnp.full_like(m, initial_precision), _zeros(params))
+        return BSAMState(params, _zeros(params), precision, batch_stats, key)
 
     def sample(state, key):
-        noise = _normal_like(key, state.params)
-        return tree.map(lambda w, e, s: w + _deviation(e, num_data, s), state.params, noise, state.precision)
+        noise = _normal_like(key, state.precision)
+        return _moved(state.params, tree.map(lambda e, s: _deviation(e, num_data, s), noise, state.precision))
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         def sharpness_aware_gradient(state, sub_batch, key):
             (_, first), grads = value_and_grad(sample(state, key), state.batch_stats, sub_batch)
             magnitude = tree.map(jnp.abs, grads)
-            perturbed = tree.map(lambda w, g, s: w + rho * g / s, state.params, grads, state.precision)
+            perturbed = _moved(state.params, tree.map(lambda g, s: rho * g / s, grads, state.precision))
             before = state.batch_stats if bnupdate == 'second' else first
             (value, second), grads = value_and_grad(perturbed, before, sub_batch)
             return (grads, magnitude), value, first if bnupdate == 'first' else second
@@ -279,7 +302,7 @@ def bsam(
         averages, value, batch_stats = over_sub_batches(
             sharpness_aware_gradient, state, batch, num_sub_batches, step_key, atonce=atonce
         )
-        state = update(state, *averages, learning_rate * lr_factor)
+        state = update(state, *averages, rate)
         return state._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, magnitude, rate):
@@ -295,10 +318,12 @@ def bsam(
         )
         return state._replace(params=params, momentum=momentum, precision=precision)
 
-    return Optimizer(init, step, sample)
+    return _optimizer(init, step, sample, learning_rate)
 
 
-def adam(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float) -> Optimizer:
+def adam(
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float
+) -> Optimizer:
     """Returns Adam with coupled weight decay, a baseline of Möllenhoff & Khan (2023).
 
     In step t = 1, 2, ...:
@@ -310,7 +335,7 @@ def adam(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, we
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the squared gradients per step.
         weight_decay: δ, the prior precision divided by N.
@@ -324,7 +349,9 @@ def adam(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, we
     return _adam(loss, learning_rate, beta1, beta2, coupled=weight_decay)
 
 
-def adamw(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float) -> Optimizer:
+def adamw(
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float
+) -> Optimizer:
     """Returns AdamW: Adam with decoupled weight decay, which subtracts α δ w from the weights directly.
 
     In step t = 1, 2, ...:
@@ -335,7 +362,7 @@ def adamw(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, w
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the squared gradients per step.
         weight_decay: δ. Each step subtracts the fraction α δ of every weight.
@@ -350,8 +377,8 @@ def adamw(loss: Callable, *, learning_rate: float, beta1: float, beta2: float, w
 
 
 def samadam(
-    loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, rho: float,
-    num_sub_batches: int, bnupdate: str = 'both', atonce: int = 1,
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float, rho: float,
+    num_sub_batches: int = 1, bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
     """Returns SAM-Adam: SAM's gradient in Adam's update, with coupled weight decay.
 
@@ -371,7 +398,7 @@ def samadam(
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the squared gradients per step.
         weight_decay: δ, the prior precision divided by N.
@@ -388,16 +415,16 @@ def samadam(
     """
     gradient = _sharpness_aware_gradient(loss, _in_direction_of_gradient(rho), num_sub_batches, bnupdate, atonce)
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         state, grads, value = gradient(state, batch)
-        return _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, coupled=weight_decay), value
+        return _adam_step(state, grads, rate, beta1, beta2, coupled=weight_decay), value
 
-    return Optimizer(_init_adam, step, _mean)
+    return _optimizer(_init_adam, step, _mean, learning_rate)
 
 
 def asam(
-    loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, rho: float, eta: float,
-    num_sub_batches: int, bnupdate: str = 'both', atonce: int = 1,
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay: float, rho: float, eta: float,
+    num_sub_batches: int = 1, bnupdate: str = 'both', atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
     """Returns adaptive SAM (ASAM): SAM with each weight measured relative to its size, T = |w| + η.
 
@@ -417,7 +444,7 @@ def asam(
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         weight_decay: δ, the prior precision divided by N.
         rho: ρ, the Euclidean length of the perturbation divided by T, dimensionless.
@@ -437,20 +464,20 @@ def asam(
     def perturb(params, grads):
         sizes = tree.map_with_path(lambda path, w: jnp.ones_like(w) if _is_bias(path) else jnp.abs(w) + eta, params)
         scaled = tree.map(jnp.multiply, sizes, grads)
-        scale = _over(rho, optax.tree.norm(scaled))
-        return tree.map(lambda w, t, g: w + scale * t * g, params, sizes, scaled)
+        scale = _over(rho, _norm(scaled))
+        return _moved(params, tree.map(lambda t, g: scale * t * g, sizes, scaled))
 
     gradient = _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce)
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         state, grads, value = gradient(state, batch)
-        return _momentum_step(state, grads, learning_rate * lr_factor, beta1, weight_decay), value
+        return _momentum_step(state, grads, rate, beta1, weight_decay), value
 
-    return Optimizer(_init_momentum, step, _mean)
+    return _optimizer(_init_momentum, step, _mean, learning_rate)
 
 
 def swag(
-    loss: Callable, *, learning_rate: float, beta1: float, weight_decay: float, swagstart: int, swagevery: int,
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay: float, swagstart: int, swagevery: int,
     swagrank: int = 20,
 ) -> Optimizer:  # fmt: skip
     """Returns SWAG: SGD, and a Gaussian posterior fitted to snapshots of SGD's weights θ.
@@ -470,7 +497,7 @@ def swag(
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         weight_decay: δ, the prior precision divided by N.
         swagstart: the step of the first snapshot, counted from 1.
@@ -486,15 +513,14 @@ def swag(
     value_and_grad = _value_and_grad(loss)
 
     def init(params, batch_stats, key):
-        momentum, variance = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
-        deviations = tree.map(lambda w: jnp.zeros((swagrank, *w.shape), w.dtype), params)
+        momentum, variance = _zeros(params), _zeros(params)
+        mean = tree.map(lambda w, m: jnp.copy(w).astype(m.dtype), params, momentum)
+        deviations = tree.map(lambda m: jnp.zeros((swagrank, *m.shape), m.dtype), momentum)
         num_snapshots, count = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        iterate = tree.map(jnp.copy, params)
-        return SWAGState(params, iterate, momentum, variance, deviations, num_snapshots, count, batch_stats, key)
+        return SWAGState(mean, params, momentum, variance, deviations, num_snapshots, count, batch_stats, key)
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         (value, batch_stats), grads = value_and_grad(state.iterate, state.batch_stats, batch)
-        rate = learning_rate * lr_factor
         iterate, momentum = _heavy_ball(state.iterate, state.momentum, grads, rate, beta1, weight_decay)
         count = state.count + 1
         state = state._replace(iterate=iterate, momentum=momentum, count=count, batch_stats=batch_stats)
@@ -528,12 +554,13 @@ def swag(
         drawn = tree.map(draw, state.params, state.variance, state.deviations, noise)
         return tree.map(lambda x, w: jnp.where(state.num_snapshots > 1, x, w), drawn, state.params)
 
-    return Optimizer(init, step, sample)
+    return _optimizer(init, step, sample, learning_rate)
 
 
 def ivon(
-    loss: Callable, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float, num_data: float,
-    initial_hessian: float, clip: float = math.inf, num_sub_batches: int = 1, num_samples: int = 1, atonce: int = 1,
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.99999, weight_decay: float,
+    num_data: float, initial_hessian: float, clip: float = math.inf, num_sub_batches: int = 1, num_samples: int = 1,
+    atonce: int = 1,
 ) -> Optimizer:  # fmt: skip
     """Returns IVON: variational inference with a diagonal Gaussian posterior N(w, 1/(N (h + δ))).
 
@@ -554,7 +581,7 @@ def ivon(
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
-        learning_rate: α, which `step` multiplies by `lr_factor`.
+        learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the Hessian per step.
         weight_decay: δ, the prior precision divided by N.
@@ -574,27 +601,26 @@ def ivon(
     value_and_grad = _value_and_grad(loss)
 
     def init(params, batch_stats, key):
-        hessian = tree.map(lambda w: jnp.full_like(w, initial_hessian), params)
-        return IVONState(params, tree.map(jnp.zeros_like, params), hessian, jnp.zeros((), jnp.int32), batch_stats, key)
+        hessian = tree.map(lambda m: jnp.full_like(m, initial_hessian), _zeros(params))
+        return IVONState(params, _zeros(params), hessian, jnp.zeros((), jnp.int32), batch_stats, key)
 
     def deviation(state, key):
-        noise = _normal_like(key, state.params)
+        noise = _normal_like(key, state.hessian)
         return tree.map(lambda e, h: e / jnp.sqrt(num_data * (h + weight_decay)), noise, state.hessian)
 
     def sample(state, key):
-        return tree.map(jnp.add, state.params, deviation(state, key))
+        return _moved(state.params, deviation(state, key))
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         def gradient(state, sub_batch, key):
             moved = deviation(state, key)
-            theta = tree.map(jnp.add, state.params, moved)
-            (value, batch_stats), grads = value_and_grad(theta, state.batch_stats, sub_batch)
+            (value, batch_stats), grads = value_and_grad(_moved(state.params, moved), state.batch_stats, sub_batch)
             return (grads, tree.map(jnp.multiply, moved, grads)), value, batch_stats
 
         key, step_key = jax.random.split(state.key)
         arguments = gradient, state, batch, num_sub_batches, step_key, num_samples, atonce
         averages, value, batch_stats = over_sub_batches(*arguments)
-        return update(state, *averages, learning_rate * lr_factor)._replace(batch_stats=batch_stats, key=key), value
+        return update(state, *averages, rate)._replace(batch_stats=batch_stats, key=key), value
 
     def update(state, grads, products, rate):
         count = state.count + 1
@@ -617,7 +643,7 @@ def ivon(
         )
         return state._replace(params=params, momentum=momentum, hessian=hessian, count=count)
 
-    return Optimizer(init, step, sample)
+    return _optimizer(init, step, sample, learning_rate)
 
 
 OPTIMIZERS = {
@@ -633,8 +659,49 @@ OPTIMIZERS = {
 }
 
 
+def _optimizer(init, step, sample, learning_rate):
+    """Returns an Optimizer from init(params, batch_stats, key), step(state, batch, rate) and sample(state, key).
+
+    Its `init` checks the arguments. Its `step` turns a schedule into a rate.
+    """
+
+    def checked_init(params, batch_stats=None, key=None):
+        if key is None or not jnp.issubdtype(getattr(key, 'dtype', None), jax.dtypes.prng_key):
+            raise TypeError('init needs a key by name or in the third place: key=jax.random.key(seed)')
+        for path, leaf in tree.leaves_with_path(params):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                what = f'parameter {jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}'
+                raise TypeError(
+                    f'{what}: pass only real floating-point arrays as params, and close the loss over others'
+                )
+        state = init(tree.map(jnp.asarray, params), batch_stats, key)
+        return state._replace(count=jnp.zeros((), jnp.int32)) if callable(learning_rate) else state
+
+    def scheduled_step(state, batch, lr_factor=1.0):
+        if not callable(learning_rate):
+            return step(state, batch, learning_rate * lr_factor)
+        stepped, value = step(state, batch, learning_rate(state.count) * lr_factor)
+        return stepped._replace(count=state.count + 1), value
+
+    return Optimizer(checked_init, scheduled_step, sample)
+
+
+def _zeros(params):
+    """Returns zeros with the structure of `params`, in float32 for weights of lower precision."""
+    return tree.map(lambda w: jnp.zeros(w.shape, _float32_or_more(w)), params)
+
+
+def _float32_or_more(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _moved(params, distances):
+    """Returns params + distances in the dtype of `params`."""
+    return tree.map(lambda w, d: (w + d).astype(w.dtype), params, distances)
+
+
 def _init_momentum(params, batch_stats, key):
-    return MomentumState(params, tree.map(jnp.zeros_like, params), batch_stats, key)
+    return MomentumState(params, _zeros(params), batch_stats, key)
 
 
 def _momentum_step(state, grads, rate, beta1, weight_decay):
@@ -648,19 +715,18 @@ def _heavy_ball(params, momentum, grads, rate, beta1, weight_decay):
 
 
 def _init_adam(params, batch_stats, key):
-    momentum, squares = tree.map(jnp.zeros_like, params), tree.map(jnp.zeros_like, params)
-    return AdamState(params, momentum, squares, jnp.zeros((), jnp.int32), batch_stats, key)
+    return AdamState(params, _zeros(params), _zeros(params), jnp.zeros((), jnp.int32), batch_stats, key)
 
 
 def _adam(loss, learning_rate, beta1, beta2, **weight_decay):
     value_and_grad = _value_and_grad(loss)
 
-    def step(state, batch, lr_factor=1.0):
+    def step(state, batch, rate):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
-        state = _adam_step(state, grads, learning_rate * lr_factor, beta1, beta2, **weight_decay)
+        state = _adam_step(state, grads, rate, beta1, beta2, **weight_decay)
         return state._replace(batch_stats=batch_stats), value
 
-    return Optimizer(_init_adam, step, _mean)
+    return _optimizer(_init_adam, step, _mean, learning_rate)
 
 
 def _adam_step(state, grads, rate, beta1, beta2, coupled=0.0, decoupled=0.0):
@@ -682,10 +748,15 @@ def _in_direction_of_gradient(rho):
     """Returns SAM's perturbation, perturb(w, g) = w + ρ g/‖g‖."""
 
     def perturb(params, grads):
-        scale = _over(rho, optax.tree.norm(grads))
-        return tree.map(lambda w, g: w + scale * g, params, grads)
+        scale = _over(rho, _norm(grads))
+        return _moved(params, tree.map(lambda g: scale * g, grads))
 
     return perturb
+
+
+def _norm(grads):
+    """Returns the Euclidean norm over all leaves."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in tree.leaves(grads)))
 
 
 def _over(rho, norm):
@@ -727,10 +798,20 @@ def _value_and_grad(loss):
     compile faster.
     """
 
+    def with_batch_stats(params, batch_stats, batch):
+        returned = loss(params, batch) if batch_stats is None else loss(params, batch_stats, batch)
+        if batch_stats is None:
+            if isinstance(returned, tuple):
+                raise TypeError('the loss returned a tuple: pass batch_stats to init, or return the value only')
+            return returned, None
+        if not isinstance(returned, tuple):
+            raise TypeError('the loss must return (value, batch_stats), because init got batch_stats')
+        return returned
+
     @jax.jit
     def value_and_grad(params, batch_stats, batch):
         params = jax.lax.optimization_barrier(params)
-        return jax.value_and_grad(loss, has_aux=True)(params, batch_stats, batch)
+        return jax.value_and_grad(with_batch_stats, has_aux=True)(params, batch_stats, batch)
 
     return value_and_grad
 
@@ -853,7 +934,8 @@ def _totals(gradient, atonce, state, sub_batches, keys):
 
     def of_several(sub_batches, keys):
         grads, values, batch_stats = jax.vmap(partial(gradient, state))(sub_batches, keys)
-        return tree.map(lambda g: g.sum(axis=0), grads), values.sum(), tree.map(lambda x: x[0], batch_stats)
+        grads = tree.map(lambda g: g.sum(axis=0, dtype=_float32_or_more(g)), grads)
+        return grads, values.sum(), tree.map(lambda x: x[0], batch_stats)
 
     together = max(n for n in range(1, min(atonce, len(keys)) + 1) if len(keys) % n == 0)
     inputs = sub_batches, keys
@@ -867,8 +949,7 @@ def _totals(gradient, atonce, state, sub_batches, keys):
         grads, value, batch_stats = function(*inputs)
         return tree.map(jnp.add, total, grads), (value, batch_stats)
 
-    zeros = tree.map(lambda g: jnp.zeros(g.shape, g.dtype), grads)
-    grads, (values, batch_stats) = jax.lax.scan(accumulate, zeros, inputs)
+    grads, (values, batch_stats) = jax.lax.scan(accumulate, _zeros(grads), inputs)
     return grads, values.sum(), tree.map(lambda x: x[0], batch_stats)
 
 
