@@ -319,7 +319,10 @@ def announce(training: Training) -> None:
 
 
 def exit_unless_complete(run: Path, stop: signals.Stop, all_saved: bool) -> None:
-    """Exits with an error status if a signal stopped the run or its end could not be saved. Says how to resume."""
+    """Exits with an error status if a signal stopped the run or its end could not be saved.
+
+    After a signal, prints the command that resumes the run.
+    """
     if not all_saved:
         print(f'train.py: error: the last state or log of {run} could not be saved', file=sys.stderr)
         sys.exit(128 + stop.signal if stop.signal else 1)

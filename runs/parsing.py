@@ -19,7 +19,8 @@ class Parser(argparse.ArgumentParser):
         description: the script's docstring. --help shows its first line at the top and the other lines at the end. None
             shows nothing, because `python -OO` removes docstrings.
         exits: whether an error ends the script with status 2. Otherwise an error raises a ValueError.
-        habits: {flag of other programs: what to give instead}, such as {'--lr': '--alpha'}.
+        habits: {flag of other programs: what to give instead}, such as {'lr': '--alpha'}. The key '' is for an argument
+            without a flag.
     """
 
     def __init__(self, description: str | None, exits: bool = True, habits: dict[str, str] | None = None) -> None:
@@ -31,9 +32,11 @@ class Parser(argparse.ArgumentParser):
         """Returns the flags of a command line. An unknown flag is an error that names a similar flag."""
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag, what = unknown[0].split('=')[0], 'flag' if unknown[0].startswith('-') else 'argument'
-            similar = self._similar(flag)
-            self.error(f'unknown {what}: {unknown[0]}' + (f'; use {similar}' if similar else ''))
+            is_flag = unknown[0].startswith('-')
+            similar = self._similar(unknown[0].split('=')[0]) if is_flag else self._habits.get('')
+            self.error(
+                f'unknown {"flag" if is_flag else "argument"}: {unknown[0]}' + (f'; use {similar}' if similar else '')
+            )
         return namespace
 
     def _similar(self, flag):
