@@ -18,6 +18,7 @@ results: $(VENV)/requirements
 test: $(VENV)/test-requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Runs what takes too long for every change: the slow tests, and 10,000 damaged files for every reader.

@@ -52,6 +52,11 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
+__all__ = [
+    'OPTIMIZERS', 'AdamState', 'BSAMState', 'IVONState', 'MomentumState', 'Optimizer', 'Rate', 'SWAGState', 'adam',
+    'adamw', 'asam', 'bsam', 'ivon', 'lr_factor', 'over_sub_batches', 'sam', 'samadam', 'sgd', 'swag',
+]  # fmt: skip
+
 # A learning rate, or a schedule: schedule(number of steps) -> learning rate.
 Rate = float | Callable[[jax.Array], Any]
 
@@ -671,9 +676,7 @@ def _optimizer(init, step, sample, learning_rate):
         for path, leaf in tree.leaves_with_path(params):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 what = f'parameter {jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}'
-                raise TypeError(
-                    f'{what}: pass only real floating-point arrays as params, and close the loss over others'
-                )
+                raise TypeError(f'{what}: params take real floating-point arrays only')
         state = init(tree.map(jnp.asarray, params), batch_stats, key)
         return state._replace(count=jnp.zeros((), jnp.int32)) if callable(learning_rate) else state
 
@@ -900,7 +903,8 @@ def over_sub_batches(
         gradient: gradient(state, sub_batch, key) -> (grads, value, batch_stats).
         state: the first argument of `gradient`.
         batch: a pytree of arrays [B, ...].
-        num_sub_batches: sub-batches per batch. Must divide B.
+        num_sub_batches: sub-batches per batch. Must divide B. Under a mesh, the number of devices must divide
+            num_sub_batches · repeats.
         key: gives each call of `gradient` its own key.
         repeats: calls of `gradient` per sub-batch.
         atonce: the most calls that are computed together.
