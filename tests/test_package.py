@@ -1,7 +1,9 @@
 """The wheel: what is in it, what it needs, and that it works where nothing else is installed."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -143,3 +145,33 @@ def test_types_of_an_example(python, tmp_path):
         results.append(subprocess.run(command, capture_output=True, text=True, cwd=tmp_path))
     assert results[0].returncode == 0, results[0].stdout
     assert results[1].returncode == 1 and 'incompatible type "str"; expected "float"' in results[1].stdout
+
+
+def test_notebook(tmp_path):
+    """Runs the cells. The kept outputs are the pictures, and metrics close to the metrics of this run."""
+    package = tmp_path / 'bayesian_sam'
+    package.mkdir()
+    shutil.copy(ROOT / 'optimizers.py', package / '__init__.py')
+    shutil.copy(ROOT / 'metrics.py', package)
+    cells = json.loads((ROOT / 'docs' / 'your_own_loop.ipynb').read_text())['cells']
+    cells = [cell for cell in cells if cell['cell_type'] == 'code']
+    script = '\n'.join(''.join(cell['source']) for cell in cells)
+    environment = os.environ | {'PYTHONPATH': str(tmp_path), 'MPLBACKEND': 'agg', 'XLA_FLAGS': ''}
+    done = subprocess.run([sys.executable, '-c', script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outputs = [output for cell in cells for output in cell['outputs']]
+    kept = ''.join(''.join(output['text']) for output in outputs if 'text' in output)
+    assert sum('image/png' in output.get('data', {}) for output in outputs) == script.count('plt.show()') == 4
+    metrics_kept, metrics_now = (
+        [
+            [float(number) for number in re.findall(r'[\d.]+(?=%|,|$)', line)]
+            for line in text.splitlines()
+            if 'ECE' in line
+        ]
+        for text in (kept, done.stdout)
+    )
+    assert len(metrics_kept) == 3 and all(len(line) == 3 for line in metrics_kept)
+    for now, before in zip(metrics_now, metrics_kept, strict=True):  # other CPUs round differently, and bSAM moves fast
+        assert abs(now[0] - before[0]) < 6 and abs(now[2] - before[2]) < 0.06
+    ece_of_sgd, _, ece_of_samples = (line[2] for line in metrics_now)
+    assert ece_of_samples < ece_of_sgd
