@@ -443,9 +443,9 @@ def asam(
         m ← β₁m + g' + δw
         w ← w − αm
 
-    As published, T is 1 for biases. Biases are the parameters whose names begin with `bias`, or with `threshold`, as in
-    filter response normalisation. `step` returns the loss at the perturbed weights. The new batch statistics are from
-    the first sub-batch.
+    As published, T is 1 for biases. A parameter is a bias if its name is `b`, or begins with `bias` or `threshold`. The
+    last is for filter response normalisation. `step` returns the loss at the perturbed weights. The new batch
+    statistics are from the first sub-batch.
 
     Args:
         loss: the mean negative log-likelihood, as at the top of this module.
@@ -768,7 +768,10 @@ def _over(rho, norm):
 
 
 def _is_bias(path):
-    return jax.tree_util.keystr(path[-1:], simple=True).startswith(('bias', 'threshold'))
+    """Returns whether a parameter has the name of a bias in Flax, Equinox or Haiku. NNX adds `value` to paths."""
+    names = [jax.tree_util.keystr((part,), simple=True) for part in path]
+    name = next((name for name in reversed(names) if name != 'value'), '')
+    return name == 'b' or name.startswith(('bias', 'threshold'))
 
 
 def _sharpness_aware_gradient(loss, perturb, num_sub_batches, bnupdate, atonce):

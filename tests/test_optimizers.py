@@ -418,6 +418,19 @@ def test_asam_equals_the_equations(problem, x64):
         np.testing.assert_allclose([*state.params['kernel'], state.params['bias']], w, rtol=1e-12)
 
 
+def test_biases_by_name():
+    """In Flax, Equinox, NNX (whose paths end in `value`) and Haiku. Nothing else is a bias."""
+    named = {
+        'head': {'bias': 0, 'kernel': 1},
+        'conv': {'b': 0, 'w': 1},
+        'norm': {'threshold': 0},
+        'a': {'bias': {'value': 0}},
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(named)
+    assert [optimizers._is_bias(path) for path, _ in leaves] == [leaf == 0 for _, leaf in leaves]
+    assert not optimizers._is_bias(())
+
+
 def test_swag_records_what_sgd_passes(problem, x64):
     """SWAG holds the mean and variance of SGD's weights after steps 2, 4, ... 10, and the last three deviations."""
     x, y, w = problem
