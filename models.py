@@ -255,7 +255,7 @@ def last_layer(apply: Callable, *args: Any) -> tuple[str, ...]:
     """
     calls = []
     with _dense_calls(calls):
-        jax.eval_shape(apply, *args)
+        jax.eval_shape(lambda *args: apply(*args), *args)  # a new function, because JAX caches traces
     if not calls or not calls[-1][2]:
         raise ModelError('--laplace needs a network whose last layer is an nn.Dense with a bias')
     return calls[-1][0]

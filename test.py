@@ -20,13 +20,13 @@ from pathlib import Path
 
 import jax
 
-from evaluation import comparison, measures, posteriors, predictions, request, tables, trained
+from evaluation import cards, comparison, exported, measures, posteriors, predictions, request, tables, trained
 from evaluation.request import Request
 from runs import checkpoints, devices, folders, hosts, json_files, parsing, provenance, training_flags
 
 # Flags that may differ between the processes of one evaluation. --corruptions must be given to all or to none.
 OF_PROCESS = (
-    'resultsfolder', 'output', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid',
+    'resultsfolder', 'output', 'export', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid',
     'jointimeout',
 )  # fmt: skip
 
@@ -86,6 +86,9 @@ def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) 
         print(title + tables.evaluation(results, is_point, args.all), end='', flush=True)
     if args.plots and hosts.is_first():
         print(f'\npictures: {draw(restored, images, prediction, results, asked)}')
+    if args.export and hosts.is_first():
+        exported.write(args.export, restored, cards.text(restored, asked, results))
+        print(f'\nexported: {args.export}')
     probs = prediction.probs_at_mean, prediction.probs
     return comparison.Result(restored.flags, images.labels, *probs, asked.num_samples, asked.laplace)
 
@@ -117,6 +120,8 @@ def require_possible(runs: dict, args: argparse.Namespace, asked: Request) -> No
                 raise folders.RunError(f'{run} is not writable, so metrics.json cannot be saved')
             if args.plots:
                 folders.read_log(run)
+            if args.export:
+                exported.require_place(args.export)
         request.require_possible(asked, run, config)
     if len(runs) == 1:
         return
@@ -127,7 +132,7 @@ def require_possible(runs: dict, args: argparse.Namespace, asked: Request) -> No
             raise folders.RunError(f'{folder_of_tables(args)} is not writable: choose another --output')
     comparison.check_flags([config['flags'] for config in runs.values()], asked.split)
     if not args.reuse:
-        hosts.from_first(lambda: [checkpoints.require_whole(run).name for run in runs])
+        hosts.from_first(lambda: [trained.require_whole(run, config) for run, config in runs.items()])
 
 
 def folder_of_tables(args: argparse.Namespace) -> Path:
@@ -179,6 +184,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
     args, given = parser.parse(argv)
     parsing.require_whole_address(parser, args)
+    if not args.resultsfolder:
+        parser.error('--resultsfolder is required: name the run folder run_K that train.py printed')
     try:
         args.resultsfolder = _expanded(args.resultsfolder)
         _require_consistency(args, given)
@@ -188,17 +195,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def create_parser() -> parsing.Parser:
-    parser = parsing.Parser(__doc__)
+    parser = parsing.Parser(
+        __doc__, habits={'': '--resultsfolder RUN', 'samples': '--testmc', 'batch-size': '--testbatchsize'}
+    )
     parser.usage = 'test.py --resultsfolder RUN [RUN ...] [flags]'
     add = parser.add_argument_group('runs').add_argument
-    help = 'run folders run_K that train.py printed; several runs are also compared with each other'
-    add('--resultsfolder', type=parsing.folder, nargs='+', required=True, metavar='RUN', help=help)
+    help = 'run folders run_K that train.py printed, or exports; several runs are also compared with each other'
+    add('--resultsfolder', type=parsing.folder, nargs='+', default=[], metavar='RUN', help=help)
     add('--datasetfolder', type=parsing.folder, help='folder of the data sets (default: the folder that training used)')
     request.add_flags(parser)
     add = parser.add_argument_group('what to show').add_argument
     help = f'show all metrics of a run instead of the usual {len(tables.REPORTED)}; metrics.json always has all'
     add('--all', action='store_true', help=help)
     add('--plots', action='store_true', help='draw pictures into the folder plots of a run, as PNG and PDF')
+    help = 'also write the mean and the posterior of the run to FOLDER, as safetensors with a model card'
+    add('--export', type=parsing.path, metavar='FOLDER', help=help)
     add(
         '--ensemble',
         action='store_true',
@@ -223,6 +234,10 @@ def _require_consistency(args, given):
     for flag in ('ensemble', 'reuse', 'output'):
         if getattr(args, flag) and not several:
             raise ValueError(f'--{flag} needs several run folders')
+    if args.export and several:
+        raise ValueError('--export cannot be combined with several run folders: export them one by one')
+    if args.export and args.laplace:
+        raise ValueError('--export cannot be combined with --laplace: an export holds no Laplace approximation')
     if args.checkpoint is not None and several:
         raise ValueError('--checkpoint cannot be combined with several run folders')
     effective = {'resultsfolder', 'reuse', 'ensemble', 'output', 'split', 'bins', 'compilecache', 'devices'}

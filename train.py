@@ -256,6 +256,7 @@ def resume(run: Path, step: int | None, given: dict, stack: contextlib.ExitStack
     if 'coordinator' in given:
         given.setdefault('devices', None)
     args = training_flags.continued(argparse.Namespace(**before['flags']), given, run)
+    hosts.from_first(lambda: checkpoints.folder_of(run, step).name)
     if hosts.is_first():
         stack.enter_context(folders.locked(run))
     mesh = devices.mesh_of_training(args, flags_hold=True)

@@ -61,9 +61,18 @@ def evaluation(results: dict, is_point: bool = False, show_all: bool = False) ->
             over samples, because it equals the mean.
         show_all: whether the table of metrics has all metrics instead of the metrics in REPORTED.
     """
-    shown = {'mean': 'mean'} | ({} if is_point else {'average': samples(results['testmc'])})
+    shown = _shown(results, is_point)
     text = _metrics(results, shown, show_all) if 'mean' in results else ''
     return text + ''.join(table(results, shown) for part, table in _PARTS.items() if part in results)
+
+
+def with_intervals(results: dict, is_point: bool = False) -> str:
+    """Returns the table of the metrics in REPORTED with 95 % intervals. The arguments are as for `evaluation`."""
+    return _with_intervals(results, _shown(results, is_point), show_all=False)
+
+
+def _shown(results, is_point):
+    return {'mean': 'mean'} | ({} if is_point else {'average': samples(results['testmc'])})
 
 
 def samples(number: int) -> str:
@@ -74,6 +83,14 @@ def samples(number: int) -> str:
 def _metrics(results, shown, show_all):
     """Returns the two lines of the published test.py, where auroc is `auroc_grid`, then a table with intervals."""
     line = '  > testacc={accuracy:.2%}, nll={nll:.4f}, ece={ece:.4f}, auroc={auroc_grid:.4f} (exact {auroc:.4f})\n'
+    return (
+        f'results at mean of distribution:\n{line.format(**results["mean"])}'
+        f'results at model average ({samples(results["testmc"])}):\n{line.format(**results["average"])}\n'
+        + _with_intervals(results, shown, show_all)
+    )
+
+
+def _with_intervals(results, shown, show_all):
     rows = []
     for name in results['average']:
         if not (show_all or name in REPORTED) or not any(name in results[at] for at in shown):
@@ -86,11 +103,7 @@ def _metrics(results, shown, show_all):
             ]  # fmt: skip
         rows.append(cells)
     header = [cell for title in shown.values() for cell in (title, '95 % interval')]
-    return (
-        f'results at mean of distribution:\n{line.format(**results["mean"])}'
-        f'results at model average ({samples(results["testmc"])}):\n{line.format(**results["average"])}'
-        + _table(['', *header], rows)
-    )
+    return markdown(['', *header], rows)
 
 
 def _curve(results, shown):

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 import data
 import experiment
 import models
-from evaluation import corruptions, laplace, posteriors
+from evaluation import corruptions, exported, laplace, posteriors
 from evaluation.request import Request
 from ops import sharding
 from runs import checkpoints, folders, hosts, training_flags
@@ -24,7 +24,7 @@ class Trained(NamedTuple):
         run: the run folder.
         config: the content of config.json.
         experiment: the functions that the configuration describes.
-        state: the state of the optimizer.
+        state: the state of the optimizer. Of an export, fields that only training needs are None.
         progress: the training progress of the checkpoint.
     """
 
@@ -41,19 +41,33 @@ class Trained(NamedTuple):
 
 
 def restore(run: Path, step: int | None = None, config: dict | None = None) -> Trained:
-    """Restores the newest checkpoint of a run, or the checkpoint of `step`. Raises DataError, ModelError and RunError.
+    """Restores the newest checkpoint of a run, the checkpoint of `step`, or an export.
 
-    Sends the state to the devices of the current mesh, or to the first device without a mesh.
+    Sends the state to the devices of the current mesh, or to the first device without a mesh. Raises DataError,
+    ModelError and RunError.
 
     Args:
-        run: the run folder.
+        run: the run folder, or the folder of an export of test.py.
         step: the number of training steps at the checkpoint, None for the newest checkpoint.
         config: the configuration of the run. By default, it is read from the run folder.
     """
     config = config or hosts.from_first(lambda: training_flags.checked_config(run))
     functions = experiment.create(config)
-    _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
+    if not hosts.from_first(lambda: checkpoints.is_export(run)):
+        _, state, progress = checkpoints.restore(run, functions.state_shapes(), step)
+    elif step is None:
+        state, progress = exported.restore(run, config)
+    else:
+        raise folders.RunError(f'--checkpoint {step} does not apply to {run}: an export holds a single state')
     return Trained(Path(run), config, functions, sharding.send(state), progress)
+
+
+def require_whole(run: Path, config: dict) -> None:
+    """Raises a DataError or RunError if the newest checkpoint of a run, or an export, is missing or damaged."""
+    if checkpoints.is_export(run):
+        exported.require_whole(run, config)
+    else:
+        checkpoints.require_whole(run)
 
 
 class Images(NamedTuple):

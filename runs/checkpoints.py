@@ -33,7 +33,6 @@ from ops import sharding
 from readers import npy
 from runs import folders, hosts, json_files
 
-
 EXPORT = 'posterior.safetensors'  # holds the mean and the posterior in an export of test.py
 
 
@@ -249,7 +248,7 @@ def require_whole(run: Path, step: int | None = None) -> Path:
 def _of_whole(run, step, function):
     """Returns function(checkpoint) for an intact checkpoint. Training cannot remove the checkpoint during the call."""
     while True:
-        checkpoint = _folder_of(run, step)
+        checkpoint = folder_of(run, step)
         with _locked(checkpoint, fcntl.LOCK_SH):
             try:
                 _require_whole(checkpoint)
@@ -260,7 +259,11 @@ def _of_whole(run, step, function):
                 # Training removed the checkpoint before this process locked it: try again.
 
 
-def _folder_of(run, step):
+def folder_of(run: Path, step: int | None = None) -> Path:
+    """Returns the folder of a run's newest checkpoint, or of the checkpoint of `step`. Does not check its content.
+
+    Raises folders.RunError if the checkpoint is missing.
+    """
     folder = Path(run).absolute() / 'checkpoints'
     try:
         steps = all_steps(folder)

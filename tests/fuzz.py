@@ -493,6 +493,55 @@ def _read_predictions(folder, payload):
     comparison.main_table(rows, values, bold=True), comparison.full_table(rows, values)
 
 
+_TENSORS = {
+    'batch_stats.count': np.asarray(7, np.int32),
+    'params.head.bias': np.arange(3, dtype=np.float32),
+    'params.head.kernel': np.arange(6, dtype=np.float32).reshape(2, 3),
+    'precision.head.kernel': np.ones((2, 3), np.float32),
+}
+_SETTINGS = {'format': '1', 'optimizer': 'bsam', 'num_data': '160.0', 'weight_decay': '0.00625', 'config': 'a' * 64}
+
+
+@functools.cache
+def _make_posterior():
+    from evaluation import exported
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'posterior.safetensors'
+        exported._save(path, _TENSORS, _SETTINGS | {'epoch': '2', 'steps_of_epoch': '3'})
+        return path.read_bytes()
+
+
+def _read_posterior(folder, payload):
+    tensors, progress = _read_tensors(folder, payload)
+    assert tensors.keys() == _TENSORS.keys() and (progress.epoch, progress.step) == (2, 3)
+    assert all(tensors[name].tobytes() == tensor.tobytes() for name, tensor in _TENSORS.items())
+
+
+def _read_tensors(folder, payload):
+    from evaluation import exported
+
+    _write(folder / 'posterior.safetensors', payload)
+    return exported._read(folder / 'posterior.safetensors', _TENSORS, _SETTINGS)
+
+
+def _make_header():
+    return _make_posterior()[8 : 8 + int.from_bytes(_make_posterior()[:8], 'little')].rstrip()
+
+
+def _read_header(folder, payload):
+    """Reads intact tensors with a damaged header, whatever checksum the header has."""
+    from evaluation import exported
+
+    of_tensors = _make_posterior()[8 + int.from_bytes(_make_posterior()[:8], 'little') :]
+    padded = payload + b' ' * (-len(payload) % 8)
+    with unittest.mock.patch.object(exported, '_digest', return_value=unittest.mock.ANY):
+        tensors, progress = _read_tensors(folder, len(padded).to_bytes(8, 'little') + padded + of_tensors)
+    assert tensors.keys() == _TENSORS.keys() and progress.epoch >= 0 and progress.step >= 0
+    for name, tensor in _TENSORS.items():
+        assert (tensors[name].dtype, tensors[name].shape) == (tensor.dtype, tensor.shape)
+
+
 TOML = """[flags]
 dataset = 'digits'
 model = 'mlp'
@@ -568,6 +617,10 @@ READERS |= {
     'sweep.toml': Reader(_make_toml, _read_toml),
 }
 OF_RUNS = READERS.keys() - OF_DATA  # read in plain Python, where no case can crash the process
+READERS |= {
+    'posterior.safetensors': Reader(_make_posterior, _read_posterior),
+    'posterior-header': Reader(_make_header, _read_header),
+}
 if importlib.util.find_spec('tensorflow_datasets'):
     READERS |= {
         'tfds-record': Reader(_tfds_record, _read_record),

@@ -370,6 +370,13 @@ def test_batch_statistics_over_training_batches(optim, flags_of, small_resnet18,
     )
 
 
+def test_laplace_of_two_seeds(flags_of, capsys):
+    """The second run shares the traced network of the first."""
+    runs = [train.main(flags_of(optim='sgd', randomseed=seed)) for seed in (0, 1)]
+    evaluate.main(['--laplace', '--testmc=2', '--resultsfolder', *map(str, runs)])
+    assert '| sgd laplace, 2 samples |    2 |' in capsys.readouterr().out
+
+
 def test_laplace(trained, flags_of, tmp_path, capsys):
     """Draws samples around the weights of SGD. Has its own files, and --reuse compares both evaluations."""
     run = trained(optim='sgd')
