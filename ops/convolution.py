@@ -14,7 +14,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from ops import sharding
 
@@ -33,9 +33,22 @@ def nhwc_convolution(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str) -> jax.Array:
-    """Returns a 2-D convolution, with a custom gradient. The top of this file says what the arguments are.
+    """Returns a 2-D convolution. The top of this file says what the arguments are.
+
+    Uses XLA's convolution and JAX's gradient if x has symbolic dimensions, as in jax.export. The faster formulations
+    depend on the size of x. The barrier is needed because XLA on CPUs may fuse two convolutions and a mean, and then
+    computes NaN in bfloat16 (JAX 0.12.0.1).
+    """
+    if any(map(export.is_symbolic_dim, x.shape)):
+        y = nhwc_convolution(x, kernel, strides, padding)
+        return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
+    return _convolve(x, kernel, strides, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x, kernel, strides, padding):
+    """Returns a 2-D convolution of x with known dimensions, with a custom gradient.
 
     JAX's gradient permutes dimension numbers instead of arrays. XLA's CPU backend has no fast code for permuted
     numbers inside loops. There JAX's gradient is about twenty times slower (jax-ml/jax issue 12868). `vmap` over
@@ -46,14 +59,14 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding:
 
 
 def _convolve_forward(x, kernel, strides, padding):
-    return convolve(x, kernel, strides, padding), (x, kernel)
+    return _convolve(x, kernel, strides, padding), (x, kernel)
 
 
 def _convolve_backward(strides, padding, residuals, grads):
     return _backward(tuple(strides), padding)(*residuals, grads)
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 @cache
@@ -70,7 +83,7 @@ def _forward(strides, padding):
     @forward.def_vmap
     def of_several(axis_size, batched, x, kernel):
         if not batched[1]:
-            return _in_one_batch(partial(forward, kernel=kernel), x), True
+            return _in_one_batch(partial(convolve, kernel=kernel, strides=strides, padding=padding), x), True
         return _with_own_kernels(*_stacked(axis_size, batched, x, kernel), strides, padding), True
 
     return forward
@@ -320,7 +333,7 @@ def _stacked(axis_size, batched, *arrays):
 def _in_one_batch(function, *arrays):
     """Applies a function of arrays [B, ...] to all M·B rows of arrays [M, B, ...] at once."""
     rows = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
-    return rows.reshape(len(arrays[0]), -1, *rows.shape[1:])
+    return rows.reshape(arrays[0].shape[0], -1, *rows.shape[1:])
 
 
 # Bounds of grouped convolutions with stride 1, measured with cuDNN on an H100. One GPU kernel computes all groups if

@@ -135,3 +135,41 @@ def test_convolutions_of_several_kernels(size, stride, channels, padding, axes, 
     found = results(lambda x, k: convolution.convolve(x, k, (stride, stride), padding))
     for ours, jaxs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, jaxs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('size', 'stride', 'padding'), [(3, 1, 'SAME'), (3, 2, 'SAME'), (4, 1, 'VALID'), (2, 3, 'VALID'), (1, 2, 'SAME')]
+)
+def test_symbolic_batch_size(size, stride, padding, x64):
+    """Values and gradients equal JAX's for several batch sizes of one exported function."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((5, 8, 9, 3)), rng.standard_normal((size, size, 3, 4))
+    theirs = partial(jax_convolution, stride=stride, padding=padding)
+    cotangent = rng.standard_normal(jax.eval_shape(theirs, x, kernel).shape)
+    ours = partial(convolution.convolve, strides=(stride, stride), padding=padding)
+    shapes = jax.export.symbolic_args_specs((x, kernel, cotangent), ('b, ...', None, 'b, ...'))
+    exported = jax.export.export(value_and_gradients, platforms=('cpu', 'cuda'))(ours, *shapes)
+    for n in (1, 2, 5):
+        expected = value_and_gradients(theirs, x[:n], kernel, cotangent[:n])
+        for found, exact in zip(exported.call(x[:n], kernel, cotangent[:n]), expected, strict=True):
+            np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('axes', 'shape', 'symbolic'),
+    [
+        ((0, None), (5, 2, 8, 9, 3), 'b, ...'),
+        ((None, 0), (5, 8, 9, 3), 'b, ...'),
+        ((0, 0), (4, 5, 8, 9, 3), '4, b, ...'),
+    ],
+)
+def test_symbolic_batch_size_under_vmap(axes, shape, symbolic, x64):
+    """Values equal JAX's under `vmap` over images, kernels or both, with a symbolic number of images."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal(shape), rng.standard_normal((4, 3, 3, 3, 60))
+    kernel = kernel if axes[1] == 0 else kernel[0]
+    ours = jax.jit(jax.vmap(partial(convolution.convolve, strides=(1, 1), padding='SAME'), axes))
+    shapes = jax.export.symbolic_args_specs((x, kernel), (symbolic, None))
+    found = jax.export.export(ours, platforms=('cpu', 'cuda'))(*shapes).call(x, kernel)
+    expected = jax.vmap(partial(jax_convolution, stride=1, padding='SAME'), axes)(x, kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
