@@ -47,7 +47,8 @@ def any_number(shape):
 
 # The bounds are relative to the largest difference between two images in a logit.
 @pytest.mark.parametrize(
-    ('precision', 'batch_sizes', 'bound'), [('float32', (1, 3, 7), 3e-5), ('bfloat16', (3,), 0.25)]
+    ('precision', 'batch_sizes', 'bound'),
+    [('float32', (1, 3, 7), 3e-5), pytest.param('bfloat16', (3,), 0.25, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize('name', models.MODELS)
 def test_exported_network(name, precision, batch_sizes, bound):

@@ -67,7 +67,10 @@ def lines(diff, signs):
     return ''.join(line[1:] + '\n' for line in kept)
 
 
-@pytest.mark.parametrize('name', NAMES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('equinox_', 'haiku_')]
+
+
+@pytest.mark.parametrize('name', ['linen', 'nnx', *SLOW])
 def test_example_learns(package, name):
     """The least accuracy is far above chance, and above a network whose batch statistics stay at their first values."""
     path = EXAMPLES / f'{name}.py'
