@@ -183,6 +183,11 @@ def flags_of(datasets, tmp_path):
     return build
 
 
+def slow_except(names, *quick):
+    """Returns parameters of a test: all names. The quick ones run in make test, the others in make test-slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def read_log(run):
     return [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
 

@@ -11,6 +11,7 @@ import pytest
 import experiment
 import models
 import record_format
+from conftest import slow_except
 from evaluation import trained
 from runs import training_flags
 
@@ -50,7 +51,7 @@ def any_number(shape):
     ('precision', 'batch_sizes', 'bound'),
     [('float32', (1, 3, 7), 3e-5), pytest.param('bfloat16', (3,), 0.25, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize('name', models.MODELS)
+@pytest.mark.parametrize('name', slow_except(models.MODELS, 'resnet20', 'lenet', 'mlp'))
 def test_exported_network(name, precision, batch_sizes, bound):
     """A stored network takes any batch size. Its logits equal the jitted network's up to rounding."""
     apply, *variables = network(name, precision)

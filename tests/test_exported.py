@@ -19,7 +19,7 @@ import models
 import optimizers
 import test as evaluate
 import train
-from conftest import SmallResNet
+from conftest import SmallResNet, slow_except
 from evaluation import exported, trained
 from runs import checkpoints, folders, training_flags
 
@@ -77,7 +77,7 @@ def error_of(main, arguments, capsys):
 # An export and its run.
 
 
-@pytest.mark.parametrize('optim', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('optim', slow_except(optimizers.OPTIMIZERS, 'sgd', 'bsam', 'swag', 'ivon'))
 def test_an_export_evaluates_like_its_run(optim, run_of, tmp_path):
     run = run_of(optim)
     folder = export(run, tmp_path / 'made' / 'on the way', '--testmc=3')

@@ -16,6 +16,7 @@ import pytest
 import conftest
 import optimizers
 from children import ROOT
+from conftest import slow_except
 
 EXAMPLES = ROOT / 'docs' / 'examples'
 NAMES = ('linen', 'nnx', 'equinox_', 'haiku_')
@@ -67,10 +68,7 @@ def lines(diff, signs):
     return ''.join(line[1:] + '\n' for line in kept)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('equinox_', 'haiku_')]
-
-
-@pytest.mark.parametrize('name', ['linen', 'nnx', *SLOW])
+@pytest.mark.parametrize('name', slow_except(NAMES, 'linen', 'equinox_'))
 def test_example_learns(package, name):
     """The least accuracy is far above chance, and above a network whose batch statistics stay at their first values."""
     path = EXAMPLES / f'{name}.py'
@@ -79,7 +77,7 @@ def test_example_learns(package, name):
     assert mean > 0.95 and average > 0.95
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', slow_except(NAMES, 'linen'))
 def test_diff_leads_from_a_loop_that_learns(importable, tmp_path, capsys, name):
     """Undoes the diff in the example and runs the loop. linen's loop is optax_loop.py."""
     after = (EXAMPLES / f'{name}.py').read_text()

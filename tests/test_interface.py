@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optimizers
+from conftest import slow_except
 
 COMMON = {'learning_rate': 0.05, 'weight_decay': 0.01}
 SETTINGS = {
@@ -22,6 +23,7 @@ SETTINGS = {
 }
 BATCH = jnp.linspace(-1, 1, 24).reshape(8, 3), jnp.arange(8.0)
 ALL = pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+SOME = pytest.mark.parametrize('name', slow_except(optimizers.OPTIMIZERS, 'sam', 'bsam', 'swag', 'ivon'))
 
 
 def linear_loss(params, batch):
@@ -131,7 +133,7 @@ def test_key_is_required(arguments):
         create('bsam').init(weights(), *arguments)
 
 
-@ALL
+@SOME
 def test_vmap_over_seeds(name):
     """Three runs at once have the weights of three runs one after another."""
     optimizer = create(name)
@@ -148,7 +150,7 @@ def test_vmap_over_seeds(name):
         assert_equal(jax.tree.map(lambda x, i=i: x[i], states.params), state.params, rtol=1e-4, atol=1e-5)
 
 
-@ALL
+@SOME
 @pytest.mark.parametrize('learning_rate', [0.05, optax.cosine_decay_schedule(0.05, 6)])
 def test_scan_over_steps(name, learning_rate):
     optimizer = create(name, learning_rate=learning_rate)
@@ -158,7 +160,7 @@ def test_scan_over_steps(name, learning_rate):
     assert_equal(state.params, trained(optimizer).params, rtol=1e-5, atol=1e-6)
 
 
-@ALL
+@SOME
 @pytest.mark.parametrize('as_data', [False, True], ids=['keys', 'data of keys'])
 def test_keys_of_dropout_in_the_batch(name, as_data):
     """Each sub-batch gets its own keys. Other keys give other weights."""
