@@ -141,7 +141,7 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 class Dataset(NamedTuple):
-    """How to read, augment and normalise an image set.
+    """Describes how an image set is read, augmented and normalised.
 
     Attributes:
         read: read(folder, 'train' or 'test') -> images uint8 [N, H, W, C] and labels int32 [N].

@@ -1,4 +1,4 @@
-"""What all readers share: opening files that may be damaged or hostile, a budget for each file, and downloads.
+"""Opens files that may be damaged or hostile, limits what a file may claim to hold, and downloads files.
 
 A reader takes the folder of the data sets and a split, 'train' or 'test'. It returns images uint8 [N, H, W, C] and
 labels int32 [N]. It raises a DataError if a file is missing or damaged.

@@ -13,7 +13,7 @@ from readers.files import DataError, OfficialFile
 
 
 class Layout(NamedTuple):
-    """Where the four files of a data set are.
+    """Names the folders and addresses of the four files of a data set.
 
     Attributes:
         folders: the folders that may hold the files.
