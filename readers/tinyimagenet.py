@@ -3,18 +3,13 @@
 import contextlib
 import hashlib
 import os
-import re
 import shlex
-import sys
-import zlib
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-import errors
-from readers import files, jpegs, npy
+from readers import decoded, files
+from readers.decoding import Recipe
 from readers.files import DataError, OfficialFile
 
 OFFICIAL = OfficialFile(
@@ -22,7 +17,7 @@ OFFICIAL = OfficialFile(
     '6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821',
     248_100_043,
 )
-SHAPE = (64, 64, 3)
+RECIPE = Recipe(64, 64, formats=('JPEG',))
 
 
 def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -44,13 +39,8 @@ def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         )
     cache = root / f'{split}-{fingerprint}.npy'
     with contextlib.suppress(DataError):  # no cache, or a damaged one
-        return _read_cache(cache, len(paths)), labels
-    try:
-        return _decode(paths, cache), labels
-    except jpegs.DamagedError as error:
-        raise DataError(files.damaged(*error.args)) from error
-    except BrokenExecutor as error:
-        raise DataError('a process that decodes images died, perhaps for lack of memory: start again') from error
+        return decoded.read_cache(cache, len(paths), (RECIPE.height, RECIPE.width)), labels
+    return decoded.decode(RECIPE, paths, cache), labels
 
 
 def _list_image_folders(folder, classes):
@@ -74,65 +64,3 @@ def _list_image_folders(folder, classes):
                 labels.append(label)
                 fingerprint.update(f'{name}/{entry.name} {entry.stat().st_size}\n'.encode(errors='surrogateescape'))
     return paths, np.array(labels, np.int32), fingerprint.hexdigest()[:16]
-
-
-# The cache is an .npy file of all images. The CRC-32 of every block follows the array, as little-endian uint32.
-
-
-def _read_cache(path: Path, num_images: int) -> np.ndarray:
-    """Returns the images of a cache, mapped. Reads the whole file once to compare checksums. Raises DataError."""
-    images = npy.load(path, tail=4 * -(-num_images // jpegs.BLOCK))
-    if images.shape != (num_images, *SHAPE) or images.dtype != np.uint8 or not images.flags.c_contiguous:
-        raise DataError(f'{path} holds other images')
-    with files.opened(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        end = images.offset + images.nbytes
-        sizes = [images[start : start + jpegs.BLOCK].nbytes for start in range(0, num_images, jpegs.BLOCK)]
-        starts = images.offset + np.cumsum([0, *sizes[:-1]])
-        # pread, because mapped pages count as memory of this process
-        found = pool.map(lambda size, start: zlib.crc32(os.pread(file.fileno(), size, start)), sizes, starts)
-        if np.array(list(found), '<u4').tobytes() != os.pread(file.fileno(), 4 * len(sizes), end):
-            raise DataError(files.damaged(path, 'its pixels have changed'))
-    return images
-
-
-def _decode(paths, cache):
-    """Decodes image files, writes them to `cache`, and returns them mapped from there, uint8 [N, 64, 64, 3].
-
-    If the cache cannot be written, prints a line and returns the images in memory. Raises jpegs.DamagedError or
-    BrokenExecutor.
-    """
-    try:
-        _write_cache(paths, cache)
-        return _read_cache(cache, len(paths))
-    except OSError as error:
-        print(f'{cache} could not be written ({error.strerror}): images are decoded at every start', file=sys.stderr)
-    images, end = np.empty((len(paths), *SHAPE), np.uint8), 0
-    for block, _ in _decoded_blocks(paths):
-        images[end : end + len(block)] = block
-        end += len(block)
-    return images
-
-
-def _write_cache(paths, cache):
-    checksums = []
-    with errors.replacing(cache) as unfinished, open(unfinished, 'wb') as file:
-        header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(paths), *SHAPE)}
-        np.lib.format.write_array_header_1_0(file, header)
-        with contextlib.closing(_decoded_blocks(paths)) as blocks:
-            for block, checksum in blocks:
-                file.write(block)
-                checksums.append(checksum)
-        file.write(np.array(checksums, '<u4').tobytes())
-    split = cache.name.split('-')[0]
-    for stale in cache.parent.iterdir():
-        if re.fullmatch(rf'{split}-[0-9a-f]{{16}}\.npy', stale.name) and stale != cache:
-            with contextlib.suppress(OSError):
-                stale.unlink()
-
-
-def _decoded_blocks(paths):
-    progress = tqdm(None, 'decoding', len(paths), unit=' images', disable=None)
-    with progress, contextlib.closing(jpegs.decoded_blocks(SHAPE, paths)) as blocks:
-        for block, checksum in blocks:
-            yield block, checksum
-            progress.update(len(block))

@@ -20,7 +20,7 @@ from PIL import Image
 import archives
 import data
 import setup_tinyimagenet
-from readers import jpegs, tinyimagenet
+from readers import decoding, tinyimagenet
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_training_before_the_setup(folder):
 def in_processes(folder, monkeypatch):
     """Returns the sorted folder tiny-imagenet-200 without caches. Its images are decoded in seven blocks."""
     setup_tinyimagenet.main(['--datasetfolder', str(folder)])
-    monkeypatch.setattr(jpegs, 'BLOCK', 30)
+    monkeypatch.setattr(decoding, 'BLOCK', 30)
     root = folder / 'tiny-imagenet-200'
     for cache in root.glob('*.npy'):
         cache.unlink()
@@ -368,11 +368,11 @@ OWN_SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
 import data
-from readers import jpegs
-jpegs.BLOCK = 30
+from readers import decoding
+decoding.BLOCK = 30
 print(data.dataset('tinyimagenet', {folder!r}).read('train')[0].sum())
-with jpegs.decoders(3) as pool:
-    print(*jpegs.submit(pool, eval, "sorted(__import__('sys').modules)").result())
+with decoding.decoders(3) as pool:
+    print(*decoding.submit(pool, eval, "sorted(__import__('sys').modules)").result())
 """
 
 
@@ -383,7 +383,7 @@ def test_processes_import_neither_jax_nor_the_main_script(in_processes, tmp_path
     done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True, timeout=120)
     total, modules = done.stdout.splitlines()
     assert int(total) == plainly_decoded(in_processes).sum()
-    assert 'readers.jpegs' in modules.split()
+    assert 'readers.decoding' in modules.split()
     assert not {'jax', 'data'} & set(modules.split())
     assert 'Traceback' not in done.stderr
 
@@ -394,8 +394,8 @@ ROOT = Path(__file__).parent.parent
 def test_processes_end_with_the_one_that_started_them():
     code = """if True:
         import os
-        from readers import jpegs
-        print(jpegs.submit(jpegs.decoders(3), os.getpid).result(), flush=True)
+        from readers import decoding
+        print(decoding.submit(decoding.decoders(3), os.getpid).result(), flush=True)
         os._exit(1)
     """
     process = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, timeout=60)
@@ -406,12 +406,12 @@ def test_processes_end_with_the_one_that_started_them():
 
 
 def test_process_that_is_killed_while_it_decodes(in_processes, monkeypatch, capsys):
-    monkeypatch.setattr(jpegs, 'decode_with_checksum', kill_itself)
+    monkeypatch.setattr(decoding, 'decode_with_checksum', kill_itself)
     error = error_of(['--datasetfolder', str(in_processes.parent)], capsys)
     assert 'a process that decodes images died, perhaps for lack of memory: start again' in error
     assert not files_beside_images(in_processes)
 
 
-def kill_itself(shape, paths):
+def kill_itself(recipe, paths):
     assert multiprocessing.parent_process(), 'this is the process of the test'
     os.kill(os.getpid(), signal.SIGKILL)
