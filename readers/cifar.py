@@ -27,7 +27,12 @@ class Layout(NamedTuple):
     files: dict
     label_bytes: int
     label_key: str
-    num_classes: int
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Returns the number of classes."""
+        return len(self.class_names)
 
     @property
     def binary_archive(self) -> str:
@@ -53,7 +58,7 @@ CIFAR10 = Layout(
     files={'train': [f'data_batch_{i}' for i in range(1, 6)], 'test': ['test_batch']},
     label_bytes=1,
     label_key='labels',
-    num_classes=10,
+    class_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
 )
 
 CIFAR100 = Layout(
@@ -67,8 +72,19 @@ CIFAR100 = Layout(
     files={'train': ['train'], 'test': ['test']},
     label_bytes=2,
     label_key='fine_labels',
-    num_classes=100,
-)
+    class_names=(
+        'apple', 'aquarium_fish', 'baby', 'bear', 'beaver', 'bed', 'bee', 'beetle', 'bicycle', 'bottle', 'bowl', 'boy',
+        'bridge', 'bus', 'butterfly', 'camel', 'can', 'castle', 'caterpillar', 'cattle', 'chair', 'chimpanzee', 'clock',
+        'cloud', 'cockroach', 'couch', 'crab', 'crocodile', 'cup', 'dinosaur', 'dolphin', 'elephant', 'flatfish',
+        'forest', 'fox', 'girl', 'hamster', 'house', 'kangaroo', 'keyboard', 'lamp', 'lawn_mower', 'leopard', 'lion',
+        'lizard', 'lobster', 'man', 'maple_tree', 'motorcycle', 'mountain', 'mouse', 'mushroom', 'oak_tree', 'orange',
+        'orchid', 'otter', 'palm_tree', 'pear', 'pickup_truck', 'pine_tree', 'plain', 'plate', 'poppy', 'porcupine',
+        'possum', 'rabbit', 'raccoon', 'ray', 'road', 'rocket', 'rose', 'sea', 'seal', 'shark', 'shrew', 'skunk',
+        'skyscraper', 'snail', 'snake', 'spider', 'squirrel', 'streetcar', 'sunflower', 'sweet_pepper', 'table', 'tank',
+        'telephone', 'television', 'tiger', 'tractor', 'train', 'trout', 'tulip', 'turtle', 'wardrobe', 'whale',
+        'willow_tree', 'wolf', 'woman', 'worm',
+    ),
+)  # fmt: skip
 
 
 def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +117,7 @@ def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
     labels = files.checked_labels(np.concatenate([labels for _, labels in parts]), layout.num_classes, path)
     images = [images for images, _ in parts]
     del parts
-    return _joined(images), labels
+    return files.joined(images), labels
 
 
 def _parse_members(path, inner_folder, names, parse, official):
@@ -201,19 +217,3 @@ def _parse_pickle(layout: Layout, file: BinaryIO | files.Limited, num_bytes: int
 
 def _channels_last(pixels):
     return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-
-
-def _joined(parts):
-    """Concatenates arrays, and frees each part once it is copied. The peak is little more than one copy of all parts.
-
-    np.empty takes memory only as it is written to.
-    """
-    if len(parts) == 1:
-        return parts.pop()
-    joined = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-    end = 0
-    while parts:
-        part = parts.pop(0)
-        joined[end : end + len(part)] = part
-        end += len(part)
-    return joined

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+CLASS_NAMES = tuple('0123456789')
+
 
 def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns handwritten digits (Alpaydin & Kaynak, 1998), enlarged from 8×8 to 32×32 pixels. Does not use `folder`.

@@ -94,7 +94,12 @@ def require_within_budget(path: Path, claimed: int, num_bytes: int | None = None
         claimed: how many bytes the file claims to hold.
         num_bytes: the size of the file. None means the size of `path`.
     """
-    held = budget(os.stat(path).st_size if num_bytes is None else num_bytes)
+    num_bytes = os.stat(path).st_size if num_bytes is None else num_bytes
+    held = budget(num_bytes)
+    if held < claimed <= 64 * num_bytes:
+        raise DataError(
+            f'{path} holds {claimed} bytes: compressed files are read up to 4 GiB, uncompressed files up to any size'
+        )
     if claimed > held:
         raise DataError(
             f'{path} is damaged: it claims to hold {claimed} bytes, but at most {held} are allowed for its size'
@@ -110,13 +115,14 @@ class Limited:
     def __init__(self, file: BinaryIO, limit: int, where: object) -> None:
         self._file, self.left, self._limit, self._where = file, limit, limit, where
 
-    def _require(self, num_bytes):
+    def require(self, num_bytes: int) -> None:
+        """Raises a DataError if the next `num_bytes` bytes exceed the limit."""
         if num_bytes > self.left:
             raise DataError(f'{self._where} is damaged (it exceeds {self._limit} bytes)')
 
     def read(self, num_bytes: int) -> bytes:
         """Returns the next `num_bytes` bytes, or fewer at the end of the file."""
-        self._require(num_bytes)
+        self.require(num_bytes)
         payload = self._file.read(num_bytes)
         self.left -= len(payload)
         return payload
@@ -130,14 +136,14 @@ class Limited:
 
     def skip(self, num_bytes: int) -> None:
         """Skips `num_bytes` bytes. Raises EOFError if the file ends before."""
-        self._require(num_bytes)
+        self.require(num_bytes)
         for start in range(0, num_bytes, _CHUNK):
             self.read_exactly(min(_CHUNK, num_bytes - start))
 
     def skip_rest(self) -> None:
         """Skips to the end, where a compressed stream compares its checksum."""
         while payload := self._file.read(_CHUNK):
-            self._require(len(payload))
+            self.require(len(payload))
             self.left -= len(payload)
 
 
@@ -183,22 +189,41 @@ def damaged(path: Path, reason: object, official: OfficialFile | None = None) ->
     return f'{message}: its SHA-256 is {sha256}, not the published {official.sha256}; delete it to download it again'
 
 
-def checked_labels(labels: np.ndarray, num_classes: int, where: object) -> np.ndarray:
-    """Returns labels as int32 [N].
+def checked_labels(labels: np.ndarray, num_classes: int, where: object, first: int = 0) -> np.ndarray:
+    """Returns labels as int32 [N], from 0 to num_classes − 1.
 
     Args:
-        labels: whole numbers [N].
-        num_classes: labels must be from 0 to num_classes − 1.
+        labels: whole numbers [N], from `first` to `first` + num_classes − 1.
+        num_classes: the number of classes.
         where: the file, for the message.
+        first: the label of class 0, 0 or 1.
 
     Raises:
         DataError: there are no labels, or some are out of range.
     """
     if not len(labels):
         raise DataError(f'{where} holds no images')
-    if not 0 <= labels.min() <= labels.max() < num_classes:
-        raise DataError(f'{where} has labels from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}')
-    return labels.astype(np.int32)
+    last = first + num_classes - 1
+    if not first <= labels.min() <= labels.max() <= last:
+        raise DataError(f'{where} has labels from {labels.min()} to {labels.max()}, not {first} to {last}')
+    return labels.astype(np.int32) - np.int32(first)
+
+
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Concatenates arrays along the first axis, and empties the list.
+
+    Frees each part once it is copied. The peak is little more than one copy of all parts, because np.empty takes memory
+    only as it is written to.
+    """
+    if len(parts) == 1:
+        return parts.pop()
+    array = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    end = 0
+    while parts:
+        part = parts.pop(0)
+        array[end : end + len(part)] = part
+        end += len(part)
+    return array
 
 
 # Downloads.

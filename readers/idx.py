@@ -1,4 +1,8 @@
-"""Reads MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao et al., 2017) from idx files, plain or .gz."""
+"""Reads MNIST and its relatives from idx files, plain or .gz.
+
+MNIST is by LeCun et al. (1998), Fashion-MNIST by Xiao et al. (2017), KMNIST by Clanuwat et al. (2018) and EMNIST by
+Cohen et al. (2017).
+"""
 
 import gzip
 import math
@@ -13,17 +17,25 @@ from readers.files import DataError, OfficialFile
 
 
 class Layout(NamedTuple):
-    """Names the folders and addresses of the four files of a data set.
+    """Describes the four files of a data set.
 
     Attributes:
         folders: the folders that may hold the files.
-        url: the official address, without the file name.
-        sha256: {file name: (SHA-256, size in bytes)}.
+        url: the official address, without the file name, or the address of an archive that holds the files.
+        sha256: {file name: (SHA-256, size in bytes)}, or {} if the files are only in the archive.
+        class_names: the name of each class.
+        prefixes: {split: how the names of its two files begin}.
+        first_label: the label of class 0 in the files.
+        transposed: whether the files hold rows and columns exchanged.
     """
 
     folders: tuple[str, ...]
     url: str
     sha256: dict
+    class_names: tuple[str, ...]
+    prefixes: dict = {'train': 'train', 'test': 't10k'}  # noqa: RUF012
+    first_label: int = 0
+    transposed: bool = False
 
 
 MNIST = Layout(
@@ -35,6 +47,7 @@ MNIST = Layout(
         't10k-images-idx3-ubyte.gz': ('8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6', 1_648_877),
         't10k-labels-idx1-ubyte.gz': ('f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6', 4_542),
     },
+    class_names=tuple('0123456789'),
 )
 
 FASHION = Layout(
@@ -46,6 +59,36 @@ FASHION = Layout(
         't10k-images-idx3-ubyte.gz': ('346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073', 4_422_102),
         't10k-labels-idx1-ubyte.gz': ('67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5', 5_148),
     },
+    class_names=(
+        'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot',
+    ),
+)  # fmt: skip
+
+KMNIST = Layout(
+    ('kmnist', 'KMNIST/raw'),
+    'http://codh.rois.ac.jp/kmnist/dataset/kmnist/',
+    {
+        'train-images-idx3-ubyte.gz': ('51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4', 18_165_135),
+        'train-labels-idx1-ubyte.gz': ('e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17', 29_497),
+        't10k-images-idx3-ubyte.gz': ('edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5', 3_041_136),
+        't10k-labels-idx1-ubyte.gz': ('20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c', 5_120),
+    },
+    class_names=('o', 'ki', 'su', 'tsu', 'na', 'ha', 'ma', 'ya', 're', 'wo'),
+)
+
+EMNIST = Layout(
+    ('emnist', 'emnist/gzip', 'EMNIST/raw'),
+    'https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip',
+    {},
+    class_names=tuple('0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt'),  # C and c are one class, for example
+    prefixes={'train': 'emnist-balanced-train', 'test': 'emnist-balanced-test'},
+    transposed=True,
+)
+
+EMNIST_LETTERS = EMNIST._replace(
+    class_names=tuple('abcdefghijklmnopqrstuvwxyz'),
+    prefixes={'train': 'emnist-letters-train', 'test': 'emnist-letters-test'},
+    first_label=1,
 )
 
 
@@ -53,14 +96,14 @@ def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
     """Returns the images, uint8 [N, H, W, 1], and the labels, int32 [N], of a split. Downloads missing files.
 
     Args:
-        layout: MNIST or FASHION.
+        layout: MNIST, FASHION, KMNIST, EMNIST or EMNIST_LETTERS.
         folder: the folder of the data sets.
         split: 'train' or 'test'.
 
     Raises:
-        DataError: a file is damaged, or a download failed.
+        DataError: a file is damaged, a download failed, or a file that cannot be downloaded is missing.
     """
-    prefix = {'train': 'train', 'test': 't10k'}[split]
+    prefix = layout.prefixes[split]
     images_path = _find(layout, folder, f'{prefix}-images-idx3-ubyte')
     labels_path = _find(layout, folder, f'{prefix}-labels-idx1-ubyte')
     images, labels = (read_file(path, _official(layout, path.name)) for path in (images_path, labels_path))
@@ -70,15 +113,23 @@ def read(layout: Layout, folder: Path, split: str) -> tuple[np.ndarray, np.ndarr
         )
     if not images[:1].size and len(images):
         raise DataError(f'{images_path} has the shape {images.shape}: its images have no pixels')
-    return images[..., None], files.checked_labels(labels, 10, labels_path)
+    if layout.transposed:
+        images = np.ascontiguousarray(images.swapaxes(1, 2))
+    labels = files.checked_labels(labels, len(layout.class_names), labels_path, layout.first_label)
+    return images[..., None], labels
 
 
 def _find(layout, folder, name):
+    """Returns the path of a file, such as train-images-idx3-ubyte or train-images.idx3-ubyte, plain or .gz."""
     for inner_folder in layout.folders:
-        for path in (folder / inner_folder / name, folder / inner_folder / f'{name}.gz'):
-            if path.exists():
-                return path
+        for stem in (name, name.replace('-idx', '.idx')):
+            for path in (folder / inner_folder / stem, folder / inner_folder / f'{stem}.gz'):
+                if path.exists():
+                    return path
     path = folder / layout.folders[0] / f'{name}.gz'
+    if not layout.sha256:
+        wanted = f'{name.rsplit("-", 4)[0]}-*.gz'
+        raise DataError(f'{path} is missing: download {layout.url} and put its files {wanted} in {path.parent}')
     files.download(_official(layout, path.name), path)
     return path
 

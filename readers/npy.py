@@ -1,9 +1,9 @@
 """Reads NumPy's .npy and .npz files: plain arrays of numbers or text, of exactly the size that the header claims."""
 
-import io
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,30 +27,48 @@ def load(path: Path, tail: int = 0) -> np.ndarray:
     """
     with files.opened(path) as file, files.one_error(path):
         num_bytes = os.fstat(file.fileno()).st_size - tail
-        dtype, order, shape = _parse_header(file, num_bytes, path)
+        dtype, order, shape = parse_header(file, num_bytes, path)
         if not math.prod(shape):
             return np.empty(shape, dtype, order)
         return np.memmap(file, dtype, 'r', file.tell(), shape, order)
 
 
-def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file by name. Raises DataError."""
+def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file by name. Raises DataError.
+
+    Args:
+        path: the file.
+        names: the names of the arrays to read, None for all. Other members of the file are not read.
+    """
     arrays = {}
     with files.opened_zip(path) as members:
         for member in members.infolist():
             name, where = member.filename.removesuffix('.npy'), f'{path}: {member.filename}'
+            if names is not None and name not in names:
+                continue
             if name in arrays or name == member.filename:
                 raise DataError(f'{where} is not an .npy file, or occurs twice')
-            payload = members.read(member)
-            file = io.BytesIO(payload)
-            dtype, order, shape = _parse_header(file, len(payload), where)
-            arrays[name] = np.frombuffer(bytearray(payload), dtype, math.prod(shape), file.tell()).reshape(
-                shape, order=order
-            )
+            with members.open(member) as file:
+                dtype, order, shape = parse_header(file, member.file_size, where)
+                arrays[name] = np.empty(shape, dtype, order)
+                _fill(arrays[name], file)
     return arrays
 
 
-def _parse_header(file: BinaryIO, num_bytes: int, where: object) -> tuple[np.dtype, str, tuple[int, ...]]:
+_CHUNK = 1 << 20
+
+
+def _fill(array, file):
+    """Reads the values of an array from the rest of a file. Raises EOFError if the file ends too early."""
+    target, start = array.reshape(-1, order='A').view(np.uint8), 0
+    while payload := file.read(_CHUNK):
+        target[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
+        start += len(payload)
+    if start < len(target):
+        raise EOFError('it ends too early')
+
+
+def parse_header(file: BinaryIO, num_bytes: int, where: object) -> tuple[np.dtype, str, tuple[int, ...]]:
     """Reads the header of an .npy file, and leaves the file at the first byte of the array.
 
     Args:

@@ -1,5 +1,6 @@
 """Readers of archives in the official layouts, intact and damaged; augmentation; batches; downloads."""
 
+import gzip
 import hashlib
 import http.server
 import pickle
@@ -20,7 +21,7 @@ import scipy.io
 import archives
 import data
 from archives import prepare_tfds
-from readers import cifar, files, idx
+from readers import cifar, files, idx, svhn
 
 
 def read(name, folder, split):
@@ -63,6 +64,28 @@ def test_svhn(tmp_path):
         read('svhn', tmp_path, 'test')
     with pytest.raises(data.DataError, match=r'train_32x32\.mat is missing and could not be downloaded'):
         read('svhn', tmp_path, 'train')
+
+
+def write_mat(path, images, labels):
+    content = {'X': images.transpose(1, 2, 3, 0), 'y': np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)}
+    scipy.io.savemat(path, content)
+
+
+def test_svhn_extra(tmp_path, monkeypatch):
+    """The images of the split extra follow those of the split train. Files are read in parts, here of 4 images."""
+    monkeypatch.setattr(svhn, '_PART', 4 * 3072 + 100)
+    contents = {name: archives.cifar_images(i, 5 + 4 * i, 10) for i, name in enumerate(('train', 'extra', 'test'))}
+    for name, content in contents.items():
+        write_mat(tmp_path / f'{name}_32x32.mat', *content)
+    images, labels = read('svhn_extra', tmp_path, 'train')
+    assert images.dtype == np.uint8 and images.flags.c_contiguous and labels.dtype == np.int32
+    np.testing.assert_array_equal(images, np.concatenate([contents['train'][0], contents['extra'][0]]))
+    np.testing.assert_array_equal(labels, np.concatenate([contents['train'][1], contents['extra'][1]]))
+    np.testing.assert_array_equal(read('svhn_extra', tmp_path, 'test')[0], contents['test'][0])
+    np.testing.assert_array_equal(read('svhn', tmp_path, 'train')[0], contents['train'][0])
+    (tmp_path / 'extra_32x32.mat').unlink()
+    with pytest.raises(data.DataError, match=r'extra_32x32\.mat is missing and could not be downloaded'):
+        read('svhn_extra', tmp_path, 'train')
 
 
 def test_held_out_images():
@@ -115,23 +138,36 @@ def test_cifar100_has_fine_labels(tmp_path):
 )
 def test_memory_of_reading(name, archive, files, tmp_path):
     """Peak memory is less than 1.5 times the returned images, whether a split is one file or five."""
+    archives.write_tar(tmp_path / archive, files)
+    assert 1 < peak_of_reading(f'cifar.read(cifar.{name.upper()}, folder, "train")', tmp_path) < 1.5
+
+
+def test_memory_of_reading_svhn_extra(tmp_path):
+    """Peak memory is little more than the returned images and a part of 64 MiB, here a third of the images."""
+    for name, n in (('train', 15_000), ('extra', 50_000)):
+        write_mat(tmp_path / f'{name}_32x32.mat', np.ones((n, 32, 32, 3), np.uint8), np.ones(n, np.uint8))
+    assert 1 < peak_of_reading('svhn.read(folder, "train", extra=True)', tmp_path) < 1.5
+
+
+def peak_of_reading(call, folder):
+    """Returns the peak memory of a new process that reads images, as a multiple of the images' size."""
     if not Path('/proc/self/clear_refs').exists():
         pytest.skip('this system does not tell the most memory that a process had')
-    archives.write_tar(tmp_path / archive, files)
-    script = """if True:
-        import sys, data
+    script = f"""if True:
+        import pathlib, sys
+        from readers import cifar, svhn
         def kilobytes(name):
             lines = open('/proc/self/status').read().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith(name))
+        folder = pathlib.Path(sys.argv[1])
         open('/proc/self/clear_refs', 'w').write('5')  # forgets the peak so far
         before = kilobytes('VmRSS')
-        images, _ = data.dataset(*sys.argv[1:]).read('train')
+        images, _ = {call}
         print(1024 * (kilobytes('VmHWM') - before) / images.nbytes)
     """
     root = Path(__file__).parent.parent
-    command = [sys.executable, '-c', script, name, tmp_path]
-    done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
-    assert 1 < float(done.stdout) < 1.5
+    done = subprocess.run([sys.executable, '-c', script, folder], cwd=root, check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 def damage_truncated(path):
@@ -207,15 +243,61 @@ def test_pickle_without_images(content, tmp_path):
 
 @pytest.mark.parametrize('compressed', [True, False])
 @pytest.mark.parametrize(
-    ('name', 'folder'), [('mnist', 'MNIST/raw'), ('fashion', 'fashion'), ('fashion', 'FashionMNIST/raw')]
-)
-def test_idx_sets(name, folder, compressed, tmp_path):
+    ('name', 'folder'),
+    [
+        ('mnist', 'MNIST/raw'), ('fashion', 'fashion'), ('fashion', 'FashionMNIST/raw'), ('kmnist', 'kmnist'),
+        ('kmnist', 'KMNIST/raw'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize('mark', ['-', '.'])
+def test_idx_sets(name, folder, compressed, mark, tmp_path):
+    """The names of the files may have a hyphen or a dot before idx."""
     archives.write_idx_set(tmp_path / folder, compressed=compressed)
+    for path in (tmp_path / folder).iterdir():
+        path.rename(path.with_name(path.name.replace('-idx', f'{mark}idx')))
     images, labels = read(name, tmp_path, 'train')
     assert images.shape == (20, 28, 28, 1) and images.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.arange(20) % 10)
     assert np.all(images[np.arange(20), :, 2 * labels] == 255)
     assert len(read(name, tmp_path, 'test')[0]) == 10
+
+
+@pytest.mark.parametrize('folder', ['emnist', 'emnist/gzip', 'EMNIST/raw'])
+@pytest.mark.parametrize(
+    ('name', 'part', 'first', 'last'), [('emnist', 'balanced', 0, 46), ('emnist_letters', 'letters', 1, 26)]
+)
+def test_emnist(name, part, first, last, folder, tmp_path):
+    """The files hold transposed images. The labels of letters begin at 1."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 6, 6), np.uint8)
+    labels = np.arange(60, dtype=np.uint8) % (last - first + 1)
+    folder, stem = tmp_path / folder, f'emnist-{part}-train'
+    folder.mkdir(parents=True)
+    (folder / f'{stem}-images-idx3-ubyte.gz').write_bytes(gzip.compress(archives.idx(images.swapaxes(1, 2).copy())))
+    (folder / f'{stem}-labels-idx1-ubyte').write_bytes(archives.idx(labels + np.uint8(first)))
+    read_images, read_labels = read(name, tmp_path, 'train')
+    assert read_images.dtype == np.uint8 and read_images.flags.c_contiguous and read_labels.dtype == np.int32
+    np.testing.assert_array_equal(read_images, images[..., None])
+    np.testing.assert_array_equal(read_labels, labels)
+    (folder / f'{stem}-labels-idx1-ubyte').write_bytes(archives.idx(labels + np.uint8(first + 1)))
+    with pytest.raises(data.DataError, match=f'ubyte has labels from {first + 1} to {last + 1}, not {first} to {last}'):
+        read(name, tmp_path, 'train')
+
+
+def test_missing_emnist(tmp_path):
+    with pytest.raises(data.DataError) as error:
+        read('emnist_letters', tmp_path, 'test')
+    assert str(error.value) == (
+        f'{tmp_path}/emnist/emnist-letters-test-images-idx3-ubyte.gz is missing: download '
+        'https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip and put its files emnist-letters-*.gz in '
+        f'{tmp_path}/emnist'
+    )
+
+
+def test_every_class_has_a_name():
+    """TinyImageNet has only identifiers of WordNet."""
+    for name, row in data.DATASETS.items():
+        names = row.class_names or ()
+        assert len(set(names)) == len(names) == (0 if name == 'tinyimagenet' else row.num_classes)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +536,7 @@ def test_network_that_never_answers(monkeypatch):
 def test_official_addresses_are_whole():
     for layout in (cifar.CIFAR10, cifar.CIFAR100):
         assert layout.official.url.startswith('https://') and len(layout.official.sha256) == 64
-    for layout in (idx.MNIST, idx.FASHION):
+    for layout in (idx.MNIST, idx.FASHION, idx.KMNIST):
         assert all(len(sha256) == 64 for sha256, _ in layout.sha256.values())
         assert all(Path(name).suffix == '.gz' for name in layout.sha256)
 

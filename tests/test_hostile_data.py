@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import archives
 import data
 import setup_tinyimagenet
 from evaluation import corruptions
-from readers import cifar, files, idx, npy, pickles, tfds
+from readers import cifar, files, idx, image_folder, npy, pickles, tfds
 
 ROOT = Path(__file__).parent.parent
 
@@ -507,7 +507,7 @@ def test_no_regular_array(name, make, tmp_path):
     assert name in error_of(corruptions.read_official, tmp_path, (1,), np.zeros(1, np.uint8))
 
 
-@pytest.mark.parametrize('name', [*data.DATASETS, 'tfds/toy'])
+@pytest.mark.parametrize('name', [*data.DATASETS, 'tfds/toy', 'folder:pets'])
 def test_nul_in_a_path(name):
     if name != 'digits':
         assert 'is not a path' in error_of(lambda: data.dataset(name, 'a\0b').read('test'))
@@ -525,6 +525,44 @@ def test_endless_answer_to_a_download(tmp_path, monkeypatch):
     monkeypatch.setattr(files, '_open_url', lambda url: Path('/dev/zero').open('rb'))  # noqa: SIM115
     error = error_of(files.download, files.OfficialFile('http://example.org/a', '00', 5 << 20), tmp_path / 'b' / 'a')
     assert 'has the SHA-256' in error and not (tmp_path / 'b').exists()
+
+
+# Folders of images.
+
+
+def encoded(mode, size, kind='PNG', **options):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind, **options)
+    return file.getvalue()
+
+
+def long_text():
+    """Returns a PNG of 30 kilobytes with a text of 20 million letters."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text('Comment', 'a' * 20_000_000, zip=True)
+    return encoded('L', (8, 8), pnginfo=text)
+
+
+@pytest.mark.parametrize(
+    ('payload', 'message'),
+    [
+        (lambda: encoded('L', (13_400, 13_400)), 'Image size (179560000 pixels) exceeds limit'),
+        (lambda: encoded('1', (9_500, 9_500)), 'Image size (90250000 pixels) exceeds limit'),
+        (lambda: b'P5 4000000000 4000000000 255\n' + bytes(100), 'exceeds limit'),
+        (lambda: b'P6 4000 4000 255\n' + bytes(100), 'image file is truncated'),
+        (lambda: encoded('L', (8, 8), 'GIF')[:6] + b'\xff' * 4 + encoded('L', (8, 8), 'GIF')[10:], 'exceeds limit'),
+        (long_text, 'MAX_TEXT_CHUNK'),
+        (lambda: encoded('RGB', (8, 8), 'EPS'), 'does not start like'),
+        (lambda: encoded('RGB', (8, 8), 'ICO'), 'does not start like'),
+    ],
+)
+def test_hostile_pictures(payload, message, tmp_path):
+    """The suffix is that of another format. Formats without a suffix in the list are not opened."""
+    archives.write_files(tmp_path / 'set' / 'train' / 'a', {'1.png': encoded('L', (8, 8)), '2.jpg': payload()})
+    opened = image_folder.open_set(tmp_path / 'set', 8, tmp_path / 'cache')
+    error = error_of(image_folder.read, opened, 'train', megabytes=8)
+    assert f'{tmp_path}/set/train/a/2.jpg is damaged (' in error and message in error
+    assert os.listdir(tmp_path / 'cache') == []
 
 
 # TensorFlow Datasets.
@@ -651,12 +689,6 @@ def test_tfds_of_too_many_classes(toy):
 
     edit(toy / 'features.json', change)
     assert 'has 1000000000000 classes' in error_of(data.dataset, 'tfds/toy', toy.parent.parent)
-
-
-def encoded(mode, size, kind='PNG'):
-    file = io.BytesIO()
-    Image.new(mode, size).save(file, kind)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
