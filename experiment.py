@@ -18,7 +18,8 @@ import data
 import models
 import optimizers
 from ops import sharding
-from runs import training_flags
+from readers import python_files
+from runs import checkpoints, training_flags
 
 
 class Experiment(NamedTuple):
@@ -27,13 +28,15 @@ class Experiment(NamedTuple):
     Attributes:
         optimizer: the optimizer, with `init`, `step` and `sample`.
         num_data: N, the number of training examples times the augmentation factor.
-        init: init(key) -> the optimizer's first state.
+        init: init(key, weights=None) -> the optimizer's first state. `weights` replaces initial weights and batch
+            statistics, {name: array}, with the names of checkpoints such as params.head.kernel.
         normalise: normalise(images uint8 [B, H, W, C]) -> the network's inputs, float32 [B, H, W, C].
         step: step(state, batch, lr_factor) -> (state, loss), jitted. Donates the state. `data.Feed` yields the batches:
-            normalised images float32 [B, H, W, C] and labels int32 [B].
-        apply: apply(params, batch_stats, images uint8 [B, H, W, C]) -> logits [B, K].
+            normalised images float32 [B, H, W, C], labels int32 [B] and, for dropout, seeds uint32 [B].
+        apply: apply(params, batch_stats, images uint8 [B, H, W, C]) -> logits [B, K]. `params` may be a Thinned.
         update_batch_stats: update_batch_stats(params, batch_stats, images uint8 [B, H, W, C]) -> the batch statistics,
             updated with these images as in training.
+        has_dropout: whether the network has dropout.
     """
 
     optimizer: optimizers.Optimizer
@@ -43,14 +46,24 @@ class Experiment(NamedTuple):
     step: Callable
     apply: Callable
     update_batch_stats: Callable
+    has_dropout: bool = False
 
     def state_shapes(self) -> Any:
         """Returns the shapes of the optimizer's state, as jax.ShapeDtypeStructs."""
         return jax.eval_shape(self.init, jax.random.key(0, impl='threefry2x32'))
 
 
+class Thinned(NamedTuple):
+    """The weights of a network, and the uint32 [] seed of the dropout that thins it (Gal & Ghahramani, 2016)."""
+
+    params: Any
+    dropout_seed: jax.Array
+
+
 def create(config: dict) -> Experiment:
-    """Returns the Experiment of a configuration {'flags': ..., 'dataset': data.describe(...)}. Raises ModelError.
+    """Returns the Experiment of a configuration {'flags': ..., 'dataset': data.describe(...)}.
+
+    Raises CodeError and ModelError.
 
     Configurations share one Experiment if they differ only in values that the functions do not use, such as the seed.
     A shared Experiment compiles once.
@@ -60,19 +73,26 @@ def create(config: dict) -> Experiment:
     num_data = dataset['num_train'] * flags['dafactor']
     arguments = tuple(optimizer_arguments(flags, dataset['num_train']).items())
     shape, mean, std = (tuple(dataset[name]) for name in ('image_shape', 'mean', 'std'))
-    return _create(model, flags['precision'], flags['optim'], arguments, num_data, shape, mean, std)
+    return _create(
+        flags['model'], model, flags['precision'], flags['optim'], arguments, num_data, shape, mean, std,
+        dataset['num_classes'],
+    )  # fmt: skip
 
 
 @cache
-def _create(model, precision, optim, arguments, num_data, image_shape, mean, std):
+def _create(name, model, precision, optim, arguments, num_data, image_shape, mean, std, num_classes):
     dtype = jnp.dtype(precision)
+    has_dropout = python_files.is_name(name) and models.require_fits(name, model, image_shape, num_classes)
     optimizer = optimizers.OPTIMIZERS[optim](loss_function(model, dtype), **dict(arguments))
     normalise = partial(data.normalise, mean=mean, std=std)
 
-    def init(key):
+    def init(key, weights=None):
         weights_key, state_key = jax.random.split(key)
         variables = model.init(weights_key, jnp.zeros((1, *image_shape)), train=False)
-        return optimizer.init(variables['params'], variables.get('batch_stats', {}), state_key)
+        variables = {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
+        leaves = [(weights or {}).get(name, initial) for name, initial in checkpoints.named(variables).items()]
+        variables = jax.tree.unflatten(jax.tree.structure(variables), leaves)
+        return optimizer.init(variables['params'], variables['batch_stats'], state_key)
 
     @partial(jax.jit, donate_argnames='state')
     def step(state, batch, lr_factor):
@@ -80,25 +100,27 @@ def _create(model, precision, optim, arguments, num_data, image_shape, mean, std
         return jax.tree.map(sharding.gather, state), loss
 
     def apply(params, batch_stats, images):
-        logits, _ = models.apply(model, params, batch_stats, normalise(images), train=False, dtype=dtype)
-        return logits
+        params, seed = params if isinstance(params, Thinned) else (params, None)
+        return models.apply(model, params, batch_stats, normalise(images), False, dtype, seed)[0]
 
     def update_batch_stats(params, batch_stats, images):
-        _, batch_stats = models.apply(model, params, batch_stats, normalise(images), train=True, dtype=dtype)
-        return batch_stats
+        seed = jnp.uint32(0) if has_dropout else None
+        return models.apply(model, params, batch_stats, normalise(images), True, dtype, seed)[1]
 
-    return Experiment(optimizer, num_data, init, normalise, step, apply, update_batch_stats)
+    return Experiment(optimizer, num_data, init, normalise, step, apply, update_batch_stats, has_dropout)
 
 
 def loss_function(model: nn.Module, dtype: jnp.dtype) -> Callable:
     """Returns loss(params, batch_stats, batch) -> (mean negative log-likelihood in nats, new batch statistics).
 
-    A batch is (images float [B, H, W, C], labels int [B]). The network computes in `dtype`.
+    A batch is (images float [B, H, W, C], labels int [B]). For a network with dropout, it also has seeds, uint32 [B].
+    Each sub-batch then has its own dropout, the same for both gradients of SAM. The network computes in `dtype`.
     """
 
     def loss(params, batch_stats, batch):
-        images, labels = batch
-        logits, batch_stats = models.apply(model, params, batch_stats, images, train=True, dtype=dtype)
+        images, labels, *seeds = batch
+        seed = seeds[0][0] if seeds else None
+        logits, batch_stats = models.apply(model, params, batch_stats, images, True, dtype, seed)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), batch_stats
 
     return loss

@@ -1,7 +1,9 @@
-"""The networks in training mode in plain NumPy, after the reference: slow and obvious.
+"""The networks in plain NumPy, after the reference and the papers: slow and obvious.
 
 Params are {'layer/name': array}. Images are [B, H, W, C], logits [B, K].
 """
+
+from functools import partial
 
 import numpy as np
 
@@ -34,7 +36,10 @@ def max_pool(x):
 
 
 def batch_norm(x, params, name):
-    normalised = (x - x.mean(axis=(0, 1, 2))) / np.sqrt(x.var(axis=(0, 1, 2)) + 1e-5)
+    """Normalises by the statistics of the batch, or by `mean` and `var` where params hold them, as in evaluation."""
+    mean = params.get(f'{name}/mean', x.mean(axis=(0, 1, 2)))
+    var = params.get(f'{name}/var', x.var(axis=(0, 1, 2)))
+    normalised = (x - mean) / np.sqrt(var + 1e-5)
     return params[f'{name}/scale'] * normalised + params[f'{name}/bias']
 
 
@@ -70,6 +75,20 @@ def resnet18(x, params):
     return dense(x.mean(axis=(1, 2)), params, 'head')
 
 
+def pre_activation(x, params, stages, blocks):
+    x = convolution(x, params, 'stem')
+    for stage in range(1, stages + 1):
+        for block in range(1, blocks + 1):
+            name, stride = f'stage{stage}/block{block}', 2 if stage > 1 and block == 1 else 1
+            activated = relu(batch_norm(x, params, f'{name}/norm1'))
+            y = convolution(activated, params, f'{name}/conv1', stride)
+            y = convolution(relu(batch_norm(y, params, f'{name}/norm2')), params, f'{name}/conv2')
+            if x.shape != y.shape:
+                x = convolution(activated, params, f'{name}/shortcut', stride)
+            x = x + y
+    return dense(relu(batch_norm(x, params, 'norm')).mean(axis=(1, 2)), params, 'head')
+
+
 def resnet20(x, params):
     """Takes 32×32 images only, because one pool averages the last 8×8 pixels."""
     x = _conv_frn(x, params, 'stem')
@@ -96,7 +115,15 @@ def mlp(x, params):
     return dense(x, params, 'dense3')
 
 
-NETWORKS = {'resnet18': resnet18, 'resnet20': resnet20, 'lenet': lenet, 'mlp': mlp}
+NETWORKS = {
+    'resnet18': resnet18,
+    'preactresnet18': partial(pre_activation, stages=4, blocks=2),
+    'wrn10x1': partial(pre_activation, stages=3, blocks=1),
+    'wrn16x2': partial(pre_activation, stages=3, blocks=2),
+    'resnet20': resnet20,
+    'lenet': lenet,
+    'mlp': mlp,
+}
 
 
 def loss(name, params, images, labels):

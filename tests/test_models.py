@@ -15,6 +15,7 @@ import experiment
 import models
 import numpy_networks
 import optimizers
+from conftest import slow_except
 from ops import normalisation, pooling
 
 GOLDEN = {entry['model']: entry for entry in json.loads((Path(__file__).parent / 'golden' / 'models.json').read_text())}
@@ -64,6 +65,11 @@ def test_golden_logits(name):
     ('name', 'shape', 'num_classes', 'count'),
     [
         ('resnet18', (1, 32, 32, 3), 10, 11_173_962),
+        ('preactresnet18', (1, 32, 32, 3), 10, 11_172_170),
+        ('wrn28x10', (1, 32, 32, 3), 10, 36_479_194),
+        ('wrn28x10', (1, 32, 32, 3), 100, 36_536_884),
+        ('wrn16x8', (1, 32, 32, 3), 10, 10_961_370),
+        ('wrn40x2', (1, 32, 32, 3), 10, 2_243_546),
         ('resnet20', (1, 32, 32, 3), 10, 274_042),
         ('resnet20', (1, 64, 64, 3), 200, 324_792),
         ('lenet', (1, 28, 28, 1), 10, 6 * 26 + 16 * 151 + 120 * 401 + (3 * 3 // 9 * 2 * 2 * 120 + 1) * 64 + 650),
@@ -71,6 +77,7 @@ def test_golden_logits(name):
     ],
 )
 def test_parameter_counts(name, shape, num_classes, count):
+    """Zagoruyko & Komodakis (2016) give 36.5 million for WRN-28-10, 11.0 for WRN-16-8 and 2.2 for WRN-40-2."""
     variables = abstract_variables(models.create(name, num_classes), shape)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == count
 
@@ -79,6 +86,7 @@ def test_parameter_counts(name, shape, num_classes, count):
 def initial():
     """Returns the networks' initial parameters, {network: {path: array}}."""
     shapes = {'resnet18': (1, 32, 32, 3), 'resnet20': (1, 32, 32, 3), 'lenet': (1, 32, 32, 1), 'mlp': (1, 32, 32, 3)}
+    shapes['wrn10x1'] = (1, 8, 8, 3)
     flat = {}
     for name, shape in shapes.items():
         init = jax.jit(partial(models.create(name, 10).init, train=False))
@@ -108,6 +116,8 @@ def test_kernels_drawn_flat_are_those_of_their_shape(shape):
     cut = jax.random.truncated_normal(key, -2, 2, shape)
     np.testing.assert_array_equal(models.truncated_fan_in(key, shape), cut / np.sqrt(np.prod(shape[:-1])))
     np.testing.assert_array_equal(models.he_normal(key, shape), nn.initializers.he_normal()(key, shape))
+    fan_out = nn.initializers.variance_scaling(2, 'fan_out', 'normal')
+    np.testing.assert_allclose(models.fan_out_normal(key, shape), fan_out(key, shape), rtol=1e-6)
 
 
 def test_he_kernels(initial):
@@ -115,6 +125,27 @@ def test_he_kernels(initial):
     kernel = np.asarray(initial['resnet20']['stage3/block2/layer1/conv/kernel'])
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 576), rtol=0.02)
     np.testing.assert_allclose(np.abs(kernel).max(), 2 * np.sqrt(2 / 576) / 0.8796, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'fan_out'), [('stage3/block1/conv1', 9 * 64), ('stage3/block1/shortcut', 64), ('stem', 9 * 16)]
+)
+def test_kernels_of_pre_activation(kernel, fan_out, initial):
+    """Kernels are normal with the standard deviation √(2/fan_out), not cut at two standard deviations."""
+    z = np.asarray(initial['wrn10x1'][f'{kernel}/kernel']).ravel() * np.sqrt(fan_out / 2)
+    np.testing.assert_allclose(z.std(), 1, atol=3 / np.sqrt(2 * z.size))
+    assert np.abs(z).max() > 2.5
+
+
+def test_other_initial_weights_of_pre_activation(initial):
+    """Weights of the head are uniform between ±1/√64. Scales are 1, and all biases 0."""
+    weights = initial['wrn10x1']
+    head = np.sqrt(64) * np.asarray(weights['head/kernel'])
+    assert 0.99 < np.abs(head).max() <= 1
+    np.testing.assert_allclose(head.std(), 1 / np.sqrt(3), rtol=0.05)
+    constants = {name: value for name, value in weights.items() if not name.endswith('kernel')}
+    assert len(constants) == 1 + 2 * 7
+    assert all(np.all(value == name.endswith('scale')) for name, value in constants.items())
 
 
 def test_initial_constants(initial):
@@ -285,19 +316,69 @@ def test_smallest_image(name, pixels):
         abstract_variables(model, (1, pixels - 1, pixels, 1))
 
 
-def test_unknown_model():
-    with pytest.raises(models.ModelError, match='unknown model'):
-        models.create('resnet19', 10)
+@pytest.mark.parametrize('name', ['resnet19', 'wrn16', 'wrn016x8', 'wrn16x0', 'wrn10x1\n'])
+def test_unknown_model(name):
+    with pytest.raises(models.ModelError, match=r'unknown model .*\(choose from resnet18, .*, wrnDxK\)'):
+        models.create(name, 10)
+
+
+@pytest.mark.parametrize('name', ['wrn29x10', 'wrn4x1', 'wrn12x2'])
+def test_depths_of_wide_resnets(name):
+    with pytest.raises(models.ModelError, match=f'^{name}: the depth of a wide ResNet is 6n \\+ 4, such as 28$'):
+        models.create(name, 10)
+
+
+@pytest.mark.parametrize('name', slow_except(['resnet18', 'preactresnet18', 'wrn16x2'], 'wrn16x2'))
+def test_evaluation_mode_against_numpy(name, x64):
+    """Logits in float64 with random batch statistics. The last layer is the head."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2, 8, 9, 3))
+    model = models.create(name, 10)
+    shapes = flatten_dict(abstract_variables(model, images.shape), sep='/')
+
+    def draw(name, leaf):
+        z = rng.standard_normal(leaf.shape)
+        if name.endswith('kernel'):
+            return z * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        return np.exp(0.1 * z) if name.endswith(('scale', 'var')) else 0.1 * z
+
+    drawn = {name: draw(name, leaf) for name, leaf in shapes.items()}
+    apply, variables = partial(model.apply, train=False), unflatten_dict(drawn, sep='/')
+    assert models.last_layer(apply, variables, images) == ('head',)
+    logits = jax.jit(apply)(variables, images)
+    expected = numpy_networks.NETWORKS[name](images, {name.partition('/')[2]: leaf for name, leaf in drawn.items()})
+    np.testing.assert_allclose(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['preactresnet18', 'wrn10x1'])
+def test_all_initial_weights_have_a_gradient(name):
+    """A step of bSAM changes them all. Without weight decay the momentum is a tenth of the gradient."""
+    batch = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32), np.arange(4)
+    model = models.create(name, 10)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), batch[0])
+    loss = experiment.loss_function(model, jnp.float32)
+    optimizer = optimizers.bsam(loss, learning_rate=0.1, rho=0.01, weight_decay=0, num_data=100, num_sub_batches=2)
+    state, _ = jax.jit(optimizer.step)(optimizer.init(**variables, key=jax.random.key(1)), batch)
+    assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(state.momentum))
 
 
 @pytest.mark.parametrize(
     ('name', 'shape'),
-    [('resnet18', (16, 16, 3)), ('resnet20', (32, 32, 3)), ('lenet', (28, 28, 1)), ('mlp', (28, 28, 1))],
+    [
+        ('resnet18', (16, 16, 3)),
+        pytest.param('preactresnet18', (16, 16, 3), marks=pytest.mark.slow),
+        pytest.param('wrn10x1', (16, 16, 3), marks=pytest.mark.slow),
+        ('resnet20', (32, 32, 3)),
+        ('lenet', (28, 28, 1)),
+        ('mlp', (28, 28, 1)),
+    ],
 )
 def test_a_compiled_step_on_a_batch_of_200_against_numpy(name, shape):
     """Compiled sums over 32,769 rows and more have been wrong where sums over fewer were right.
 
-    ResNet-18 gets 16×16 pixels, where its first stages have 51,200 rows. With 32×32 pixels NumPy would take a minute.
+    Some networks get 16×16 pixels, where the first stages have 51,200 rows. With 32×32 pixels NumPy would take a minute
+    for ResNet-18.
 
     The slope of NumPy's loss (float64) is taken along the step's gradient. The gradient of each parameter is scaled to
     norm 1, so that no parameter outweighs the others.
