@@ -4,7 +4,9 @@ Images are uint8 [N, H, W, C] and labels are int32 [N]. A missing, damaged or un
 The message names the file and says what to do.
 """
 
+import functools
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ops import sharding
-from readers import cifar, digits, idx, svhn, tfds, tinyimagenet
+from readers import cifar, digits, files, idx, image_folder, npz, python_files, svhn, tfds, tinyimagenet
 from readers.files import DataError
 
 # On the device: the batches of an epoch, augmentation, normalisation.
@@ -34,7 +36,7 @@ class Feed:
 
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, batch_size: int, key: jax.Array, mesh: jax.sharding.Mesh,
-        normalise: Callable, *, augmented: bool, streamed: bool,
+        normalise: Callable, *, augmented: bool, streamed: bool, with_seeds: bool = False,
     ) -> None:  # fmt: skip
         """Sends the images to every device, unless they are streamed.
 
@@ -47,14 +49,16 @@ class Feed:
             normalise: a function of images uint8 [B, H, W, C], applied after augmentation.
             augmented: whether to crop and flip images at random.
             streamed: whether the images stay on the host.
+            with_seeds: whether batches have seeds of dropout.
         """
         self._key, self._mesh = sharding.replicate(key, mesh), mesh
         self._num_images, self._batch_size = len(images), batch_size
         self._normalise, self._augmented, self._streamed = normalise, augmented, streamed
+        self._with_seeds = with_seeds
         self._arrays = (images, labels) if streamed else sharding.replicate((images, labels), mesh)
 
-    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Yields the batches of an epoch: (outputs of `normalise`, labels int32 [B]).
+    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[jax.Array, ...]]:
+        """Yields the batches of an epoch: (outputs of `normalise`, labels int32 [B]), with seeds uint32 [B] as third.
 
         Drops the last examples of the random order if they do not fill a batch.
 
@@ -65,7 +69,9 @@ class Feed:
         epoch, step = sharding.replicate((np.int32(epoch), np.int32(done)), self._mesh)
         order, key = _begin_epoch(self._key, epoch, self._num_images, self._batch_size)
         for arrays in self._sent(np.array(order)[done:]) if self._streamed else [self._arrays] * (len(order) - done):
-            batch, step = _take(arrays, None if self._streamed else order, key, step, self._augmented, self._normalise)
+            batch, step = _take(
+                arrays, None if self._streamed else order, key, step, self._augmented, self._normalise, self._with_seeds
+            )
             yield batch
 
     def _sent(self, batches):
@@ -85,16 +91,19 @@ def _begin_epoch(key, epoch, num_images, batch_size):
     return shuffled_batches(order_key, num_images, batch_size), augment_key
 
 
-@partial(jax.jit, static_argnames=('augmented', 'normalise'))
-def _take(arrays, order, key, step, augmented, normalise):
+@partial(jax.jit, static_argnames=('augmented', 'normalise', 'with_seeds'))
+def _take(arrays, order, key, step, augmented, normalise, with_seeds):
     """Returns the batch of a step, and step + 1. `arrays` holds all examples, or only the batch if `order` is None."""
     if order is not None:
         chosen = sharding.shard(order[step])
         arrays = jax.tree.map(lambda x: sharding.shard(x[chosen]), arrays)
     images, labels = arrays
+    step_key = jax.random.fold_in(key, step)
     if augmented:
-        images = augment(jax.random.fold_in(key, step), images)
-    return (normalise(images), labels), step + 1
+        images = augment(step_key, images)
+    # 2, because `augment` splits the key into 0 and 1
+    seeds = (jax.random.bits(jax.random.fold_in(step_key, 2), labels.shape),) if with_seeds else ()
+    return (normalise(images), labels, *seeds), step + 1
 
 
 def shuffled_batches(key: jax.Array, num_images: int, batch_size: int) -> jax.Array:
@@ -148,6 +157,7 @@ class Dataset(NamedTuple):
         num_classes: the number of classes. Labels are 0 to num_classes − 1.
         mean, std: one value per channel, on the scale [0, 1], or None to measure them on the training images.
         augment: whether to crop and flip training images at random.
+        class_names: the name of each class, None if the classes have only numbers.
     """
 
     read: Callable
@@ -155,29 +165,77 @@ class Dataset(NamedTuple):
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     augment: bool
+    class_names: tuple[str, ...] | None = None
 
 
-def dataset(name: str, folder: str | Path) -> Dataset:
-    """Returns the row of DATASETS called `name`, or a row for 'tfds/NAME'. The row's `read` takes only the split.
+def dataset(name: str, folder: str | Path, image_size: int | None = None) -> Dataset:
+    """Returns the description of a data set. Its `read` takes only the split. Raises CodeError and DataError.
 
-    Raises DataError.
+    Args:
+        name: a name in DATASETS, 'tfds/NAME', 'folder:PATH', 'npz:FILE' or 'FILE.py:FUNCTION'. If PATH or FILE is
+            missing, as on another machine, a path with the same last part in `folder` is taken.
+        folder: the folder of the data sets. Decoded images of 'folder:PATH' are kept there.
+        image_size: the height and width of the images of 'folder:PATH', None for the size of the files.
     """
     folder = Path(folder)
     if '\0' in str(folder):
         raise DataError(f'{folder} is not a path: it contains a NUL character')
-    if name.startswith('tfds/'):
+    kind, _, path = name.partition(':')
+    if python_files.is_name(name):
+        row = _own(name, folder)
+    elif kind == 'folder':
+        opened = image_folder.open_set(_located(path, folder), image_size, folder / 'decoded')
+        names = opened.class_names
+        row = Dataset(partial(image_folder.read, opened), len(names), None, None, augment=True, class_names=names)
+    elif kind == 'npz':
+        opened = npz.open_set(_located(path, folder))
+        row = Dataset(partial(npz.read, opened), opened.num_classes, None, None, augment=opened.channels == 3)
+    elif name.startswith('tfds/'):
         opened = tfds.open_set(name.removeprefix('tfds/'), folder)
-        read = partial(_read, lambda folder, split: tfds.read(opened, split), folder)
-        return Dataset(read, opened.num_classes, mean=None, std=None, augment=opened.channels == 3)
-    row = DATASETS[name]
-    return row._replace(read=partial(_read, row.read, folder))
+        row = Dataset(partial(tfds.read, opened), opened.num_classes, None, None, augment=opened.channels == 3)
+    elif name in DATASETS:
+        row = DATASETS[name]._replace(read=partial(DATASETS[name].read, folder))
+    else:
+        raise DataError(f'unknown data set {name!r} (choose from {", ".join(DATASETS)})')
+    return row._replace(read=partial(_read, row.read, row.num_classes, name, folder))
 
 
-def _read(read, folder, split):
+def _located(path, folder):
+    elsewhere = folder / Path(path).name
+    return elsewhere if elsewhere.exists() and not os.path.exists(path) else Path(path)
+
+
+def _own(name, folder):
+    """Returns the row of a user's function, FILE.py:FUNCTION. Reads each split once."""
+    function = python_files.load(name)
+
+    @functools.cache
+    def read(split):
+        with python_files.one_error(name):
+            images, labels = function(str(folder), split)
+            return np.asanyarray(images), np.asanyarray(labels)
+
+    names = getattr(function, 'class_names', None)
+    images, labels = _checked(*read('train'), len(names) if names else None, name)
+    num_classes = len(names) if names else int(labels.max()) + 1
+    names = tuple(map(str, names)) if names else None
+    return Dataset(read, num_classes, None, None, augment=images.shape[3] == 3, class_names=names)
+
+
+def _read(read, num_classes, name, folder, split):
     try:
-        return read(folder, split)
+        return _checked(*read(split), num_classes, name)
     except OSError as error:
         raise DataError(f'{error.filename or folder} cannot be read: {error.strerror or error}') from error
+
+
+def _checked(images, labels, num_classes, name):
+    """Returns images as uint8 [N, H, W, C] and labels as int32 [N]. Raises DataError."""
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+        raise DataError(f'{name}: images are {images.dtype} {list(images.shape)}, not uint8 [N, H, W, C]')
+    if labels.dtype.kind not in 'iu' or labels.shape != images.shape[:1]:
+        raise DataError(f'{name}: labels are {labels.dtype} {list(labels.shape)}, not whole numbers [{len(images)}]')
+    return images, files.checked_labels(labels, num_classes or int(labels.max(initial=0)) + 1, name)
 
 
 def describe(dataset: Dataset, train_images: np.ndarray, train_labels: np.ndarray) -> dict:
@@ -197,12 +255,18 @@ def describe(dataset: Dataset, train_images: np.ndarray, train_labels: np.ndarra
     std = [1.0 if deviation < _CONSTANT else deviation for deviation in std]
     return {
         'num_train': len(train_images),
-        'num_classes': dataset.num_classes,
+        **describe_classes(dataset),
         'image_shape': list(train_images.shape[1:]),
         'mean': list(mean),
         'std': list(std),
         'labels_crc32': zlib.crc32(np.ascontiguousarray(train_labels)),
     }
+
+
+def describe_classes(dataset: Dataset) -> dict:
+    """Returns the part of a description that needs no images: the number and the names of the classes."""
+    names = dataset.class_names
+    return {'num_classes': dataset.num_classes, 'class_names': list(names) if names else None}
 
 
 _CONSTANT = 1e-9  # a smaller std is a rounding error: one pixel in 10^13 that is one level brighter gives a larger std
@@ -221,6 +285,13 @@ def require_images_of_run(found: dict, description: dict, folder: str | Path, ru
         raise DataError(
             f'{folder} does not hold the images that {run} was trained on: name another with --datasetfolder'
         )
+
+
+def require_shape(images: np.ndarray, split: str, shape: Sequence[int]) -> None:
+    """Raises a DataError if the images of a split have another shape [H, W, C] than the training images."""
+    if list(images.shape[1:]) != list(shape):
+        found, expected = ('×'.join(map(str, s)) for s in (images.shape[1:], shape))
+        raise DataError(f'the {split} images are {found}, but the training images are {expected}: make them equal')
 
 
 def read_train(dataset: Dataset, flags: dict) -> tuple[tuple, tuple | None]:
@@ -333,6 +404,9 @@ def check_description(description: object, where: object) -> None:
     channels = channels and min(std) > 0
     if not (whole(num_train) and whole(num_classes) and channels):
         raise DataError(f'{where} does not describe images that train.py could have read: {held}')
+    names = description.get('class_names') or [''] * num_classes
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        raise DataError(f'{where} does not name {num_classes} classes: {names}')
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
@@ -349,14 +423,24 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 DATASETS = {
     'cifar10': Dataset(
-        partial(cifar.read, cifar.CIFAR10), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), augment=True
+        partial(cifar.read, cifar.CIFAR10), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), augment=True,
+        class_names=cifar.CIFAR10.class_names,
     ),
     'cifar100': Dataset(
-        partial(cifar.read, cifar.CIFAR100), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761), augment=True
+        partial(cifar.read, cifar.CIFAR100), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761), augment=True,
+        class_names=cifar.CIFAR100.class_names,
     ),
     'tinyimagenet': Dataset(tinyimagenet.read, 200, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), augment=True),
-    'svhn': Dataset(svhn.read, 10, mean=None, std=None, augment=False),
-    'mnist': Dataset(partial(idx.read, idx.MNIST), 10, (0.0,), (1.0,), augment=False),
-    'fashion': Dataset(partial(idx.read, idx.FASHION), 10, (0.0,), (1.0,), augment=False),
-    'digits': Dataset(digits.read, 10, (0.0,), (1.0,), augment=False),
-}
+    'svhn': Dataset(svhn.read, 10, mean=None, std=None, augment=False, class_names=svhn.CLASS_NAMES),
+    'svhn_extra': Dataset(
+        partial(svhn.read, extra=True), 10, mean=None, std=None, augment=False, class_names=svhn.CLASS_NAMES
+    ),
+    'mnist': Dataset(partial(idx.read, idx.MNIST), 10, (0.0,), (1.0,), False, idx.MNIST.class_names),
+    'fashion': Dataset(partial(idx.read, idx.FASHION), 10, (0.0,), (1.0,), False, idx.FASHION.class_names),
+    'kmnist': Dataset(partial(idx.read, idx.KMNIST), 10, (0.0,), (1.0,), False, idx.KMNIST.class_names),
+    'emnist': Dataset(partial(idx.read, idx.EMNIST), 47, (0.0,), (1.0,), False, idx.EMNIST.class_names),
+    'emnist_letters': Dataset(
+        partial(idx.read, idx.EMNIST_LETTERS), 26, (0.0,), (1.0,), False, idx.EMNIST_LETTERS.class_names
+    ),
+    'digits': Dataset(digits.read, 10, (0.0,), (1.0,), augment=False, class_names=digits.CLASS_NAMES),
+}  # fmt: skip

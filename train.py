@@ -28,8 +28,9 @@ import data
 import errors
 import experiment
 import metrics
-from evaluation import posteriors
+from evaluation import posteriors, trained
 from ops import sharding
+from readers import python_files
 from runs import checkpoints, devices, folders, hosts, processes, provenance, signals, training_flags
 from runs.report import Report
 
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> Path:
         sys.exit(processes.train_seeds({name: given[name] for name in given if name != 'seeds'}, args.seeds))
     launch.use_compilecache(args.compilecache)
     start = argparse.Namespace(**{name: vars(args).pop(name) for name in training_flags.OF_START})
+    python_files.allow(start.code)
+    if not start.resume:
+        python_files.allow(python_files.files_of((args.dataset, args.model)))
     advice = {'after_an_end': 'resume with --resume in all processes', 'less_memory': LESS_MEMORY}
     with signals.Stop() as stop, hosts.joined('train.py', start, **advice, stops_by_step=True) as stack:
         args.datasetfolder = os.path.abspath(args.datasetfolder)  # test.py may be run elsewhere
@@ -66,9 +70,10 @@ def main(argv: list[str] | None = None) -> Path:
         with contextlib.closing(Report(training)) as report:
             stop.begin()
             all_saved = train(training, stop, report)
-        exit_unless_complete(training.run, stop, all_saved)
+        exit_unless_complete(training, stop, all_saved)
         samples = '' if training.experiment.optimizer.is_point else ' --testmc 32'
-        print(f'evaluate it with: python test.py --resultsfolder {shlex.quote(str(training.run))}{samples}')
+        run, code = shlex.quote(str(training.run)), training_flags.code_of(vars(training.args))
+        print(f'evaluate it with: python test.py --resultsfolder {run}{samples}{code}')
     return training.run
 
 
@@ -121,7 +126,7 @@ def train(training: Training, stop: signals.Stop, report: Report) -> bool:
         feed = data.Feed(
             *training.train, args.batchsize, experiment.keys(args.randomseed).batches, training.mesh,
             training.experiment.normalise, augmented=training.augmented,
-            streamed=args.stream or hosts.must_stream(training.train[0]),
+            streamed=args.stream or hosts.must_stream(training.train[0]), with_seeds=training.experiment.has_dropout,
         )  # fmt: skip
         evaluated = posteriors.parts(training.evaluated[0], args.testbatchsize, args.stream)
         stopped = False
@@ -208,10 +213,11 @@ def evaluate(training: Training, state: Any, progress: checkpoints.Progress, eva
     args = training.args
     apply, params, batch_stats = training.experiment.apply, state.params, state.batch_stats
     probs = posteriors.probs_at(apply, params, batch_stats, evaluated, args.testbatchsize)
+    names = ('accuracy', 'nll', 'ece') if args.logcalibration else ('accuracy',)
     return {
         'epoch': progress.epoch,
         'loss': progress.loss / training.steps,
-        f'{training.split}_accuracy': metrics.accuracy(probs, training.evaluated[1]),
+        **{f'{training.split}_{name}': metrics.METRICS[name](probs, training.evaluated[1]) for name in names},
         'learning_rate': args.alpha * progress.lr_factor,
         'seconds': round(progress.seconds, 3),
         'images_per_second': round(training.steps * args.batchsize / progress.seconds, 1),
@@ -228,7 +234,8 @@ def begin(args: argparse.Namespace, stack: contextlib.ExitStack) -> Training:
         folders.require_place(args.resultsfolder, args.dataset, args.model, args.optim)
     config, augmented, *images = configure(args)
     functions = experiment.create(config)
-    state = jax.jit(functions.init)(experiment.keys(args.randomseed).init)
+    weights = trained.initial_weights(args.init, functions, config['dataset']) if args.init else {}
+    state = jax.jit(functions.init)(experiment.keys(args.randomseed).init, weights)
 
     def create():
         run = folders.create(args.resultsfolder, args.dataset, args.model, args.optim)
@@ -280,12 +287,13 @@ def configure(args: argparse.Namespace) -> tuple[dict, bool, tuple, tuple]:
 
     Raises DataError and DeviceError.
     """
-    dataset = data.dataset(args.dataset, args.datasetfolder)
+    dataset = data.dataset(args.dataset, args.datasetfolder, args.imagesize)
     train, held_out = data.read_train(dataset, vars(args))
     evaluated = held_out or dataset.read('test')
     images, labels = train
     if args.batchsize > len(images):
         raise data.DataError(f'--batchsize {args.batchsize} exceeds the {len(images)} training images')
+    data.require_shape(evaluated[0], 'validation' if held_out else 'test', images.shape[1:])
     config = {'flags': vars(args), 'dataset': data.describe(dataset, images, labels)}
     same = {name: value for name, value in vars(args).items() if not name.endswith(('folder', 'cache'))}
     hosts.require_same({'flags': same, 'data set': config['dataset']})
@@ -310,8 +318,8 @@ def announce(training: Training) -> None:
         what_next = 'training is complete: only the last epoch is evaluated again'
     print(
         f'{training.run}: {images} training and {evaluated} {training.split} images\n'
-        f'  network    {args.model}, {weights:,} weights, {args.precision}; '
-        f'{args.dataset} images {shape}{", augmented" if training.augmented else ""}\n'
+        f'  network    {folders.short_name(args.model)}, {weights:,} weights, {args.precision}; '
+        f'{folders.short_name(args.dataset)} images {shape}{", augmented" if training.augmented else ""}\n'
         f'  optimizer  {optim} {flags}, N = {training.experiment.num_data:,.0f}\n'
         f'  training   {args.epochs + 1} epochs of {training.steps} steps, {args.batchsize} images per step{resumed}\n'
         f'  devices    {training.mesh.size} × {device.device_kind}\n{what_next}',
@@ -319,17 +327,18 @@ def announce(training: Training) -> None:
     )
 
 
-def exit_unless_complete(run: Path, stop: signals.Stop, all_saved: bool) -> None:
+def exit_unless_complete(training: Training, stop: signals.Stop, all_saved: bool) -> None:
     """Exits with an error status if a signal stopped the run or its end could not be saved.
 
     After a signal, prints the command that resumes the run.
     """
     if not all_saved:
-        print(f'train.py: error: the last state or log of {run} could not be saved', file=sys.stderr)
+        print(f'train.py: error: the last state or log of {training.run} could not be saved', file=sys.stderr)
         sys.exit(128 + stop.signal if stop.signal else 1)
     if stop.signal:
         if hosts.is_first():
-            print(f'saved; resume with: python train.py --resume {shlex.quote(str(run))}', file=sys.stderr)
+            resume = f'--resume {shlex.quote(str(training.run))}{training_flags.code_of(vars(training.args))}'
+            print(f'saved; resume with: python train.py {resume}', file=sys.stderr)
         sys.exit(128 + stop.signal)
 
 

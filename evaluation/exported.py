@@ -65,6 +65,15 @@ def weights(folder: Path) -> tuple[Any, Any]:
     return state.params, state.batch_stats
 
 
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns all arrays of a safetensors file by name, on the host. Raises DataError."""
+    with files.opened(path), files.one_error(path), safetensors.safe_open(path, 'np') as opened:
+        metadata, found = opened.metadata() or {}, opened.get_tensors()
+    if 'sha256' in metadata:
+        _require_digest(path, metadata.pop('sha256'), metadata, found)
+    return found
+
+
 def require_whole(folder: Path, config: dict) -> None:
     """Raises a DataError or RunError if `restore` would fail."""
     _read_state(folder, config)
@@ -165,10 +174,7 @@ def _read(path, needed, settings):
     if metadata.get('format') != settings['format']:
         what = f'{path} has format {metadata.get("format")}, but this version reads format {settings["format"]}'
         raise folders.RunError(f'{what}: use the version of test.py that wrote it, or export the run again')
-    sha256 = metadata.pop('sha256', None)
-    if sha256 != _digest(tensors, metadata):
-        what = f'{path} is damaged: its SHA-256 is {_digest(tensors, metadata)}, but test.py recorded {sha256}'
-        raise folders.RunError(f'{what}: {_AGAIN}')
+    _require_digest(path, metadata.pop('sha256', None), metadata, tensors)
     for name, value in settings.items():
         if metadata.get(name) != value:
             what = f'{path} has {name} {metadata.get(name)}, but config.json beside it has {value}'
@@ -178,6 +184,12 @@ def _read(path, needed, settings):
     except errors.UserError as error:
         raise folders.RunError(f'{path} does not fit config.json: {error}: {_AGAIN}') from error
     return tensors, _progress(path, metadata)
+
+
+def _require_digest(path, sha256, metadata, tensors):
+    if sha256 != _digest(tensors, metadata):
+        what = f'{path} is damaged: its SHA-256 is {_digest(tensors, metadata)}, but test.py recorded {sha256}'
+        raise folders.RunError(f'{what}: {_AGAIN}')
 
 
 _AGAIN = 'copy all files of the export again, or export the run again'

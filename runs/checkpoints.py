@@ -232,6 +232,11 @@ def restore(run: Path, like: Any, step: int | None = None) -> tuple[int, Any, Pr
     return found, hosts.arrays_from_first(state), Progress(**progress)
 
 
+def arrays(run: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a run's newest checkpoint by name, on the host. Raises RunError."""
+    return _of_whole(run, None, lambda checkpoint: npy.load_npz(checkpoint / 'state.npz'))
+
+
 def is_export(folder: str | Path) -> bool:
     """Returns whether a folder is an export of test.py. The module `evaluation.exported` reads it."""
     return os.path.lexists(Path(folder) / EXPORT)

@@ -62,7 +62,16 @@ def require_place(results_folder: str | Path, dataset: str, model: str, optim: s
 
 def parent_of(results_folder: str | Path, dataset: str, model: str, optim: str) -> Path:
     """Returns the folder of all runs of a data set, a model and an optimizer."""
-    return Path(results_folder) / f'{dataset}_{model}'.replace('/', '_') / optim
+    return Path(results_folder) / f'{short_name(dataset)}_{short_name(model)}' / optim
+
+
+def short_name(name: str) -> str:
+    """Returns the name of a data set or network without its path: flowers for folder:/data/flowers."""
+    if name.startswith('tfds/'):
+        return name.replace('/', '_')
+    kind, _, rest = name.partition(':')
+    last = os.path.basename(name.rpartition(':')[2] if '.py:' in name else rest or kind)
+    return last.removesuffix('.npz') or 'data'
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
@@ -80,19 +81,50 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return getattr(action.type, 'metavar', None) or super()._get_default_metavar_for_optional(action)
 
 
-def choice(names: Collection[str], also: str | None = None) -> Callable[[str], str]:
-    """Returns a flag type: one of `names` in upper or lower case, or a name that begins with `also`."""
+def choice(
+    names: Collection[str], others: dict[str, Callable[[str], str | None]] | None = None
+) -> Callable[[str], str]:
+    """Returns a flag type: one of some names.
+
+    Args:
+        names: the names, which may be given in upper or lower case.
+        others: {how messages show it: function}. The function returns the value of a valid text, otherwise None.
+    """
 
     def choose(text):
-        if text.lower() in names or (also and text.startswith(also) and text != also):
-            return text.lower() if text.lower() in names else text
+        if text.lower() in names:
+            return text.lower()
+        for read in (others or {}).values():
+            if (value := read(text)) is not None:
+                return value
         near = difflib.get_close_matches(text.lower(), names, n=1)
         hint = f'did you mean {near[0]}? ' if near else ''
         raise argparse.ArgumentTypeError(f'unknown: {text!r}; {hint}choose from {", ".join(listed)}')
 
-    listed = [*names, f'{also}NAME'] if also else list(names)
+    listed = [*names, *(others or ())]
     choose.metavar = f'{{{",".join(listed)}}}'
     return choose
+
+
+def matching(pattern: str) -> Callable[[str], str | None]:
+    """Returns a function for `choice` that accepts the texts of a regular expression, in upper or lower case."""
+    return lambda text: text.lower() if re.fullmatch(pattern, text.lower()) else None
+
+
+def after(prefix: str) -> Callable[[str], str | None]:
+    """Returns a function for `choice` that accepts PREFIXPATH and makes the path absolute."""
+
+    def read(text):
+        path = text.removeprefix(prefix)
+        return prefix + os.path.abspath(folder(path)) if text.startswith(prefix) else None
+
+    return read
+
+
+def python_name(text: str) -> str | None:
+    """Accepts FILE.py:NAME for `choice`, and makes the path absolute."""
+    path, _, name = text.rpartition(':')
+    return f'{os.path.abspath(folder(path))}:{name}' if path.endswith('.py') and name.isidentifier() else None
 
 
 def add_compilecache(parser: argparse._ActionsContainer) -> None:
@@ -150,6 +182,12 @@ def add_coordinator(parser: argparse._ActionsContainer) -> None:
     add('--processid', type=integer(0), metavar='I', help='with HOST:PORT: the number of this process, from 0')
     help = 'how long processes wait for each other at start-up (default: 60); raise it if hosts become ready one by one'
     add('--jointimeout', type=integer(1), metavar='SECONDS', help=help)
+
+
+def add_code(parser: argparse._ActionsContainer) -> None:
+    """Adds --code, which allows files of a run to be executed."""
+    help = 'your own Python files that a run names in FILE.py:CLASS, because a run folder alone executes nothing'
+    parser.add_argument('--code', type=folder, nargs='+', default=[], metavar='FILE.py', help=help)
 
 
 def add_jobs(parser: argparse._ActionsContainer) -> None:

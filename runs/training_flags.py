@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import data
 import models
 from optimizers import OPTIMIZERS
+from readers import python_files
 from runs import folders, parsing
 from runs.parsing import integer, number
 
@@ -39,6 +41,17 @@ PUBLISHED = {
     'sam': '--alpha 0.03 --priorprec 25 --rho 0.05',
     'bsam': '--alpha 0.5 --priorprec 40 --rho 0.01 --dafactor 4',
 }
+
+
+dataset_name = parsing.choice(
+    data.DATASETS,
+    {
+        'folder:PATH': parsing.after('folder:'),
+        'npz:FILE': parsing.after('npz:'),
+        'FILE.py:FUNCTION': parsing.python_name,
+        'tfds/NAME': lambda text: text if text.startswith('tfds/') and text != 'tfds/' else None,
+    },
+)
 
 
 class OptimizerFlag(NamedTuple):
@@ -120,18 +133,22 @@ OPTIMIZER_FLAGS = (
 )  # fmt: skip
 
 
+def _run_or_safetensors(text):
+    return os.path.abspath(parsing.folder(text))
+
+
 def rows_of(optim: str) -> list[OptimizerFlag]:
     """Returns the rows of OPTIMIZER_FLAGS that apply to an optimizer."""
     return [row for row in OPTIMIZER_FLAGS if optim in row.defaults]
 
 
 # Flags of a single start, which config.json does not keep.
-OF_START = ('resume', 'checkpoint', 'coordinator', 'processes', 'processid', 'jointimeout', 'seeds')
+OF_START = ('resume', 'checkpoint', 'code', 'coordinator', 'processes', 'processid', 'jointimeout', 'seeds')
 
 # Flags that --resume may change.
 MAY_CHANGE = (
-    'epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'testbatchsize', 'devices',
-    'stream', 'atonce',
+    'epochs', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing', 'logcalibration',
+    'testbatchsize', 'devices', 'stream', 'atonce',
 )  # fmt: skip
 
 
@@ -182,6 +199,8 @@ def _require_consistency(args):
         what = f'--batchsize {batch} does not divide into --batchsplit {split} sub-batches'
         divisors = sorted((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - split))
         raise ValueError(f'{what}: use --batchsize {nearest}, or --batchsplit {divisors[0]}')
+    if args.imagesize and not args.dataset.startswith('folder:'):
+        raise ValueError(f'--imagesize does not apply to --dataset {args.dataset}: it resizes images of folder:PATH')
     if args.optim == 'bsam' and args.damping == args.priorprec == 0:
         raise ValueError('bsam needs --damping or --priorprec above 0: without both, the precision can decay to 0')
     if args.optim == 'swag' and args.epochs + 1 - first_constant_epoch(args.epochs, args.swagstart) < 2:
@@ -220,6 +239,12 @@ def command_line(values: dict) -> list[str]:
     parser = create_parser()
     given = {name: value for name, value in values.items() if value is not False or not parser.is_switch(name)}
     return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
+
+
+def code_of(values: dict) -> str:
+    """Returns the flag --code for the user's own files among the flags {name: value}, '' if there are none."""
+    paths = python_files.files_of(str(values.get(name)) for name in ('dataset', 'model'))
+    return f' --code {shlex.join(paths)}' if paths else ''
 
 
 def flags_of(config: dict, run: Path) -> argparse.Namespace:
@@ -283,19 +308,30 @@ def create_parser(exits: bool = True) -> parsing.Parser:
     parser = parsing.Parser(_DESCRIPTION, exits, HABITS)
     parser.usage = 'train.py [flags]'
     add = parser.add_argument_group('data and network').add_argument
-    help = 'data set; tfds/NAME is a set that TensorFlow Datasets prepared in --datasetfolder'
-    add('--dataset', type=parsing.choice(data.DATASETS, also='tfds/'), default='cifar10', help=help)
+    help = (
+        'data set; folder:PATH holds train/CLASS/*.png; npz:FILE has x_train and y_train; FILE.py:FUNCTION is your own '
+        'Python; tfds/NAME is a set that TensorFlow Datasets prepared in --datasetfolder'
+    )
+    add('--dataset', type=dataset_name, default='cifar10', help=help)
     add('--datasetfolder', type=parsing.folder, default='datasets', help='folder of the data sets')
+    help = 'with folder:PATH: resize the shorter side of images to N pixels and crop the centre to N×N'
+    add('--imagesize', type=integer(1, below=4097), help=help)
     help = 'train on N training images, the same images for every seed (default: all)'
     add('--trainimages', type=integer(1), help=help)
     help = 'hold out this fraction of the training images, and evaluate epochs on it instead of the test set'
     add('--validation', type=number(minimum=0, below=1), default=0.0, metavar='FRACTION', help=help)
     add('--noaugment', action='store_true', help='train without random crops and flips')
-    add('--model', type=parsing.choice(models.MODELS), default='resnet18', help='network')
+    network = parsing.choice(
+        models.MODELS, {'wrnDxK': parsing.matching(models.WIDE_RESNET), 'FILE.py:CLASS': parsing.python_name}
+    )
+    help = 'network; wrnDxK is a wide ResNet of depth D and width factor K; FILE.py:CLASS is your own Flax module'
+    add('--model', type=network, default='resnet18', help=help)
     help = 'dtype in which networks compute; weights, optimizer state, statistics and loss are float32'
     add('--precision', type=parsing.choice(PRECISIONS), default='float32', help=help)
 
     add = parser.add_argument_group('training').add_argument
+    help = 'start from the weights of a run or of an export, all except the last layer if the classes differ'
+    add('--init', type=_run_or_safetensors, metavar='RUN', help=help)
     add('--optim', type=parsing.choice(OPTIMIZERS), default='sgd', help=_OPTIMIZER_HELP)
     add('--epochs', type=integer(0), default=180, help='epochs; one more is run, as in the published scripts')
     help = 'warm-up epochs, with rate α (e+1)/warmup in epoch e; then rate α ½(1 + cos(π (e−warmup)/(epochs+1−warmup)))'
@@ -315,17 +351,20 @@ def create_parser(exits: bool = True) -> parsing.Parser:
     for row in OPTIMIZER_FLAGS:
         add(f'--{row.name}', type=row.type, help=row.help + _defaults(row))
 
-    add = parser.add_argument_group('run folder').add_argument
+    group = parser.add_argument_group('run folder')
+    add = group.add_argument
     help = 'folder of all runs; this run is written to FOLDER/DATASET_MODEL/OPTIM/run_K'
     add('--resultsfolder', type=parsing.folder, default='results', help=help)
     help = 'resume the run in this folder with its own flags; --epochs and a few others may change'
     add('--resume', type=parsing.path, metavar='RUN', help=help)
+    parsing.add_code(group)
     help = 'with --resume: start from the checkpoint after STEP steps instead of the newest'
     add('--checkpoint', type=integer(0), metavar='STEP', help=help)
     help = 'save within epochs too, every N steps (500) or minutes (30min); every epoch is saved in any case'
     add('--checkpointevery', type=parsing.steps_or_minutes, metavar='N', help=help)
     help = 'also keep the checkpoint of the best accuracy; do not report that accuracy if it is on the test set'
     add('--keepbest', action='store_true', help=help)
+    add('--logcalibration', action='store_true', help='also log the NLL and the ECE of every epoch')
     add('--keepgoing', action='store_true', help='train on although the loss or the state is not finite')
 
     group = parser.add_argument_group('devices and hosts')

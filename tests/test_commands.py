@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 import archives
 import children
@@ -22,7 +22,7 @@ import optimizers
 import test as evaluate
 import train
 from conftest import read_log, restore
-from evaluation import posteriors
+from evaluation import plots, posteriors
 from runs import folders, launch, training_flags
 
 ROOT = Path(__file__).parent.parent
@@ -180,6 +180,8 @@ def test_runs_started_together_get_different_folders(tmp_path):
         ({'dataset': 'cifar'}, "--dataset: unknown: 'cifar'; did you mean cifar10? choose from cifar10, cifar100"),
         ({'dataset': 'tfds/'}, "unknown: 'tfds/'"),
         ({'model': 'resnet-18'}, "--model: unknown: 'resnet-18'; did you mean resnet18?"),
+        ({'model': 'wrn16x'}, "'wrn16x'; choose from resnet18, preactresnet18, wrn28x10, resnet20, mlp, lenet, wrnDxK"),
+        ({'model': 'WRN29x10'}, 'wrn29x10: the depth of a wide ResNet is 6n + 4, such as 28'),
         ({'optim': 'bsm'}, "--optim: unknown: 'bsm'; did you mean bsam? choose from sgd, sam, bsam"),
         (
             {'batchsplit': 3},
@@ -225,6 +227,7 @@ def test_results_without_a_place_are_refused_before_data_are_read(flags_of, tmp_
 def test_names_in_any_case(flags_of):
     args = training_flags.parse_args(flags_of(dataset='CIFAR10', model='ResNet18', optim='bSAM'))
     assert (args.dataset, args.model, args.optim) == ('cifar10', 'resnet18', 'bsam')
+    assert training_flags.parse_args(['--model=WRN16x8']).model == 'wrn16x8'
 
 
 @pytest.mark.parametrize('optim', optimizers.OPTIMIZERS)
@@ -267,6 +270,8 @@ def test_defaults_are_those_of_the_reference():
         'clip',
         'trainmc',
         'trainimages',
+        'imagesize',
+        'init',
     }
     assert all(args.pop(name) is None for name in others)
     assert training_flags.parse_args([]).optim == 'sgd'
@@ -277,7 +282,8 @@ def test_defaults_are_those_of_the_reference():
         'resultsfolder': 'results', 'custominit': 1.0, 'damping': 0.1, 'precision': 'float32',
         'compilecache': os.path.join(os.environ['XDG_CACHE_HOME'], 'bayesian-sam'), 'resume': None, 'checkpoint': None,
         'checkpointevery': None, 'keepbest': False, 'keepgoing': False,
-        'bnupdate': 'both', 'validation': 0.0, 'stream': False, 'seeds': [], 'atonce': None,
+        'bnupdate': 'both', 'validation': 0.0, 'stream': False, 'seeds': [], 'atonce': None, 'code': [],
+        'logcalibration': False,
     }  # fmt: skip
 
 
@@ -393,7 +399,9 @@ def test_animation(tmp_path, capsys):
     with Image.open(output) as animation:
         assert animation.n_frames == 3 and animation.info['duration'] == 50 and animation.info['loop'] == 0
         colours = {colour for _, colour in animation.convert('RGB').getcolors()}
-    assert {(255, 255, 255), (0, 0, 0), (0xB0, 0xB0, 0xB0), (0x8F, 0x5F, 0x3F), (0x43, 0x55, 0x71)} <= colours
+    drawn = {ImageColor.getrgb(colour) for colour in demo2d.colours().values()}
+    assert len(drawn) == 4 and {(255, 255, 255), *drawn} <= colours
+    assert demo2d.colours()['mean'] == plots.STYLES['bsam']['color']
     assert not jax.config.jax_enable_x64
 
 

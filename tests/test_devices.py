@@ -26,8 +26,10 @@ SCRIPT = """if True:
     import conftest, data, experiment, models, optimizers
     from evaluation import posteriors
     from ops import sharding
+    from readers import python_files
     from runs import devices, launch, training_flags
     launch.use_compilecache(sys.argv[1])
+    python_files.allow(['docs/examples/own_network.py'])
     models.MODELS |= {'resnet18': conftest.SmallResNet, 'resnet20': conftest.SmallResNet20}
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (160, 16, 16, 3), np.uint8), rng.integers(0, 10, 160)
@@ -45,7 +47,8 @@ SCRIPT = """if True:
         with jax.set_mesh(mesh):
             state, one, key = sharding.replicate((start, jnp.float32(1), jax.random.key(1)), mesh)
             feeds = [
-                data.Feed(images, labels, 16, key, mesh, functions.normalise, augmented=False, streamed=streamed)
+                data.Feed(images, labels, 16, key, mesh, functions.normalise, augmented=False, streamed=streamed,
+                          with_seeds=functions.has_dropout)
                 for streamed in (False, True)
             ]
             of_kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
@@ -82,13 +85,14 @@ def run_on_devices(number, script, *arguments):
 
 QUICK = [(optim, 'resnet20') for optim in optimizers.OPTIMIZERS] + [('sgd', 'resnet18'), ('bsam', 'resnet18')]
 SLOW = [(optim, 'resnet18') for optim in optimizers.OPTIMIZERS if optim not in ('sgd', 'bsam')]
+WITH_DROPOUT = ('bsam', 'docs/examples/own_network.py:Small')
 TWO_ON_EACH = ('bsam', 'resnet18', 16)  # two sub-batches on each of eight devices, which computes them together
 
 
 @pytest.mark.parametrize(
     ('cases', 'differing'),
     [
-        ([*QUICK, TWO_ON_EACH], ('bsam resnet18 16', 'sgd resnet18')),
+        ([*QUICK, WITH_DROPOUT, TWO_ON_EACH], ('bsam resnet18 16', 'sgd resnet18')),
         pytest.param(SLOW, ('adam resnet18', 'adam resnet18'), marks=pytest.mark.slow),
     ],
 )

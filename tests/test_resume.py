@@ -84,6 +84,7 @@ INSIDE_THE_FIRST_EPOCH, AFTER_AN_EPOCH, INSIDE_THE_SECOND = 1, 2, 3
         ('bsam', 'mnist', 'mlp', AFTER_AN_EPOCH),
         ('bsam', 'mnist', 'resnet18', INSIDE_THE_SECOND),
         ('sgd', 'cifar10', 'resnet18', INSIDE_THE_SECOND),
+        ('bsam', 'mnist', f'{ROOT}/docs/examples/own_network.py:Small', INSIDE_THE_SECOND),  # with dropout
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -93,7 +94,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     whole = train.main(flags_of(**flags, resultsfolder=tmp_path / 'whole'))
     signal_after(steps)
     stopped(flags_of(**flags))
-    run = tmp_path / 'results' / f'{dataset}_{model}' / optim / 'run_0'
+    run = tmp_path / 'results' / f'{dataset}_{folders.short_name(model)}' / optim / 'run_0'
     assert f'resume with: python train.py --resume {run}' in capsys.readouterr().err
     assert [record['epoch'] for record in folders.read_log(run)] == list(range((steps - 1) // 2))
     assert train.main([f'--resume={run}']) == run
