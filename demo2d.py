@@ -29,7 +29,6 @@ import models
 import optimizers
 from runs import devices, json_files, parsing
 
-COLOURS = GREY, BROWN, BLUE, BLACK = '#B0B0B0', '#8F5F3F', '#435571', '#000000'
 X_RANGE, Y_RANGE = (-1.5, 2.7), (-1.0, 1.4)
 
 
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     devices.require()
     with jax.enable_x64(True):
         points, labels = two_moons()
-        frames = [draw(points, labels, *boundaries) for boundaries in train(points, labels, args)]
+        frames = [draw(points, labels, *epoch) for epoch in train(points, labels, args)]
     save_gif(frames, args.output)
     print(f'{args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.1f} MB')
 
@@ -67,7 +66,9 @@ def two_moons() -> tuple[np.ndarray, np.ndarray]:
     return points, labels.astype(float)
 
 
-def train(points: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def train(
+    points: np.ndarray, labels: np.ndarray, args: argparse.Namespace
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Trains an MLP with bSAM, and yields logits on the grid every second epoch.
 
     Args:
@@ -76,7 +77,8 @@ def train(points: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> I
         args: the flags.
 
     Yields:
-        The logits of 20 posterior samples, float64 [20, rows · columns], and of the mean, float64 [rows · columns].
+        The epoch, the logits of 20 posterior samples, float64 [20, rows · columns], and of the mean, float64
+        [rows · columns].
     """
     model = models.MLP(num_classes=1, features=(32, 32, 32, 32))
 
@@ -115,7 +117,7 @@ def train(points: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> I
         for batch in data.shuffled_batches(jax.random.fold_in(order_key, epoch), len(points), batch_size=30):
             state, _ = step(state, (points[batch], labels[batch]), lr_factor)
         if epoch % 2 == 0:
-            yield jax.device_get(boundaries(state, sample_key))
+            yield epoch, *jax.device_get(boundaries(state, sample_key))
 
 
 def grid_points() -> np.ndarray:
@@ -123,26 +125,41 @@ def grid_points() -> np.ndarray:
     return np.stack(np.meshgrid(np.linspace(*X_RANGE, 85), np.linspace(*Y_RANGE, 49)), axis=-1)
 
 
-def draw(points: np.ndarray, labels: np.ndarray, sample_logits: np.ndarray, mean_logits: np.ndarray) -> Image.Image:
-    """Returns a frame: the samples' boundaries in thin grey, the mean's boundary in thick black.
+def colours() -> dict[str, str]:
+    """Returns the colours of the boundaries and the classes, as #RRGGBB. The boundaries have bSAM's colour."""
+    from evaluation import plots  # imported late because Matplotlib takes most of a second
+
+    bsam = plots.STYLES['bsam']['color']
+    return {'mean': bsam, 'samples': plots.tint(bsam, 0.4), 'class 0': '#000000', 'class 1': plots.GREY}
+
+
+def draw(
+    points: np.ndarray, labels: np.ndarray, epoch: int, sample_logits: np.ndarray, mean_logits: np.ndarray
+) -> Image.Image:
+    """Returns a frame: the samples' boundaries as thin lines, the mean's boundary as a thick line.
 
     Args:
         points: float64 [N, 2].
         labels: float64 [N], 0 or 1.
+        epoch: the epoch, from 0.
         sample_logits: float64 [S, rows · columns], on the grid.
         mean_logits: float64 [rows · columns], on the grid.
     """
-    from evaluation import plots  # imported late because Matplotlib takes most of a second
+    from evaluation import plots
 
-    with plots.settings({}), io.BytesIO() as file:
-        figure = plots.Figure(figsize=(5.6, 3.2), dpi=100)
-        axes = figure.add_axes((0, 0, 1, 1), xlim=X_RANGE, ylim=Y_RANGE)
-        axes.axis('off')
-        sample_lines = [line for logits in sample_logits for line in boundary(logits)]
-        axes.add_collection(plots.LineCollection(sample_lines, colors=GREY, linewidths=0.8))
-        axes.add_collection(plots.LineCollection(boundary(mean_logits), colors=BLACK, linewidths=3))
-        axes.plot(*points[labels == 0].T, 'x', color=BROWN, markersize=7, markeredgewidth=2)
-        axes.plot(*points[labels == 1].T, 'o', color=BLUE, markersize=6)
+    colour = colours()
+    with plots.settings({'font.size': 9}), io.BytesIO() as file:
+        figure = plots.Figure(figsize=(5.6, 3.9), dpi=100)
+        axes = figure.add_axes((0.115, 0.215, 0.87, 0.715), xlim=X_RANGE, ylim=Y_RANGE, xlabel='x₁', ylabel='x₂')
+        axes.set_title(f'Decision boundaries of bSAM on two moons, epoch {epoch + 1}')
+        lines = [line for logits in sample_logits for line in boundary(logits)]
+        style = {'colors': colour['samples'], 'linewidths': 0.8}
+        axes.add_collection(plots.LineCollection(lines, label=f'{len(sample_logits)} posterior samples', **style))
+        style = {'colors': colour['mean'], 'linewidths': 3}
+        axes.add_collection(plots.LineCollection(boundary(mean_logits), label='posterior mean', **style))
+        axes.plot(*points[labels == 0].T, 'x', color=colour['class 0'], markeredgewidth=2, label='class 0')
+        axes.plot(*points[labels == 1].T, 'o', color=colour['class 1'], label='class 1')
+        figure.legend(loc='lower center', ncols=4, frameon=False)
         figure.savefig(file, format='png')
         return Image.open(file).convert('RGB')
 
@@ -164,7 +181,7 @@ def save_gif(frames: list[Image.Image], path: Path) -> None:
     The palette holds white, the drawn colours, and each drawn colour mixed half with white.
     """
     shades = [(1, 1, 1)] + [
-        1 - opacity * (1 - np.array(ImageColor.getrgb(c)) / 255) for c in COLOURS for opacity in (0.5, 1)
+        1 - opacity * (1 - np.array(ImageColor.getrgb(c)) / 255) for c in colours().values() for opacity in (0.5, 1)
     ]
     palette = Image.new('P', (1, 1))
     palette.putpalette(np.round(np.array(shades) * 255).astype(np.uint8).tobytes())
