@@ -16,13 +16,14 @@ The format of sweep.toml:
     warmup = 1
     validation = 0.2
 
-    [grid]                   # all combinations
-    rho = [0.01, 0.05]
+    [grid]                   # all combinations; runs that differ only in randomseed are one row of the table
+    rho = [0.001, 0.01]
     randomseed = [0, 1]
 
     [random]                 # settings, the same for each combination, log-uniform between two numbers
     draws = 2
-    alpha = [0.1, 1.0]
+    seed = 0                 # seed of the draws: another seed draws other settings
+    alpha = [0.05, 0.5]
 """
 
 import os
@@ -38,12 +39,13 @@ import argparse
 import itertools
 import math
 import random
+import shlex
 import tomllib
 from functools import partial
 from pathlib import Path
 
 import errors
-from evaluation import tables
+from evaluation import comparison, tables
 from evaluation.request import Request
 from runs import folders, json_files, parsing, processes, training_flags
 
@@ -103,7 +105,8 @@ def read(path: Path) -> tuple[dict, list[dict]]:
     fixed, grid, ranges = (sweep.get(name, {}) for name in ('flags', 'grid', 'random'))
     if not all(isinstance(table, dict) for table in (fixed, grid, ranges)):
         raise SweepError(f'{path}: flags, grid and random must be tables: [flags], [grid] and [random]')
-    draws, names = ranges.pop('draws', 1), {*fixed, *grid, *ranges}
+    draws, seed = ranges.pop('draws', 1), ranges.pop('seed', 0)
+    names = {*fixed, *grid, *ranges}
     unknown, twice = sweep.keys() - {'flags', 'grid', 'random'}, grid.keys() & ranges.keys()
     reserved = {*training_flags.OF_START, 'resultsfolder', 'devices', 'help'} & names
     odd = {name for name in names if not name.isidentifier()}  # such a name, like 'a=1', could hold a flag and a value
@@ -115,6 +118,10 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         (twice, f': {min(twice, default="")} is both in [grid] and in [random]: remove one'),
         (not fixed.get('validation'), ' holds out no images to rank the runs by: set validation = 0.1 in [flags]'),
         (not all(isinstance(v, list) and v for v in grid.values()), ': each flag in [grid] needs a list of values'),
+        (
+            type(seed) is not int or seed < 0,
+            ': seed in [random] is of the draws, a whole number of 0 or more; the seed of a run is randomseed',
+        ),
         (not has_ranges, ': [random] needs draws of 1 or more, and for each flag two numbers, 0 < low < high'),
         (
             'random' in sweep and not ranges,
@@ -126,7 +133,7 @@ def read(path: Path) -> tuple[dict, list[dict]]:
     num_runs = draws * math.prod(len(values) for values in grid.values())
     if num_runs > _MOST_RUNS:
         raise SweepError(f'{path} asks for {num_runs} runs, but a sweep has at most {_MOST_RUNS}')
-    rng = random.Random(0)
+    rng = random.Random(seed)
     parser = training_flags.create_parser()
     whole = {name for name in ranges if parser.takes_whole_numbers(name)}
     drawn = [{name: _drawn(rng, bounds, name in whole) for name, bounds in ranges.items()} for _ in range(draws)]
@@ -164,7 +171,8 @@ def _complete(args, number, values, run):
     folder = _folder(args, number)
     if not _measured(args, number, values):
         _, (measured,) = processes.trained_and_tested(run, folder, values, [_request(args)])
-        print(f'{folder}: validation nll {measured["average"]["nll"]}', flush=True)
+        of_run = {name: [value] for name, value in _numbers(measured['average']).items()}
+        print(f'{folder}: validation NLL {_cells(of_run)[0]}', flush=True)
     return True
 
 
@@ -173,7 +181,7 @@ def _request(args):
 
 
 def _measured(args, number, values):
-    """Returns the metrics of the model average, or None if the run is not yet trained and evaluated as asked."""
+    """Returns the folder and the metrics of a run, or None if it is not yet trained and evaluated as asked."""
     request = _request(args)
     for trained in _folder(args, number).glob('*/*/run_*'):
         try:
@@ -187,12 +195,21 @@ def _measured(args, number, values):
         epochs = training_flags.parse_args(training_flags.command_line(values)).epochs
         end = folders.end_of_training(folders.read_config(trained), epochs)
         if all(found.get(name) == value for name, value in (request.recorded() | {'trained': end}).items()):
-            return average
+            return trained, _numbers(average)
     return None
 
 
+def _numbers(average):
+    """Returns the metrics of SHOWN: nan for a diverged run, whose numbers are None, and inf for an infinite NLL."""
+    if average['nll'] is None and average['accuracy'] is not None:
+        average = average | {'nll': math.inf}
+    return {name: math.nan if average[name] is None else average[name] for name in SHOWN}
+
+
 def summarise(args: argparse.Namespace, sweep: list[dict], varied: list[dict]) -> str:
-    """Writes summary.md and summary.csv if a run is complete. The run with the lowest validation NLL comes first.
+    """Writes summary.md and summary.csv if a run is complete. The setting with the lowest validation NLL comes first.
+
+    A row is a setting: its complete runs, which differ only in the seed. Settings with a diverged run come last.
 
     Args:
         args: the flags of this script.
@@ -206,30 +223,58 @@ def summarise(args: argparse.Namespace, sweep: list[dict], varied: list[dict]) -
         RunError: metrics cannot be read, or a summary cannot be written.
     """
     measured = [_measured(args, number, values) for number, values in enumerate(sweep)]
-    complete = [number for number, found in enumerate(measured) if found]
-    complete.sort(key=lambda number: math.inf if measured[number]['nll'] is None else measured[number]['nll'])
-    names = list(dict.fromkeys(name for values in varied for name in values))
-    header = ['run', *names, *SHOWN]
-    rows = [
-        [
-            f'{number:04}',
-            *(errors.printable(varied[number][name]) for name in names),
-            *(_four_digits(measured[number][name]) for name in SHOWN),
-        ]
-        for number in complete
-    ]
-    text = (
-        tables.markdown(header, rows)
-        + f'\n{len(complete)} of {len(sweep)} runs, on validation images, lowest NLL first\n'
-    )
-    if complete:
-        json_files.write_bytes(args.output / 'summary.md', text.encode())
-        json_files.write_bytes(args.output / 'summary.csv', tables.comma_separated(header, rows).encode())
+    names = list(dict.fromkeys(name for values in varied for name in values if name != 'randomseed'))
+    metrics, shown, in_csv = [], [], []
+    for numbers in _settings(sweep):
+        complete = [measured[number] for number in numbers if measured[number]]
+        if not complete:
+            continue
+        metrics.append({name: [average[name] for _, average in complete] for name in SHOWN})
+        runs = _as_one_word([run.relative_to(args.output) for run, _ in complete])
+        setting = [runs, *(errors.printable(varied[numbers[0]][name]) for name in names)]
+        num_runs = str(len(complete)) if len(complete) == len(numbers) else f'{len(complete)} of {len(numbers)}'
+        shown.append([*setting, num_runs, *_cells(metrics[-1])])
+        csv_cells = [cell for name in SHOWN for cell in comparison.csv_cells(name, metrics[-1][name])]
+        in_csv.append([*setting, str(len(complete)), *csv_cells])
+    order = comparison.order(metrics)
+    header = ['run', *names, 'runs']
+    text = tables.markdown([*header, *(comparison.TITLES[name] for name in SHOWN)], [shown[i] for i in order])
+    text += f'\n{sum(map(bool, measured))} of {len(sweep)} runs, on validation images, lowest NLL first\n'
+    if not metrics:
+        return text
+    text += 'a row is the mean ± standard deviation over runs that differ only in --randomseed\n'
+    text += f'evaluate a row with: python test.py --resultsfolder {shlex.quote(str(args.output / "RUN"))}\n'
+    csv = tables.comma_separated([*header, *comparison.csv_header(SHOWN)], [in_csv[i] for i in order])
+    json_files.write_bytes(args.output / 'summary.md', text.encode())
+    json_files.write_bytes(args.output / 'summary.csv', csv.encode())
     return text
 
 
-def _four_digits(value):
-    return 'nan' if value is None else f'{value:.4f}'
+def _settings(sweep):
+    """Returns the numbers of the runs of each setting. The runs differ only in randomseed. A seed counts once."""
+    settings = {}
+    for number, values in enumerate(sweep):
+        setting = repr(sorted((name, value) for name, value in values.items() if name != 'randomseed'))
+        settings.setdefault(setting, {}).setdefault(repr(values.get('randomseed')), number)
+    return [list(of_setting.values()) for of_setting in settings.values()]
+
+
+def _as_one_word(runs):
+    """Returns run folders as a shell word, such as 0000/digits_lenet/bsam/run_0 or {0000,0001}/digits_lenet/..."""
+    numbers = {}
+    for run in runs:
+        numbers.setdefault(Path(*run.parts[1:]), []).append(run.parts[0])
+    words = (f'{{{",".join(of_path)}}}' if len(of_path) > 1 else of_path[0] for of_path in numbers.values())
+    return ' '.join(f'{word}/{path}' for word, path in zip(words, numbers, strict=True))
+
+
+def _cells(values):
+    """Returns the cells of the metrics in SHOWN over the runs of a setting. The NLL's cell counts diverged runs."""
+    cells = {name: comparison.mean_and_deviation(name, values[name]) for name in SHOWN}
+    diverged = sum(map(math.isnan, values['nll']))
+    if diverged:
+        cells['nll'] = f'{diverged} of {len(values["nll"])} diverged' if len(values['nll']) > 1 else 'diverged'
+    return list(cells.values())
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Sweeps: which runs they make, how they resume, and the table of validation metrics."""
 
+import argparse
 import csv
 import shutil
 import signal
@@ -71,6 +72,18 @@ def test_runs_of_a_sweep(toml):
     )
 
 
+def test_seed_of_the_draws(toml):
+    """The draws of seed 0, the default, may never change: sweeps that began with them could not resume."""
+
+    def alphas(seed):
+        toml.write_text(text + seed)
+        return [run['alpha'] for run in sweep.read(toml)[1][:2]]
+
+    text = toml.read_text()
+    assert alphas('') == alphas('seed = 0') == [0.04885, 0.0328]
+    assert not {*alphas('seed = 0')} & {*alphas('seed = 1')} and alphas('seed = 1') == alphas('seed = 1')
+
+
 def test_whole_numbers_are_drawn_whole(toml):
     toml.write_text(toml.read_text() + 'batchsize = [10, 30]\n')
     assert all(isinstance(run['batchsize'], int) and 10 <= run['batchsize'] <= 30 for run in sweep.read(toml)[1])
@@ -86,9 +99,69 @@ def test_parts_and_going_on(toml, output, capsys):
     assert '4 of 4 runs' in capsys.readouterr().out
     assert first.items() < half.items() < evaluated(output).items()
     header, *rows = csv.reader((output / 'summary.csv').read_text().splitlines())
-    assert header == ['run', 'optim', 'alpha', 'nll', 'accuracy', 'ece']
-    assert sorted(row[0] for row in rows) == ['0000', '0001', '0002', '0003']
-    assert [float(row[3]) for row in rows] == sorted(float(row[3]) for row in rows)
+    assert header == [
+        'run', 'optim', 'alpha', 'runs', 'nll_mean', 'nll_sd', 'accuracy_percent_mean', 'accuracy_percent_sd',
+        'ece_mean', 'ece_sd',
+    ]  # fmt: skip
+    assert sorted(row[0][:5] for row in rows) == ['0000/', '0001/', '0002/', '0003/']
+    assert all((output / row[0] / 'metrics-validation.json').exists() for row in rows)
+    assert [float(row[4]) for row in rows] == sorted(float(row[4]) for row in rows)
+
+
+def summary(output, averages, monkeypatch):
+    """Returns summary.md and the rows of summary.csv for metrics of runs: alpha 1, 2, 3, each with seeds 0 and 1.
+
+    `averages` has (NLL, accuracy, ECE) for each run, or None for a run that is not complete.
+    """
+
+    def measured(args, number, values):
+        if averages[number] is None:
+            return None
+        metrics = dict(zip(('nll', 'accuracy', 'ece'), averages[number], strict=True))
+        return args.output / f'{number:04}' / 'mnist_mlp' / 'sgd' / 'run_0', sweep._numbers(metrics)
+
+    monkeypatch.setattr(sweep, '_measured', measured)
+    varied = [{'alpha': alpha, 'randomseed': seed} for seed in (0, 1) for alpha in (1, 2, 3)]
+    args = argparse.Namespace(output=output)
+    text = sweep.summarise(args, [{'optim': 'sgd'} | values for values in varied], varied)
+    assert text == (output / 'summary.md').read_text()
+    return text, list(csv.DictReader((output / 'summary.csv').read_text().splitlines()))
+
+
+def test_seeds_are_averaged(tmp_path, monkeypatch):
+    """Settings are ranked by mean NLL. A setting with a missing run says so."""
+    averages = [(0.5, 0.75, 0.01), (0.2, 0.9, 0.02), (0.1, 0.8, 0.03), (0.3, 0.85, 0.02), None, (0.9, 0.6, 0.03)]
+    text, rows = summary(tmp_path, averages, monkeypatch)
+    assert text.startswith("""\
+| run                             | alpha |   runs |             NLL |    accuracy % |             ECE |
+| ------------------------------- | ----: | -----: | --------------: | ------------: | --------------: |
+| 0001/mnist_mlp/sgd/run_0        |     2 | 1 of 2 |          0.2000 |         90.00 |          0.0200 |
+| {0000,0003}/mnist_mlp/sgd/run_0 |     1 |      2 | 0.4000 ± 0.1414 |  80.00 ± 7.07 | 0.0150 ± 0.0071 |
+| {0002,0005}/mnist_mlp/sgd/run_0 |     3 |      2 | 0.5000 ± 0.5657 | 70.00 ± 14.14 | 0.0300 ± 0.0000 |
+
+5 of 6 runs, on validation images, lowest NLL first
+""")
+    assert [row['runs'] for row in rows] == ['1', '2', '2'] and rows[0]['nll_sd'] == ''
+    assert rows[1]['accuracy_percent_mean'] == '80' and rows[1]['nll_sd'] == '0.141421'
+
+
+def test_diverged_runs_are_last_and_marked(tmp_path, monkeypatch):
+    """An infinite NLL is not a diverged run."""
+    diverged = (None, None, None)
+    averages = [diverged, diverged, (None, 0.5, 0.1), (0.1, 0.9, 0.01), diverged, (0.1, 0.9, 0.1)]
+    text, rows = summary(tmp_path, averages, monkeypatch)
+    assert [row['alpha'] for row in rows] == ['3', '1', '2']
+    assert [row['nll_mean'] for row in rows] == ['inf', '', ''] and rows[2]['ece_sd'] == ''
+    cells = [[cell.strip() for cell in line.split('|')[4:-1]] for line in text.splitlines()[2:5]]
+    assert cells[0] == ['inf', '70.00 ± 28.28', '0.1000 ± 0.0000']
+    assert cells[1:] == [['1 of 2 diverged', '–', '–'], ['2 of 2 diverged', '–', '–']]
+    assert 'nan' not in text
+
+
+def test_a_seed_counts_once(tmp_path):
+    """A grid or whole-number draws may ask for the same run twice."""
+    sweep_of = [{'alpha': alpha, 'randomseed': seed} for alpha, seed in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    assert sweep._settings(sweep_of) == [[0, 2], [3]]
 
 
 def evaluated(output):
@@ -108,8 +181,8 @@ def test_an_evaluation_by_hand_is_not_the_sweep_s(toml, output, capsys):
     """All ranked runs are evaluated with the same flags. A run evaluated with other flags is evaluated again."""
     arguments = [str(toml), f'--output={output}', '--testmc=1', '--part=0/4']
     (run,) = output.glob('0000/*/*/run_*')
-    summary = (output / 'summary.md').read_text()
     for flag in ('--bins=7', '--testimages=3'):
+        summary = (output / 'summary.md').read_text()
         evaluate.main([f'--resultsfolder={run}', '--split=validation', '--testmc=1', flag])
         capsys.readouterr()
         sweep.main([*arguments, '--summary'])
@@ -166,6 +239,8 @@ def test_a_run_that_fails(toml, tmp_path, capsys):
         ('epochs = 0', 'help = true', '--help cannot be set in a sweep'),
         ('epochs = 0', f'epochs = {2**31}', 'is not a whole number of 0 or more and less than 2147483648'),
         ('draws = 2', 'draws = 300_000_000', 'asks for 600000000 runs'),
+        ('draws = 2', 'seed = -1', 'seed in [random] is of the draws, a whole number of 0 or more'),
+        ('draws = 2', 'seed = [0, 5]', 'the seed of a run is randomseed'),
         ('alpha = [', 'optim = [', 'optim is both in [grid] and in [random]: remove one'),
     ],
 )
