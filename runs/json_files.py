@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,27 @@ def write_bytes(path: Path, content: bytes) -> None:
         errors.write_bytes(path, content)
     except OSError as error:
         raise RunError(f'{path} cannot be written: {error.strerror}') from error
+
+
+def require_place(folder: Path, flag: str) -> None:
+    """Raises a RunError if files cannot be written to a folder, which need not exist. Writes nothing.
+
+    Args:
+        folder: the folder.
+        flag: the flag that names the folder, for the message.
+    """
+    path = Path(os.path.abspath(folder))
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f'{flag} {folder}: {nearest} is not a folder, or is read-only: name another folder')
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, unless they exist. Raises RunError."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise RunError(f'{folder} cannot be made: {error.strerror}') from error
 
 
 def read_json(path: Path) -> dict:
