@@ -48,26 +48,26 @@ def accuracy(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray | None =
 
 @_nan_unless_finite
 def top5(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
-    """Returns the share of images with fewer than five classes more probable than the true class, in [0, 1]."""
-    probs = np.asarray(probs)
-    true_probs = probs[np.arange(len(labels)), labels]
-    return _mean((probs > true_probs[:, None]).sum(axis=1) < 5, weights)
+    """Returns the share of images with fewer than five classes more probable than the true class, in [0, 1].
+
+    One minus this share is the top-5 error of ImageNet (Russakovsky et al., 2015).
+    """
+    return _mean(_in_top5(probs, labels), weights)
 
 
 @_nan_unless_finite
 def nll(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
-    """Returns the mean negative log-likelihood in nats. The NLL is infinite if a true class has probability 0."""
-    true_probs = np.asarray(probs, dtype=np.float64)[np.arange(len(labels)), labels]
-    with np.errstate(divide='ignore', invalid='ignore'):
-        return _mean(-np.log(true_probs), weights)
+    """Returns the mean negative log-likelihood (Good, 1952) in nats.
+
+    The NLL is infinite if a true class has probability 0.
+    """
+    return _mean(_nlls(probs, labels), weights)
 
 
 @_nan_unless_finite
 def brier(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
     """Returns the Brier score (Brier, 1950), in [0, 2]: the mean of Σ_k (p_k − y_k)² with the one-hot label y."""
-    probs = np.asarray(probs, dtype=np.float64)
-    true_probs = probs[np.arange(len(labels)), labels]
-    return _mean(np.square(probs).sum(axis=1) + 1 - 2 * true_probs, weights)
+    return _mean(_briers(probs, labels), weights)
 
 
 @_nan_unless_finite
@@ -229,18 +229,32 @@ SHORT = ('accuracy', 'nll', 'ece')  # the metrics in tables with many rows
 
 
 def scale_and_digits(name: str) -> tuple[int, int]:
-    """Returns the factor and the number of decimals with which tables show a metric. Accuracy is in per cent."""
-    return (100, 2) if name == 'accuracy' else (1, 4)
+    """Returns the factor and the number of decimals with which tables show a metric. Shares are in per cent."""
+    return (100, 2) if name in ('accuracy', 'top5', 'risk_at_80', 'disagreement') else (1, 4)
 
 
-# auroc_grid takes no weights. The percentile interval of classwise_ece lies above the metric itself: with many classes
-# the classwise ECE of a resample measures mostly the resample's own noise.
-_NOT_RESAMPLED = ('auroc_grid', 'classwise_ece')
+# The worst and the best value of each metric.
+RANGES = {
+    'accuracy': (0, 1),
+    'top5': (0, 1),
+    'nll': (math.inf, 0),
+    'brier': (2, 0),
+    'ece': (1, 0),
+    'ece_15': (1, 0),
+    'adaptive_ece': (1, 0),
+    'classwise_ece': (1, 0),
+    'mce': (1, 0),
+    'auroc': (0, 1),
+    'auroc_grid': (0, 1),
+    'aurc': (1, 0),
+    'risk_at_80': (1, 0),
+}
 
 
-def with_intervals(num_bins: int) -> dict[str, Callable]:
-    """Returns the metrics that have bootstrap intervals, by name, with `num_bins` bins in `ece` and `mce`."""
-    return {name: metric for name, metric in with_bins(num_bins).items() if name not in _NOT_RESAMPLED}
+def higher_is_better(name: str) -> bool:
+    """Returns whether a higher value of a metric is better."""
+    worst, best = RANGES[name]
+    return best > worst
 
 
 def with_bins(num_bins: int) -> dict[str, Callable]:
@@ -303,10 +317,14 @@ def _log(probs):
         return np.maximum(np.log(probs), -1e4)
 
 
-def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature, between 0.05 and 20, that minimises the NLL of `temper(probs, temperature)`.
+TEMPERATURES = (0.01, 100.0)  # the lowest and the highest that `fit_temperature` returns
 
-    Returns nan if a probability is not finite, as after a divergence.
+
+def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the temperature that minimises the NLL of `temper(probs, temperature)` (Guo et al., 2017).
+
+    Returns a bound of TEMPERATURES if the best temperature is at the bound or beyond it. Returns 1 if no temperature is
+    better, and nan if a probability is not finite, as after a divergence.
     """
     if not np.isfinite(probs).all():
         return float('nan')
@@ -314,12 +332,25 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
 
     log_probs = _log(probs)
 
-    def loss(log_temperature):  # in logarithms, because a tempered probability of 1e-5000 has a finite NLL
-        scaled = log_probs / np.exp(log_temperature)
-        return np.mean(special.logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels])
+    def loss(temperature):  # in logarithms, because a tempered probability of 1e-5000 has a finite NLL
+        scaled = log_probs / temperature
+        return np.mean(special.logsumexp(scaled, axis=1) - _of_label(scaled, labels))
 
-    bounds = np.log([0.05, 20])
-    return float(np.exp(scipy.optimize.minimize_scalar(loss, bounds=bounds, method='bounded').x))
+    found = scipy.optimize.minimize_scalar(lambda x: loss(np.exp(x)), bounds=np.log(TEMPERATURES), method='bounded')
+    best = min(*TEMPERATURES, float(np.exp(found.x)), key=loss)
+    return best if loss(best) < loss(1) - 1e-12 else 1.0
+
+
+def energy(logits: np.ndarray) -> np.ndarray:
+    """Returns the energy of every image, float64 [N]: −log Σ_k exp(logit_k) (Liu et al., 2020, equation 4, T = 1).
+
+    A higher energy means a less certain prediction. The energy is nan for logits that are not finite.
+
+    Args:
+        logits: float [N, K].
+    """
+    with np.errstate(invalid='ignore'):
+        return -special.logsumexp(np.asarray(logits, dtype=np.float64), axis=1)
 
 
 # Separating two kinds of images by a score, such as known and unknown images. All measures are nan if a score is nan.
@@ -383,6 +414,24 @@ def _correct(probs, labels):
     return np.argmax(probs, axis=1) == np.asarray(labels)
 
 
+def _in_top5(probs, labels):
+    return (probs > _of_label(probs, labels)[:, None]).sum(axis=1) < 5
+
+
+def _of_label(probs, labels):
+    return np.asarray(probs)[np.arange(len(labels)), labels]
+
+
+def _nlls(probs, labels):
+    with np.errstate(divide='ignore'):
+        return -np.log(_of_label(probs, labels).astype(np.float64))
+
+
+def _briers(probs, labels):
+    probs = np.asarray(probs, dtype=np.float64)
+    return np.square(probs).sum(axis=1) + 1 - 2 * _of_label(probs, labels)
+
+
 def _where_finite(values, probs):
     """Returns values [N], one for each image, or all nan if a probability is not finite."""
     return values if np.isfinite(probs).all() else np.full(len(values), np.nan)
@@ -409,11 +458,18 @@ def _top_label_bins(probs, labels, weights, num_bins):
 
 def _bins(positions, values, weights, num_bins):
     """Returns sums of values and counts, [B] or [R, B], in equally wide bins (lower, upper] of positions in [0, 1]."""
-    bins = np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:-1], positions, side='left')
+    bins = _bin_of(positions, num_bins)
     if weights is None:
         return np.bincount(bins, values, num_bins), np.bincount(bins, minlength=num_bins)
-    members = (bins[:, None] == np.arange(num_bins)).astype(np.float64)
-    return weights @ (members * values[:, None]), weights @ members
+    shape = (*np.shape(weights)[:-1], num_bins)
+    bins = (bins + num_bins * np.arange(math.prod(shape[:-1]))[:, None]).ravel()
+    sums = (np.bincount(bins, np.ravel(added), math.prod(shape)) for added in (weights * values, weights))
+    return tuple(x.reshape(shape) for x in sums)
+
+
+def _bin_of(positions, num_bins):
+    """Returns the bin of each position, int [N]. See `_bins`."""
+    return np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:-1], positions, side='left')
 
 
 def _ranked(scores):
@@ -447,15 +503,217 @@ def _scalar(values):
     return float(values) if np.ndim(values) == 0 else values
 
 
-# How much of a number on a test set is chance: confidence intervals and paired tests by the bootstrap (Efron, 1979).
-# The images are resampled, not the training. So intervals say what other test images would have given, not other seeds.
-# Percentile intervals of calibration errors lie high, because each resample adds noise of its own to every bin.
+# How much of a metric is chance: 95 % intervals for the metric's value on infinitely many images. The images are
+# random, the trained network is not. So intervals say what other test images would have given, not other seeds.
+# docs/evaluation.md has their coverage, as studies/coverage.py measured it.
 
-NUM_RESAMPLES = 1000
 LEVEL = 0.95
+NUM_RESAMPLES = 1000
+FEWEST = 10  # right and wrong predictions that an interval of a ranking needs
 
-# Resamples per thread at once. The weights of all resamples, float64 [R, N], are in memory together.
-_BLOCK = 250
+_Z = special.ndtri((1 + LEVEL) / 2)
+
+
+def intervals(probs: np.ndarray, labels: np.ndarray, num_bins: int = 20) -> dict[str, tuple[float, float]]:
+    """Returns 95 % intervals of metrics, {name: (low, high)}. An interval contains the metric.
+
+    MCE, classwise ECE and `auroc_grid` have no interval, because no interval that was tried covers them. Both bounds
+    are nan if a probability is not finite, if the metric is infinite, and for `auroc` and `aurc` with fewer than 10
+    right or 10 wrong predictions.
+
+    Args:
+        probs: float [N, K].
+        labels: int [N].
+        num_bins: the number of bins of `ece`.
+    """
+    found = dict.fromkeys(_INTERVALS, (math.nan, math.nan))
+    if not np.isfinite(probs).all():
+        return found
+    for name, metric in with_bins(num_bins).items():
+        value = metric(probs, labels) if name in _INTERVALS else math.inf
+        if math.isfinite(value):
+            options = {'num_bins': num_bins} if name == 'ece' else {}
+            low, high = _INTERVALS[name](probs, labels, **options)
+            least, most = sorted(RANGES[name])
+            found[name] = float(max(min(low, value), least)), float(min(max(high, value), most))
+    return found
+
+
+def _interval_of_share(counted, probs, labels):
+    """Returns the interval of the mean of counted(probs, labels), bool [N]."""
+    values = counted(probs, labels)
+    return _mid_p(values.mean(), len(values))
+
+
+def _mid_p(share, num_images):
+    """Returns the mid-P interval of a share of images (Lancaster, 1961). It holds for shares near 0 and 1 too.
+
+    A true share p is in the interval if P(more) + P(as many)/2 is from 2.5 % to 97.5 %, by the binomial distribution.
+    """
+    count, tiny = share * num_images, 1e-9
+    limits = np.array([[0.0, 0.0], [1.0, 1.0]])
+    for _ in range(50):
+        middle = limits.mean(axis=0)
+        as_many = special.betainc(max(count, tiny), num_images - count + 1, middle)
+        more = special.betainc(count + 1, max(num_images - count, tiny), middle)
+        is_low = (as_many + more) / 2 < [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        limits = np.where([is_low, ~is_low], middle, limits)
+    return limits.mean(axis=0)
+
+
+def _interval_of_loss(losses, probs, labels):
+    """Returns the interval of the mean of losses(probs, labels), float [N].
+
+    Most of a loss comes from few wrong predictions. A small set may have none, so its losses would look as if they
+    varied little. Therefore one more image counts, with the loss of a typical error: the true class has the second
+    largest probability, and errors are as frequent as the confidences say.
+    """
+    values, confidence = losses(probs, labels), _confidence(probs)
+    unsure = np.flatnonzero(confidence < 1)
+    if len(unsure):
+        second = np.argpartition(probs[unsure], -2, axis=1)[:, -2]
+        error = np.average(losses(probs[unsure], second), weights=1 - confidence[unsure])
+        values = np.append(values, error)
+    return _skewed_interval(values, _Z)
+
+
+def _skewed_interval(values, quantile):
+    """Returns the interval of a mean of values [N], with a correction for their skewness (Hall, 1992, equation 2).
+
+    Args:
+        values: float [N].
+        quantile: the upper quantile of the mean's error, in standard errors.
+    """
+    centred = values - values.mean()
+    deviation = math.sqrt(np.mean(centred**2))
+    if not deviation:
+        return values.mean(), values.mean()
+    skewness = np.mean(centred**3) / deviation**3 / math.sqrt(len(values))
+    errors = np.array([quantile, -quantile])
+    if abs(skewness) > 1e-6:  # the correction vanishes with the skewness, but the formula would lose all digits
+        errors = 3 / skewness * (np.cbrt(1 + skewness * (errors - skewness / 6)) - 1)
+    return values.mean() - errors * deviation / math.sqrt(len(values))
+
+
+def _interval_of_ranking(pseudo_values, probs, labels):
+    """Returns the interval of a metric that ranks right and wrong predictions, or nan for too few of them.
+
+    The metric is the mean of pseudo-values, which say how much each image contributes (Tukey, 1958). They vary mostly
+    among the rarer of right and wrong predictions, so Student's t has their number as degrees of freedom.
+    """
+    correct = _correct(probs, labels)
+    rarer = min(correct.sum(), (~correct).sum())
+    if rarer < FEWEST:
+        return math.nan, math.nan
+    quantile = special.stdtrit(rarer - 1, (1 + LEVEL) / 2)
+    return _skewed_interval(pseudo_values(_confidence(probs), correct), quantile)
+
+
+def _auroc_values(confidence, correct):
+    """Returns pseudo-values [N] of the AUROC: the components of DeLong et al. (1988), scaled to have its mean."""
+    order, _ = _ranked(confidence)
+    right, counts = _by_threshold(confidence, correct)
+    wrong = counts - right
+    below, above = np.cumsum(wrong) - wrong / 2, right.sum() - np.cumsum(right) + right / 2
+    shares = np.array([above / right.sum(), below / wrong.sum()])  # of the pairs that an image wins
+    shares = np.repeat(shares, counts.astype(int), axis=1)
+    area = (below * right).sum() / right.sum() / wrong.sum()
+    frequency = np.where(correct[order], right.sum(), wrong.sum()) / len(order)
+    return area + (np.where(correct[order], shares[1], shares[0]) - area) / frequency
+
+
+def _aurc_values(confidence, correct):
+    """Returns pseudo-values [N] of the AURC: the AURC plus its influence function at each image."""
+    order, _ = _ranked(-confidence)
+    wrong, counts = _by_threshold(-confidence, ~correct)
+    covered = np.cumsum(counts)
+    risk = np.cumsum(wrong) / covered
+    longer = np.cumsum((counts / covered)[::-1])[::-1]  # sums over the thresholds that cover an image
+    risks = np.cumsum((risk * counts / covered)[::-1])[::-1]
+    risk, longer, risks = np.repeat([risk, longer, risks], counts.astype(int), axis=1)
+    return risk + ~correct[order] * longer - risks
+
+
+def _interval_of_risk(probs, labels, coverage=0.8):
+    """Returns the interval of `risk_at_80`: the interval of a share of as many images as explain the standard error.
+
+    The confidence at 80 % coverage is an estimate, which adds to the standard error if errors are more frequent there.
+    """
+    order = np.argsort(-_confidence(probs), kind='stable')
+    wrong = ~_correct(probs, labels)[order]
+    risk, num_images = risk_at_80(probs, labels), coverage * len(wrong)
+    at_limit = wrong[int((coverage - 0.1) * len(wrong)) : math.ceil((coverage + 0.1) * len(wrong))].mean()
+    spread = risk * (1 - risk) + (1 - coverage) * (at_limit - risk) ** 2
+    return _mid_p(risk, num_images * risk * (1 - risk) / spread if 0 < risk < 1 else num_images)
+
+
+def _interval_of_ece(probs, labels, num_bins):
+    """Returns the interval of `ece`, from the bins that the confidences are in."""
+    confidence = _confidence(probs)
+    return _interval_of_gaps(confidence, _correct(probs, labels), _bin_of(confidence, num_bins), num_bins)
+
+
+def _interval_of_adaptive_ece(probs, labels, num_bins=15):
+    """Returns the interval of `adaptive_ece`, from the bins that the confidences are in."""
+    confidence = _confidence(probs)
+    order, starts = _ranked(confidence)
+    bins = np.empty(len(order), int)
+    bins[order] = np.repeat(starts * num_bins // len(order), np.diff(starts, append=len(order)))
+    return _interval_of_gaps(confidence, _correct(probs, labels), bins, num_bins)
+
+
+def _interval_of_gaps(confidence, correct, bins, num_bins):
+    """Returns the interval of a calibration error: the sum of the absolute gaps of the bins, over N.
+
+    The calibration error is too high by chance, because chance opens gaps in both directions. The lower limit is the
+    smallest calibration error that explains the observed one: all gaps are multiplied by a number from 0 to 1, labels
+    are drawn, and 2.5 % of the draws have at least the observed calibration error. The upper limit ignores the bias. It
+    is the upper limit of a mean of signed gaps, if each further wrong prediction adds one to the sum and one to its
+    variance, as in a Poisson distribution.
+
+    Args:
+        confidence: float [N].
+        correct: bool [N].
+        bins: int [N], the bin of each image.
+        num_bins: the number of bins.
+    """
+    n = len(bins)
+    counts, gaps, claimed = (np.bincount(bins, x, num_bins) for x in (np.ones(n), correct - confidence, confidence))
+    observed, held = np.abs(gaps).sum(), counts > 0
+    shares, rates, slopes = counts[held] / n, claimed[held] / counts[held], gaps[held] / counts[held]
+
+    drawn = np.random.default_rng(0).multinomial(n, shares, NUM_RESAMPLES)
+
+    def is_rare(scale):  # whether gaps of this scale rarely explain what was observed
+        right = np.random.default_rng(1).binomial(drawn, np.clip(rates + scale * slopes, 0, 1))
+        return np.mean(np.abs(right - drawn * rates).sum(axis=1) > observed - 1e-9) < (1 - LEVEL) / 2
+
+    low, high = 0.0, float(is_rare(0))
+    for _ in range(8 if high else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_rare(middle) else (low, middle)
+    variance, shift = np.var(np.sign(gaps)[bins] * (correct - confidence)), _Z**2 / (2 * n)
+    return low * observed / n, observed / n + shift + math.sqrt(_Z**2 * variance / n + shift**2)
+
+
+_INTERVALS: dict[str, Callable] = {
+    'accuracy': partial(_interval_of_share, _correct),
+    'top5': partial(_interval_of_share, _in_top5),
+    'nll': partial(_interval_of_loss, _nlls),
+    'brier': partial(_interval_of_loss, _briers),
+    'ece': _interval_of_ece,
+    'ece_15': partial(_interval_of_ece, num_bins=15),
+    'adaptive_ece': _interval_of_adaptive_ece,
+    'auroc': partial(_interval_of_ranking, _auroc_values),
+    'aurc': partial(_interval_of_ranking, _aurc_values),
+    'risk_at_80': _interval_of_risk,
+}
+
+
+# Paired tests between methods by the bootstrap (Efron, 1979): the same images are resampled for both methods.
+
+_BLOCK = 1 << 22  # weights that a thread holds at once, 32 MiB
+_MOST_THREADS = 8
 
 
 def resampled(metrics: dict[str, Callable], probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -467,23 +725,21 @@ def resampled(metrics: dict[str, Callable], probs: np.ndarray, labels: np.ndarra
         labels: int [N].
     """
 
-    def of_block(weights):
+    def of_block(resamples):
+        weights = np.stack([_resample(i, len(labels)) for i in resamples])
         return {name: metric(probs, labels, weights) for name, metric in metrics.items()}
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads, because NumPy releases the GIL
-        blocks = list(pool.map(of_block, _resamples(len(labels))))
-    return {name: np.concatenate([block[name] for block in blocks]) for name in metrics}
+    size = min(max(_BLOCK // len(labels), 1), 250)
+    blocks = [range(i, min(i + size, NUM_RESAMPLES)) for i in range(0, NUM_RESAMPLES, size)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:  # threads, because NumPy releases the GIL
+        found = list(pool.map(of_block, blocks))
+    return {name: np.concatenate([block[name] for block in found]) for name in metrics}
 
 
-def intervals(probs: np.ndarray, labels: np.ndarray, num_bins: int) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % intervals of the metrics of `with_intervals(num_bins)`, {name: (low, high)}.
-
-    All bounds are nan if a probability is not finite.
-    """
-    tested = with_intervals(num_bins)
-    if not np.isfinite(probs).all():
-        return dict.fromkeys(tested, (math.nan, math.nan))
-    return {name: interval(values) for name, values in resampled(tested, probs, labels).items()}
+def _resample(index, num_images):
+    """Returns weights [N], how often each image was drawn in a resample, with replacement."""
+    drawn = np.random.default_rng([0, index]).integers(0, num_images, num_images)
+    return np.bincount(drawn, minlength=num_images).astype(np.float64)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -513,11 +769,3 @@ def difference(observed: float, resampled: np.ndarray) -> tuple[float, float, fl
     differences = 2 * observed - resampled
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return *interval(differences), float(min(1, 2 * (rarer + 1) / (len(differences) + 1)))
-
-
-def _resamples(num_images):
-    """Yields blocks of weights [_BLOCK, N]: how often each image was drawn, with replacement."""
-    rng = np.random.default_rng(0)
-    for _ in range(0, NUM_RESAMPLES, _BLOCK):
-        drawn = rng.integers(0, num_images, (_BLOCK, num_images)) + num_images * np.arange(_BLOCK)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)

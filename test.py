@@ -20,14 +20,15 @@ from pathlib import Path
 
 import jax
 
-from evaluation import cards, comparison, exported, measures, posteriors, predictions, request, tables, trained
+from evaluation import cards, comparison, exported, laplace, measures, posteriors, predictions, request, tables, trained
 from evaluation.request import Request
+from readers import python_files
 from runs import checkpoints, devices, folders, hosts, json_files, parsing, provenance, training_flags
 
 # Flags that may differ between the processes of one evaluation. --corruptions must be given to all or to none.
 OF_PROCESS = (
-    'resultsfolder', 'output', 'export', 'datasetfolder', 'corruptions', 'compilecache', 'coordinator', 'processid',
-    'jointimeout',
+    'resultsfolder', 'output', 'export', 'datasetfolder', 'code', 'corruptions', 'compilecache', 'coordinator',
+    'processid', 'jointimeout',
 )  # fmt: skip
 
 
@@ -35,6 +36,7 @@ OF_PROCESS = (
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     launch.use_compilecache(args.compilecache)
+    python_files.allow([*args.code, *python_files.files_of(args.ood)])
     advice = {'after_an_end': 'start all processes again', 'less_memory': 'a smaller --testbatchsize takes less'}
     with hosts.joined('test.py', args, **advice):
         same = {name: value for name, value in vars(args).items() if name not in OF_PROCESS}
@@ -54,7 +56,7 @@ def evaluate_all(args: argparse.Namespace, asked: Request) -> None:
     results = []
     for run, config in runs.items():
         if args.reuse:
-            for progress, result in predictions.results_of(run, config, asked.split):
+            for progress, result in predictions.results_of(saved_in(run, args), config, asked):
                 warn_if_incomplete(run, config, progress)
                 results.append(result)
             continue
@@ -65,42 +67,58 @@ def evaluate_all(args: argparse.Namespace, asked: Request) -> None:
 
 def evaluate(run: Path, config: dict, args: argparse.Namespace, asked: Request) -> comparison.Result:
     """Restores a run, predicts, measures part by part and prints all parts. Writes each part before the next begins."""
-    restored = trained.restore(run, asked.checkpoint, config)
+    restored, folder = trained.restore(run, asked.checkpoint, config), folder_of(run, args)
+    if hosts.is_first():
+        json_files.make_folder(folder)
     warn(restored, asked)
     images = trained.read_images(restored, asked, args.datasetfolder)
-    posterior = trained.posterior(restored, images, asked, args.testbatchsize)
+    approximation = trained.fit_laplace(restored, images, asked, args.testbatchsize) if asked.laplace else None
+    posterior = trained.posterior(restored, images, asked, args.testbatchsize, approximation)
     predicted = list(posterior.predict(images.images, asked.testmc))
     prediction, results = predicted[-1], {'trained': restored.progress.trained(), 'num_images': len(images.labels)}
     results |= asked.recorded()
     try:
-        for part in measurements(posterior, images, predicted, asked):
+        for part in measurements(posterior, images, predicted, asked, approximation):
             results |= part
             if hosts.is_first():
-                json_files.write_json(asked.metrics_file(run), results | provenance.environment())
+                json_files.write_json(asked.metrics_file(folder), results | provenance.environment())
                 if 'mean' in part:
-                    path, progress = asked.predictions_file(run), restored.progress
+                    path, progress = asked.predictions_file(folder), restored.progress
                     predictions.write(path, prediction, images.labels, asked.num_samples, progress)
     finally:  # on a full disk too
         title = f'\n{run}\n' if len(args.resultsfolder) > 1 else ''
-        is_point = restored.experiment.optimizer.is_point and not asked.laplace
-        print(title + tables.evaluation(results, is_point, args.all), end='', flush=True)
+        is_point = restored.experiment.optimizer.is_point and not (asked.laplace or asked.dropout)
+        text = tables.evaluation(results, is_point, args.all)
+        if args.all:
+            predicts, names = 'mean' if is_point else tables.samples(asked.num_samples), class_names_of(config)
+            text += tables.classes(prediction.probs, images.labels, names, predicts)
+        print(title + text, end='', flush=True)
+    if args.output:
+        print(f'\nwritten: {folder}')
+    probs = prediction.probs_at_mean, prediction.probs
+    result = comparison.Result(
+        restored.flags, images.labels, *probs, asked.num_samples, bool(asked.laplace), measured=results
+    )
     if args.plots and hosts.is_first():
-        print(f'\npictures: {draw(restored, images, prediction, results, asked)}')
+        print(f'\npictures: {draw(restored, images, result, asked, folder)}')
     if args.export and hosts.is_first():
         exported.write(args.export, restored, cards.text(restored, asked, results))
         print(f'\nexported: {args.export}')
-    probs = prediction.probs_at_mean, prediction.probs
-    return comparison.Result(restored.flags, images.labels, *probs, asked.num_samples, asked.laplace)
+    return result
 
 
 def measurements(
-    posterior: posteriors.Posterior, images: trained.Images, predicted: list[posteriors.Prediction], asked: Request
-) -> Iterator[dict]:
+    posterior: posteriors.Posterior, images: trained.Images, predicted: list[posteriors.Prediction], asked: Request,
+    approximation: laplace.Approximation | None = None,
+) -> Iterator[dict]:  # fmt: skip
     """Measures what the request asks for. Yields new entries of metrics.json, part by part."""
     prediction, samples, bins = predicted[-1], asked.num_samples, asked.bins
     yield prediction.measure(images.labels, bins)
     if len(predicted) > 1:
         yield {'samples': measures.curve(predicted, asked.testmc, images.labels, bins)}
+    if approximation:
+        measured = approximation.measure(images.images, images.labels, bins)
+        yield {'laplace': asked.recorded()['laplace'] | measured}
     if asked.temperature:
         tempered = measures.tempered(posterior, prediction, images.labels, images.held_out, samples, bins)
         yield {'temperature': tempered}
@@ -116,8 +134,10 @@ def require_possible(runs: dict, args: argparse.Namespace, asked: Request) -> No
         if args.reuse:
             continue
         if hosts.is_first():
-            if not os.access(run, os.W_OK):
-                raise folders.RunError(f'{run} is not writable, so metrics.json cannot be saved')
+            if args.output:
+                json_files.require_place(folder_of(run, args), '--output')
+            elif not os.access(run, os.W_OK):
+                raise folders.RunError(f'{run} is not writable: name another folder for metrics.json with --output')
             if args.plots:
                 folders.read_log(run)
             if args.export:
@@ -126,13 +146,26 @@ def require_possible(runs: dict, args: argparse.Namespace, asked: Request) -> No
     if len(runs) == 1:
         return
     if hosts.is_first():
-        if args.output and not os.path.isdir(args.output):
-            raise folders.RunError(f'--output {args.output} is not a folder: create it first')
-        if not os.access(folder_of_tables(args), os.W_OK):
-            raise folders.RunError(f'{folder_of_tables(args)} is not writable: choose another --output')
+        if args.output:
+            json_files.require_place(args.output, '--output')
+        elif not os.access(folder_of_tables(args), os.W_OK):
+            raise folders.RunError(f'{folder_of_tables(args)} is not writable: name another folder with --output')
     comparison.check_flags([config['flags'] for config in runs.values()], asked.split)
     if not args.reuse:
         hosts.from_first(lambda: [trained.require_whole(run, config) for run, config in runs.items()])
+
+
+def folder_of(run: Path, args: argparse.Namespace) -> Path:
+    """Returns the folder for a run's metrics, predictions and pictures: the run folder, or a folder of --output."""
+    if not args.output:
+        return run
+    return comparison.own_folder(args.output, run) if len(args.resultsfolder) > 1 else args.output
+
+
+def saved_in(run: Path, args: argparse.Namespace) -> Path:
+    """Returns the folder of a run's saved predictions: `folder_of` if it holds any, otherwise the run folder."""
+    folder = folder_of(run, args)
+    return folder if any(folder.glob('predictions*.npz')) else run
 
 
 def folder_of_tables(args: argparse.Namespace) -> Path:
@@ -165,19 +198,44 @@ def compare(results: list[comparison.Result], args: argparse.Namespace, asked: R
     text, rows, values = comparison.report(results, asked.bins, with_ensembles=args.ensemble)
     print(text, end='')
     if hosts.is_first():
+        json_files.make_folder(folder_of_tables(args))
         written = comparison.write(folder_of_tables(args), rows, values)
         print('written: ' + ', '.join(str(path) for path in written))
+        if args.plots:
+            print(f'pictures: {draw_comparison(rows, results, args, asked)}')
 
 
 def draw(
-    restored: trained.Trained, images: trained.Images, prediction: posteriors.Prediction, results: dict, asked: Request
+    restored: trained.Trained, images: trained.Images, result: comparison.Result, asked: Request, folder: Path
 ) -> Path:
-    """Writes the pictures of a run and returns their folder. Raises RunError."""
+    """Writes the pictures of a run to a folder within `folder` and returns it. Raises RunError."""
     from evaluation import plots  # imported late because Matplotlib takes most of a second
 
-    folder, log = asked.plots_folder(restored.run), folders.read_log(restored.run)
-    plots.write(folder, plots.of_evaluation(images, prediction, results, log))
-    return folder
+    flags = restored.flags
+    run = f'{restored.run.name} of {flags["optim"]} on {flags["dataset"]}, {flags["model"]}'
+    evaluated = f'{len(result.labels)} {asked.split} images'
+    log, names = folders.read_log(restored.run), class_names_of(restored.config)
+    pictures = asked.plots_folder(folder)
+    plots.write(pictures, plots.of_run(result, images.images, log, asked.bins, run, evaluated, names))
+    return pictures
+
+
+def class_names_of(config: dict) -> list[str] | None:
+    """Returns the names of the classes of a run, or None if its data set has none."""
+    return config['dataset'].get('class_names')
+
+
+def draw_comparison(
+    rows: list[comparison.Row], results: list[comparison.Result], args: argparse.Namespace, asked: Request
+) -> Path:
+    """Writes the pictures that compare several runs to a folder beside the tables and returns it. Raises RunError."""
+    from evaluation import plots
+
+    first = results[0]
+    heading = f'{len(first.labels)} {asked.split} images of {first.flags["dataset"]}'
+    pictures = folder_of_tables(args) / 'plots'
+    plots.write(pictures, plots.of_rows(rows, first.labels, asked.bins, heading))
+    return pictures
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -199,15 +257,18 @@ def create_parser() -> parsing.Parser:
         __doc__, habits={'': '--resultsfolder RUN', 'samples': '--testmc', 'batch-size': '--testbatchsize'}
     )
     parser.usage = 'test.py --resultsfolder RUN [RUN ...] [flags]'
-    add = parser.add_argument_group('runs').add_argument
+    runs = parser.add_argument_group('runs')
+    add = runs.add_argument
     help = 'run folders run_K that train.py printed, or exports; several runs are also compared with each other'
     add('--resultsfolder', type=parsing.folder, nargs='+', default=[], metavar='RUN', help=help)
     add('--datasetfolder', type=parsing.folder, help='folder of the data sets (default: the folder that training used)')
+    parsing.add_code(runs)
     request.add_flags(parser)
     add = parser.add_argument_group('what to show').add_argument
     help = f'show all metrics of a run instead of the usual {len(tables.REPORTED)}; metrics.json always has all'
     add('--all', action='store_true', help=help)
-    add('--plots', action='store_true', help='draw pictures into the folder plots of a run, as PNG and PDF')
+    help = 'draw pictures as PNG and PDF: of each run into its folder plots, of the comparison beside its tables'
+    add('--plots', action='store_true', help=help)
     help = 'also write the mean and the posterior of the run to FOLDER, as safetensors with a model card'
     add('--export', type=parsing.path, metavar='FOLDER', help=help)
     add(
@@ -215,8 +276,9 @@ def create_parser() -> parsing.Parser:
         action='store_true',
         help='with several runs: also evaluate ensembles, per method and over all runs',
     )
-    add('--reuse', action='store_true', help='with several runs: compare saved predictions instead of evaluating again')
-    help = 'with several runs: folder of the tables (default: the folder that holds all runs)'
+    help = 'with several runs: compare saved predictions, evaluate nothing; --laplace adds saved approximations'
+    add('--reuse', action='store_true', help=help)
+    help = 'write everything here, not into run folders; with --reuse, also look here for saved predictions'
     add('--output', type=parsing.path, metavar='FOLDER', help=help)
     group = parser.add_argument_group('devices and hosts')
     group.add_argument('--testbatchsize', type=parsing.integer(1), default=200, help='images per batch on each device')
@@ -231,16 +293,21 @@ def _require_consistency(args, given):
     """Raises a ValueError for flags that cannot be combined. `given` holds the flags of the command line."""
     several = len(args.resultsfolder) > 1
     request.require_consistency(Request.of(args))
-    for flag in ('ensemble', 'reuse', 'output'):
+    for flag in ('ensemble', 'reuse'):
         if getattr(args, flag) and not several:
             raise ValueError(f'--{flag} needs several run folders')
     if args.export and several:
         raise ValueError('--export cannot be combined with several run folders: export them one by one')
     if args.export and args.laplace:
         raise ValueError('--export cannot be combined with --laplace: an export holds no Laplace approximation')
+    if 'laplaceprior' in given and not args.laplace:
+        raise ValueError('--laplaceprior needs --laplace')
     if args.checkpoint is not None and several:
         raise ValueError('--checkpoint cannot be combined with several run folders')
-    effective = {'resultsfolder', 'reuse', 'ensemble', 'output', 'split', 'bins', 'compilecache', 'devices'}
+    effective = {
+        'resultsfolder', 'reuse', 'ensemble', 'output', 'plots', 'split', 'bins', 'laplace', 'laplaceprior',
+        'compilecache', 'devices',
+    }  # fmt: skip
     if args.reuse and given.keys() - effective:
         name = min(given.keys() - effective)
         raise ValueError(f'--reuse cannot be combined with --{name}, because it evaluates nothing again')

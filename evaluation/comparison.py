@@ -1,8 +1,11 @@
 """Tables that compare methods. Runs with the same flags, apart from the seed, are runs of one method."""
 
 import collections
+import hashlib
 import json
+import os
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +14,17 @@ import numpy as np
 import errors
 import metrics
 from evaluation import tables
-from runs import json_files, training_flags
+from runs import json_files
 
-# Flags in which the runs of a method may differ.
-_NOT_OF_THE_METHOD = {'randomseed', 'resultsfolder', *training_flags.MAY_CHANGE} - {'epochs'}
+# Flags in which the runs of a method may differ: the seed, and what --resume may change except the number of epochs.
+# They are listed here because training_flags imports JAX, which comparisons do not need.
+_NOT_OF_THE_METHOD = (
+    'randomseed', 'resultsfolder', 'datasetfolder', 'compilecache', 'checkpointevery', 'keepbest', 'keepgoing',
+    'logcalibration', 'testbatchsize', 'devices', 'stream', 'atonce',
+)  # fmt: skip
 
 SHOWN = (*metrics.SHORT, 'auroc')
-_TITLES = {'accuracy': 'accuracy %', 'nll': 'NLL', 'ece': 'ECE', 'auroc': 'AUROC'}
+TITLES = {'accuracy': 'accuracy %', 'nll': 'NLL', 'ece': 'ECE', 'auroc': 'AUROC'}
 _HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')
 
 
@@ -33,17 +40,22 @@ class Result(NamedTuple):
         labels: int [N].
         probs_at_mean: float [N, K], at the posterior mean.
         probs: float [N, K], averaged over posterior samples.
-        num_samples: the number of posterior samples. For an ensemble of runs with different numbers, a text such as
-            '16/32'.
+        num_samples: the number of posterior samples, 0 if there is no posterior, None if it is unknown. For an ensemble
+            of runs with different numbers, a text such as '16/32'.
         with_laplace: whether the samples are from a Laplace approximation.
+        is_ensemble: whether these are the predictions of an ensemble of runs.
+        measured: entries of metrics.json, from which pictures take curves over samples and severities. None for an
+            ensemble, and for saved predictions without their metrics.json.
     """
 
     flags: dict
     labels: np.ndarray
     probs_at_mean: np.ndarray
     probs: np.ndarray
-    num_samples: int | str
+    num_samples: int | str | None
     with_laplace: bool = False
+    is_ensemble: bool = False
+    measured: dict | None = None
 
 
 class Row(NamedTuple):
@@ -52,10 +64,16 @@ class Row(NamedTuple):
     Attributes:
         name: the method and what predicts, such as 'bsam, mean' or 'bsam, 32 samples'.
         probs: float [N, K] of each run of the method.
+        is_ensemble: whether an ensemble of runs predicts. An ensemble counts as one run.
+        at: the key of the row's metrics in metrics.json, 'mean' or 'average'.
+        measured: Result.measured of each run.
     """
 
     name: str
     probs: list[np.ndarray]
+    is_ensemble: bool = False
+    at: str = 'average'
+    measured: Sequence[dict | None] = ()
 
 
 def rows(results: list[Result]) -> list[Row]:
@@ -70,11 +88,14 @@ def rows(results: list[Result]) -> list[Row]:
             if not group:
                 continue
             at_mean, averaged = [r.probs_at_mean for r in group], [r.probs for r in group]
-            found.setdefault(f'{name}, mean', at_mean)
+            measured = [r.measured for r in group]
+            is_single = all(r.num_samples == 0 for r in group)
+            found.setdefault(name if is_single else f'{name}, mean', (at_mean, group[0].is_ensemble, 'mean', measured))
             if not all(np.allclose(a, b, atol=1e-6) for a, b in zip(at_mean, averaged, strict=True)):
                 laplace = ' laplace' if with_laplace else ''
-                found[f'{name}{laplace}, {tables.samples(_num_samples(group))}'] = averaged
-    return [Row(name, probs) for name, probs in found.items()]
+                averages = averaged, group[0].is_ensemble, 'average', measured
+                found[f'{name}{laplace}, {tables.samples(_num_samples(group))}'] = averages
+    return [Row(name, *of_row) for name, of_row in found.items()]
 
 
 def _methods(results):
@@ -86,9 +107,9 @@ def _methods(results):
 
 
 def _num_samples(results):
-    """Returns the number of samples of each result, or a text such as '16/32' if the numbers differ."""
-    numbers = {result.num_samples for result in results}
-    return numbers.pop() if len(numbers) == 1 else '/'.join(sorted(map(str, numbers)))
+    """Returns the number of samples of the results with samples, or a text such as '16/32' if the numbers differ."""
+    numbers = {result.num_samples for result in results} - {0} or {0}
+    return numbers.pop() if len(numbers) == 1 else '/'.join(sorted('?' if n is None else str(n) for n in numbers))
 
 
 def _method(flags):
@@ -143,15 +164,15 @@ def ensembles(results: list[Result]) -> list[Result]:
     """
     results = [result for result in results if not result.with_laplace]
     methods = _methods(results)
-    groups = {f'{name} ensemble': group for name, group in methods.items() if len(group) > 1}
+    groups = {f'{name} ensemble of {len(group)}': group for name, group in methods.items() if len(group) > 1}
     if len(methods) > 1:
-        groups['all as an ensemble'] = results
-    return [_ensemble(f'{name} of {len(group)}', group) for name, group in groups.items()]
+        groups[f'ensemble of all {len(results)} runs'] = results
+    return [_ensemble(name, group) for name, group in groups.items()]
 
 
 def _ensemble(name, results):
     at_mean, averaged = (np.mean([getattr(r, part) for r in results], axis=0) for part in ('probs_at_mean', 'probs'))
-    return Result({'optim': name}, results[0].labels, at_mean, averaged, _num_samples(results))
+    return Result({'optim': name}, results[0].labels, at_mean, averaged, _num_samples(results), is_ensemble=True)
 
 
 def values(rows: list[Row], labels: np.ndarray, num_bins: int) -> list[dict[str, list[float]]]:
@@ -185,13 +206,9 @@ def main_table(rows: list[Row], values: list[dict], bold: bool) -> tuple[list[st
     """
     means = {name: [round(float(np.mean(v[name])), 4) for v in values] for name in SHOWN}
     best = {name: _best(name, column) for name, column in means.items()}
-    header = ['method', 'runs', *(_TITLES[name] for name in SHOWN)]
+    header = ['method', 'runs', *(TITLES[name] for name in SHOWN)]
     cells = [
-        [
-            row.name,
-            str(len(row.probs)),
-            *(_mean_and_deviation(name, v[name], best[name] if bold else None) for name in SHOWN),
-        ]
+        [row.name, str(len(row.probs)), *(_bold_if_best(name, v[name], best[name] if bold else None) for name in SHOWN)]
         for row, v in zip(rows, values, strict=True)
     ]
     return header, cells
@@ -202,90 +219,136 @@ def _best(name, column):
     return (max if name in _HIGHER_IS_BETTER else min)(numbers, default=None)
 
 
-def _mean_and_deviation(name, values, best):
-    scale, digits = metrics.scale_and_digits(name)
-    text = f'{scale * np.mean(values):.{digits}f}'
-    if len(values) > 1:
-        text += f' ± {scale * _standard_deviation(values):.{digits}f}'
+def _bold_if_best(name, values, best):
+    text = mean_and_deviation(name, values)
     return f'**{text}**' if round(float(np.mean(values)), 4) == best else text
+
+
+def mean_and_deviation(name: str, values: list[float]) -> str:
+    """Returns a metric's cell for readers: 'mean ± standard deviation', with accuracy in per cent.
+
+    A mean that is not defined is a dash. A standard deviation that is not defined is left out.
+
+    Args:
+        name: the metric.
+        values: the metric of each run. It is nan for a diverged run.
+    """
+    mean, deviation = np.mean(values), _standard_deviation(values)
+    scale, digits = metrics.scale_and_digits(name)
+    texts = [f'{scale * x:.{digits}f}' for x in (mean, deviation) if not np.isnan(x)]
+    return ' ± '.join(texts) or tables.UNDEFINED
+
+
+def csv_header(names: Iterable[str]) -> list[str]:
+    """Returns the titles of `csv_cells`, such as 'nll_mean' and 'nll_sd'. Titles of per cents say so."""
+    return [f'{name}{_csv_unit(name)}_{part}' for name in names for part in ('mean', 'sd')]
+
+
+def _csv_unit(name):
+    return '_percent' if metrics.scale_and_digits(name)[0] == 100 else ''
+
+
+def csv_cells(name: str, values: list[float]) -> list[str]:
+    """Returns a metric's two cells for other programs: mean and standard deviation, each empty if not defined."""
+    scale, _ = metrics.scale_and_digits(name)
+    return ['' if np.isnan(x) else f'{scale * x:.6g}' for x in (np.mean(values), _standard_deviation(values))]
 
 
 def full_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Returns the header and rows of the table for other programs: the mean and standard deviation of all metrics."""
-    header = ['method', 'runs', *(f'{name}_{part}' for name in metrics.METRICS for part in ('mean', 'sd'))]
+    header = ['method', 'runs', *csv_header(metrics.METRICS)]
     cells = [
-        [row.name, str(len(row.probs))]
-        + [f'{x:.6g}' for name in metrics.METRICS for x in (np.mean(v[name]), _standard_deviation(v[name]))]
+        [row.name, str(len(row.probs)), *(cell for name in metrics.METRICS for cell in csv_cells(name, v[name]))]
         for row, v in zip(rows, values, strict=True)
     ]
     return header, cells
 
 
 def _standard_deviation(values):
-    """Returns the standard deviation over runs, or nan for a single run or infinite values."""
-    return np.std(values, ddof=1) if len(values) > 1 and np.isfinite(values).all() else np.nan
+    """Returns the standard deviation over runs, or nan for a single run or for values that are not finite."""
+    if len(values) == 1 or not np.isfinite(values).all():
+        return np.nan
+    return np.std(values, ddof=1) if np.ptp(values) else 0.0  # np.std of equal numbers may be 1e-17
+
+
+def baseline(rows: list[Row]) -> Row:
+    """Returns the row that the tests compare the others with: the first row that is not an ensemble."""
+    return next(row for row in rows if not row.is_ensemble)
 
 
 def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and rows of paired bootstrap tests over images: the difference of each row from the first row.
+    """Returns the header and rows of paired bootstrap tests over images: each row's difference from the baseline.
 
-    Each difference has a 95 % interval and a p-value.
+    Each difference has a 95 % interval and a p-value, unless it is 0 on every resample or not finite.
 
     Args:
-        rows: as from `rows`.
+        rows: as from `rows`, the row with the lowest NLL first.
         labels: int [N].
         num_bins: the number of bins of the ECE.
     """
     tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in metrics.SHORT}
-    measured = [_averages(tested, row.probs, labels) for row in rows]
+    first = baseline(rows)
+    firsts, resampled_firsts = _averages(tested, first.probs, labels)
     cells = []
-    for row, (observed, resampled) in zip(rows[1:], measured[1:], strict=True):
+    for row in (row for row in rows if row is not first):
+        observed, resampled = _averages(tested, row.probs, labels)
         line = [row.name]
         for name in metrics.SHORT:
             with np.errstate(invalid='ignore'):  # an infinite NLL minus another is nan
-                difference = observed[name] - measured[0][0][name]
-                test = metrics.difference(difference, resampled[name] - measured[0][1][name])
-            line += _test_cells(name, difference, *test)
+                difference, differences = observed[name] - firsts[name], resampled[name] - resampled_firsts[name]
+            test = metrics.difference(difference, differences) if differences.any() else None
+            line += _test_cells(name, difference, test)
         cells.append(line)
-    return _test_header(rows[0].name), cells
+    return _test_header(first.name), cells
 
 
 def seeds_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Returns a table like `test_table`, but with Welch's t-test over seeds.
 
-    The table has only rows with several runs, and is ([], []) if there are fewer than two. Intervals and p-values are
-    nan if the runs within each row are all alike, or if a value is infinite.
+    The table has only rows with several runs, and is ([], []) if there are fewer than two. A difference has no interval
+    and no p-value if the runs within each row are all alike, or if a value is not finite.
 
     Args:
-        rows: as from `rows`.
+        rows: as from `rows`, the row with the lowest NLL first.
         values: as from `values`, for the same rows.
     """
+    of_several = [(row.name, v) for row, v in zip(rows, values, strict=True) if len(row.probs) > 1]
+    if len(of_several) < 2:
+        return [], []
+    (first, firsts), *others = of_several
+    cells = [
+        [name, *(cell for metric in metrics.SHORT for cell in _welch_cells(metric, of_row[metric], firsts[metric]))]
+        for name, of_row in others
+    ]
+    return _test_header(first), cells
+
+
+def _welch_cells(name, values, firsts):
+    """Returns the cells of Welch's t-test between two lists of values, each of several runs."""
     import scipy.stats  # imported late because it takes most of a second
 
-    of_several = [(row.name, v) for row, v in zip(rows, values, strict=True) if len(row.probs) > 1]
-    cells = []
-    for name, of_row in of_several[1:]:
-        line = [name]
-        for metric in metrics.SHORT:
-            numbers, firsts = of_row[metric], of_several[0][1][metric]
-            with warnings.catch_warnings(action='ignore', category=RuntimeWarning):
-                difference = np.mean(numbers) - np.mean(firsts)
-                test = scipy.stats.ttest_ind(numbers, firsts, equal_var=False)
-                low, high = test.confidence_interval(metrics.LEVEL)
-            shown = (low, high, test.pvalue) if low < high else (np.nan,) * 3
-            line += _test_cells(metric, difference, *shown)
-        cells.append(line)
-    return (_test_header(of_several[0][0]), cells) if cells else ([], [])
+    with np.errstate(invalid='ignore'):
+        difference = np.mean(values) - np.mean(firsts)
+    if not np.isfinite([*values, *firsts]).all() or not (np.ptp(values) or np.ptp(firsts)):
+        return _test_cells(name, difference, None)
+    with warnings.catch_warnings(action='ignore', category=RuntimeWarning):
+        test = scipy.stats.ttest_ind(values, firsts, equal_var=False)
+    return _test_cells(name, difference, (*test.confidence_interval(metrics.LEVEL), test.pvalue))
 
 
 def _test_header(first):
-    return [f'against {first}', *(part for name in metrics.SHORT for part in (_TITLES[name], 'p'))]
+    return [f'against {first}', *(part for name in metrics.SHORT for part in (TITLES[name], 'p'))]
 
 
-def _test_cells(name, difference, low, high, p):
+def _test_cells(name, difference, test):
+    """Returns the cells of a difference and its p-value. `test` is (low, high, p), or None if it is not defined."""
     scale, digits = metrics.scale_and_digits(name)
-    difference, low, high = (f'{scale * x:+.{digits}f}' for x in (difference, low, high))
-    return [f'{difference} [{low}, {high}]', f'{p:.3f}']
+    if np.isnan(difference):
+        return [tables.UNDEFINED] * 2
+    if test is None or np.isnan(test).any():
+        return [f'{scale * difference:+.{digits}f}', tables.UNDEFINED]
+    difference, low, high = (f'{scale * x:+.{digits}f}' for x in (difference, *test[:2]))
+    return [f'{difference} [{low}, {high}]', f'{test[2]:.3f}' if test[2] >= 0.001 else '<0.001']
 
 
 def _averages(tested, probs, labels):
@@ -312,18 +375,42 @@ def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[
     measured = values(found, results[0].labels, num_bins)
     first_to_last = order(measured)
     found, measured = [found[i] for i in first_to_last], [measured[i] for i in first_to_last]
-    text = '\nmean ± standard deviation over runs, lowest NLL first\n\n'
+    text = '\nmean ± standard deviation over runs, lowest NLL first'
+    text += '; an ensemble counts as one run\n\n' if with_ensembles else '\n\n'
     text += tables.markdown(*main_table(found, measured, bold=False)) + '\n'
     if len(found) > 1:
-        text += 'difference from the first row: 95 % interval, p-value (paired bootstrap over images)\n\n'
+        chosen = 'the lowest NLL that is not of an ensemble' if with_ensembles else 'the lowest NLL'
+        text += _caption(baseline(found), chosen, 'paired bootstrap over images')
         text += tables.markdown(*test_table(found, results[0].labels, num_bins)) + '\n'
     header, over_seeds = seeds_table(found, measured)
     if over_seeds:
-        text += (
-            "difference from the first row with several runs: 95 % interval, p-value (Welch's t-test over seeds)\n\n"
-        )
+        first = next(row for row in found if len(row.probs) > 1)
+        text += _caption(first, 'the lowest NLL of rows with several runs', "Welch's t-test over seeds")
         text += tables.markdown(header, over_seeds) + '\n'
+    if tables.UNDEFINED in text:
+        what = 'a metric of a diverged run, an AUROC without errors, or a test of differences that do not vary'
+        text += f'{tables.UNDEFINED} is not defined: {what}\n\n'
     return text, found, measured
+
+
+def _caption(baseline, chosen, test):
+    return f'baseline: {baseline.name} ({chosen})\ndifference from the baseline: 95 % interval, p-value ({test})\n\n'
+
+
+def own_folder(folder: Path, path: Path) -> Path:
+    """Returns the folder, within the folder of a comparison, for the files of a single run.
+
+    The name does not depend on the other runs of the comparison. It has a hash of the run's full path, so no two runs
+    share a folder.
+
+    Args:
+        folder: the folder of the comparison.
+        path: the run folder, or a file of predictions.
+    """
+    full = os.path.realpath(path)
+    names = Path(full.removesuffix('.npz')).parts[1:][-3:]
+    digest = hashlib.sha256(os.fsencode(full)).hexdigest()[:8]
+    return Path(folder) / f'{"-".join(names)[-60:]}-{digest}'  # file systems allow names of 255 bytes
 
 
 def write(folder: Path, rows: list[Row], values: list[dict]) -> list[Path]:

@@ -37,7 +37,7 @@ def tempered(
     """Returns the metrics after temperature scaling, {'mean': {name: value}, 'average': {name: value}}.
 
     Mean and average have a temperature each, returned as 'temperature'. The temperature minimises the NLL of the
-    held-out images.
+    held-out images. 'at_bound' says whether it is the lowest or the highest temperature that is tried.
 
     Args:
         posterior: the posterior of the run.
@@ -54,7 +54,7 @@ def tempered(
     for at, (held_probs, probs) in pairs.items():
         temperature = metrics.fit_temperature(held_probs, held_labels)
         summary = metrics.summary(metrics.temper(probs, temperature), labels, num_bins)
-        results[at] = {'temperature': temperature} | summary
+        results[at] = {'temperature': temperature, 'at_bound': temperature in metrics.TEMPERATURES} | summary
     return results
 
 
@@ -79,7 +79,9 @@ def all_ood(
 def ood_detection(known: posteriors.Prediction, prediction: posteriors.Prediction) -> dict[str, dict]:
     """Returns how well each score separates unknown images from known images: {'mean': {score: {...}}, 'average': ...}.
 
-    Scores are 'max_prob', 'entropy' and, in 'average', 'mutual_information'. A score that is constant is left out.
+    Scores are 'max_prob', 'entropy', 'energy', 'max_logit' (Hendrycks et al., 2022) and, in 'average',
+    'mutual_information'. In 'average', energy and largest logit are averages over samples. Scores that are constant or
+    not known are left out.
 
     Each score has these measures (Hendrycks & Gimpel, 2017; Liang et al., 2018):
         auroc: the area under the ROC curve.
@@ -105,7 +107,11 @@ def _scores(prediction, at):
     """Returns several scores of every image, {name: float [N]}. A higher score means a less certain prediction."""
     probs = prediction.probs_at_mean if at == 'mean' else prediction.probs
     scores = {'max_prob': -probs.max(axis=1), 'entropy': metrics.entropy(probs)}
-    return scores if at == 'mean' else scores | {'mutual_information': prediction.mutual_information}
+    if at == 'mean':
+        return scores | {'energy': metrics.energy(prediction.logits), 'max_logit': -prediction.logits.max(axis=1)}
+    if prediction.energy is not None:
+        scores |= {'energy': prediction.energy, 'max_logit': -prediction.max_logit}
+    return scores | {'mutual_information': prediction.mutual_information}
 
 
 def _separation(scores, is_unknown):

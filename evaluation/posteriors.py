@@ -116,12 +116,16 @@ class Prediction(NamedTuple):
         probs: float64 [N, K], averaged over samples.
         expected_entropy: float64 [N], the entropy of each sample in nats, averaged over samples.
         votes: int32 [N, K], the number of samples that predict class k.
+        energy: float64 [N], `metrics.energy` of each sample, averaged over samples. None if it is not known.
+        max_logit: float64 [N], the largest logit of each sample, averaged over samples. None if it is not known.
     """
 
     logits: np.ndarray
     probs: np.ndarray
     expected_entropy: np.ndarray
     votes: np.ndarray
+    energy: np.ndarray | None = None
+    max_logit: np.ndarray | None = None
 
     @property
     def probs_at_mean(self) -> np.ndarray:
@@ -205,13 +209,14 @@ class Posterior:
         sent = parts(images, self._batch_size)
         logits_at_mean = self._logits(self._mean, sent, sharding.on_all)
         samples = itertools.repeat(logits_at_mean) if self._is_point else self._logits_of_samples(sent, numbers[-1])
-        total, entropy, votes = 0, 0, np.zeros(logits_at_mean.shape, np.int32)
+        total, entropy, energy, max_logit, votes = 0, 0, 0, 0, np.zeros(logits_at_mean.shape, np.int32)
         for i, sampled in enumerate(itertools.islice(samples, numbers[-1]), start=1):
             probs = metrics.softmax(sampled)
             total, entropy = total + probs, entropy + metrics.entropy(probs)
+            energy, max_logit = energy + metrics.energy(sampled), max_logit + sampled.max(axis=1).astype(np.float64)
             votes[np.arange(len(votes)), probs.argmax(axis=1)] += 1
             if i in numbers:
-                yield Prediction(logits_at_mean, total / i, entropy / i, votes.copy())
+                yield Prediction(logits_at_mean, total / i, entropy / i, votes.copy(), energy / i, max_logit / i)
 
     def _logits_of_samples(self, parts, num_samples):
         """Yields the logits of each sample.

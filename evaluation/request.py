@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 
-import data
 import experiment
+import models
+from evaluation import laplace
 from readers.files import DataError
-from runs import folders, parsing
+from runs import folders, parsing, training_flags
 from runs.parsing import integer
 
 
@@ -27,7 +28,11 @@ class Request:
         temperature: whether to measure at the best temperature as well.
         ood: names of data sets for out-of-distribution (OOD) detection.
         corruptions: a folder of corrupted images, '' for the built-in corruptions, None for no corruptions.
-        laplace: whether to sample from a Laplace approximation of the last layer.
+        laplace: the structure of a Laplace approximation of the last layer, a name in laplace.STRUCTURES. None for no
+            approximation.
+        laplaceprior: the prior precision of the approximation: 'marglik' to maximise the marginal likelihood, or
+            'training'.
+        dropout: whether dropout thins the network of each sample.
         checkpoint: a number of steps, None for the newest checkpoint.
     """
 
@@ -39,7 +44,9 @@ class Request:
     temperature: bool = False
     ood: tuple[str, ...] = ()
     corruptions: str | None = None
-    laplace: bool = False
+    laplace: str | None = None
+    laplaceprior: str = 'marglik'
+    dropout: bool = False
     checkpoint: int | None = None
 
     @classmethod
@@ -67,8 +74,10 @@ class Request:
 
     def recorded(self) -> dict:
         """Returns the entries of metrics.json about this request."""
-        names = ('split', 'testimages', 'testmc', 'bins', 'bnrefresh', 'laplace')
-        return {name: getattr(self, name) for name in names} | {'testmc': self.num_samples}
+        names = ('split', 'testimages', 'testmc', 'bins', 'bnrefresh')
+        recorded = {name: getattr(self, name) for name in names} | {'testmc': self.num_samples}
+        how = {'structure': self.laplace, 'prior': self.laplaceprior}
+        return recorded | {'laplace': how if self.laplace else False}
 
     def metrics_file(self, run: Path) -> Path:
         """Returns the file of the metrics in a run folder."""
@@ -83,7 +92,7 @@ class Request:
         return run / f'plots{self._mark()}'
 
     def _mark(self):
-        marks = [self.split] * (self.split != 'test') + ['laplace'] * self.laplace
+        marks = [self.split] * (self.split != 'test') + ['laplace'] * bool(self.laplace) + ['dropout'] * self.dropout
         return ''.join(f'-{mark}' for mark in [*marks, *([] if self.checkpoint is None else [self.checkpoint])])
 
 
@@ -102,14 +111,26 @@ def add_flags(parser: parsing.Parser) -> None:
     add('--bins', type=integer(1, below=10_001), default=Request.bins, help=help)
     help = 're-estimate the batch statistics of the mean and of every sample over K training batches'
     add('--bnrefresh', type=integer(1), metavar='K', help=help)
+    help = 'keep dropout in posterior samples: each sample is one thinned network (MC dropout)'
+    add('--dropout', action='store_true', help=help)
     help = 'also measure at the temperature with the best NLL on the images that train.py --validation held out'
     add('--temperature', action='store_true', help=help)
     help = 'detect images from these other data sets (out of distribution); names as in train.py --dataset'
-    add('--ood', type=parsing.choice(data.DATASETS, also='tfds/'), nargs='+', default=[], metavar='NAME', help=help)
+    add('--ood', type=training_flags.dataset_name, nargs='+', default=[], metavar='NAME', help=help)
     help = 'evaluate corrupted test images: built-in corruptions, or the official FOLDER of CIFAR-10-C or CIFAR-100-C'
     add('--corruptions', type=_builtin_or_folder, nargs='?', const='', metavar='FOLDER', help=help)
     help = 'add a post-hoc posterior to a point estimate: a Laplace approximation of the last layer'
-    add('--laplace', action='store_true', help=help)
+    add('--laplace', type=parsing.choice(laplace.STRUCTURES), nargs='?', const='kron', help=f'{help} (alone: kron)')
+    help = "prior precision of --laplace: maximises the marginal likelihood, or the training's"
+    add('--laplaceprior', type=parsing.choice(laplace.PRIORS), default=Request.laplaceprior, help=help)
+
+
+def _size_of_last_layer(functions, image_shape):
+    """Returns (number of features + 1, number of classes) of the last layer. Raises ModelError."""
+    state, images = functions.state_shapes(), jax.ShapeDtypeStruct((1, *image_shape), 'uint8')
+    path = models.last_layer(functions.apply, state.params, state.batch_stats, images)
+    num_features, num_classes = laplace.layer_of(state.params, path)['kernel'].shape
+    return num_features + 1, num_classes
 
 
 def _builtin_or_folder(text):
@@ -128,6 +149,8 @@ def require_consistency(request: Request) -> None:
         raise ValueError(
             '--testimages cannot be combined with --corruptions FOLDER: the folder covers the whole test set'
         )
+    if request.dropout and request.bnrefresh:
+        raise ValueError('--dropout cannot be combined with --bnrefresh: the batch statistics are of whole networks')
     if request.laplace and request.bnrefresh:
         raise ValueError(
             '--laplace cannot be combined with --bnrefresh: it is fitted with the batch statistics of training'
@@ -142,12 +165,17 @@ def require_possible(request: Request, run: Path, config: dict) -> None:
         raise DataError(f'--ood {flags["dataset"]}: {run} was trained on this data set; name another')
     if request.laplace and not functions.optimizer.is_point:
         raise folders.RunError(f'--laplace does not apply to {run}: {flags["optim"]} has a posterior of its own')
-    if request.laplace and flags['priorprec'] == 0:
+    if request.laplace and request.laplaceprior == 'training' and flags['priorprec'] == 0:
         raise folders.RunError(
-            f'--laplace does not apply to {run}: --priorprec 0 means no prior, so its posterior is unbounded'
+            f'--laplaceprior training does not apply to {run}: --priorprec 0 means no prior, so its posterior is '
+            'unbounded'
         )
+    if request.laplace == 'full':
+        laplace.require_small('full', *_size_of_last_layer(functions, config['dataset']['image_shape']))
     if (request.temperature or request.split == 'validation') and not flags['validation']:
         raise folders.RunError(f'{run} held out no training images: train with --validation 0.1')
+    if request.dropout and not functions.has_dropout:
+        raise folders.RunError(f'--dropout does not apply to {run}: its network {flags["model"]} has no dropout')
     if request.bnrefresh:
         batches = config['dataset']['num_train'] // flags['batchsize']
         if request.bnrefresh > batches:

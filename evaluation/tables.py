@@ -3,14 +3,18 @@
 import csv
 import io
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 import metrics
-from evaluation import corruptions, measures
+
+UNDEFINED = '–'  # the cell of a number that is not defined
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """Returns a Markdown table, padded for a terminal. The first column is left-aligned, the others right-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(header, *rows, strict=True)]  # Markdown needs the mark -:
     marks = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
     return ''.join(_line(cells, widths) for cells in (header, marks, *rows))
 
@@ -71,13 +75,25 @@ def with_intervals(results: dict, is_point: bool = False) -> str:
     return _with_intervals(results, _shown(results, is_point), show_all=False)
 
 
+def of_predictions(results: dict, title: str, show_all: bool) -> str:
+    """Returns the table of metrics of saved predictions, as from evaluation.foreign.Saved.measure.
+
+    Args:
+        results: entries of metrics.json.
+        title: what predicts besides the mean.
+        show_all: whether the table has all metrics instead of the metrics in REPORTED.
+    """
+    shown = {'mean': 'mean', 'average': title}
+    return _with_intervals(results, {at: shown[at] for at in shown if at in results}, show_all)
+
+
 def _shown(results, is_point):
     return {'mean': 'mean'} | ({} if is_point else {'average': samples(results['testmc'])})
 
 
-def samples(number: int) -> str:
-    """Returns '1 sample', '2 samples' and so on."""
-    return f'{number} sample{"s" * (number != 1)}'
+def samples(number: int | None) -> str:
+    """Returns '1 sample', '2 samples' and so on, or 'average' if the number is unknown."""
+    return 'average' if number is None else f'{number} sample{"s" * (number != 1)}'
 
 
 def _metrics(results, shown, show_all):
@@ -116,9 +132,30 @@ def _curve(results, shown):
 def _temperature(results, shown):
     tempered, rows = results['temperature'], []
     for at, title in shown.items():
-        for label, summary in (('1', results[at]), (f'{tempered[at]["temperature"]:.3f}', tempered[at])):
+        for label, summary in (('1', results[at]), (_of_temperature(tempered[at]), tempered[at])):
             rows.append([title, label, *(_cell(name, summary[name]) for name in (*metrics.SHORT, 'brier'))])
-    return _table(['', 'temperature', *metrics.SHORT, 'brier'], rows)
+    text = _table(['', 'temperature', *metrics.SHORT, 'brier'], rows)
+    if any(tempered[at]['at_bound'] for at in shown):
+        text += 'A temperature with < or > is at the end of its range: the best temperature is further out.\n'
+    return text
+
+
+def _of_temperature(tempered):
+    """Returns a temperature as text, such as '1.234', '> 100' or '< 0.01'."""
+    temperature = tempered['temperature']
+    if not tempered['at_bound']:
+        return f'{temperature:.3f}'
+    return f'{"<" if temperature < 1 else ">"} {temperature:g}'
+
+
+def _laplace(results, shown):
+    fitted, names = results['laplace'], (*metrics.SHORT, 'brier', 'auroc')
+    if not fitted or 'probit' not in fitted:
+        return ''
+    tau = f'{fitted["prior_precision"]:.4g}'
+    rows = {shown['average']: results['average'], 'probit': fitted['probit']}
+    cells = [[title, tau, *(_cell(name, found[name]) for name in names)] for title, found in rows.items()]
+    return _table([f'Laplace, {fitted["structure"]}', 'prior precision', *names], cells)
 
 
 def _ood(results, shown):
@@ -140,6 +177,8 @@ def _corruptions(results, shown):
     Corruptions that the means leave out are in a table of their own.
     """
     header = [f'{name}, {title}' for name in metrics.SHORT for title in ('mean', 'MC')[: len(shown)]]
+    from evaluation import corruptions, measures  # imported late because they import JAX
+
     corrupted = results['corruptions']
     averaged = corruptions.in_mean(corrupted)
 
@@ -159,13 +198,38 @@ def _corruptions(results, shown):
     return text + (over_severities('not in the mean', left_out) if left_out else '')
 
 
-_PARTS = {'samples': _curve, 'temperature': _temperature, 'ood': _ood, 'corruptions': _corruptions}
+MOST_CLASSES = 20  # in tables and pictures with a row for each class
+
+
+def classes(probs: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None, title: str) -> str:
+    """Returns a table of the classes: images, accuracy and mean confidence. It is '' for more than MOST_CLASSES.
+
+    Args:
+        probs: float [N, K].
+        labels: int [N].
+        class_names: the name of each class, None for numbers.
+        title: what predicts.
+    """
+    if probs.shape[1] > MOST_CLASSES:
+        return ''
+    right, confidence = probs.argmax(axis=1) == labels, probs.max(axis=1)
+    rows = []
+    for k, name in enumerate(class_names or map(str, range(probs.shape[1]))):
+        of_class = labels == k
+        measured = np.isfinite(probs).all() and of_class.any()
+        means = [x[of_class].mean() if measured else math.nan for x in (right, confidence)]
+        rows.append([name, str(of_class.sum()), *(_cell('accuracy', mean) for mean in means)])  # both in %
+    return _table([f'class, {title}', 'images', 'accuracy', 'mean confidence'], rows)
+
+
+_PARTS = {'samples': _curve, 'laplace': _laplace, 'temperature': _temperature, 'ood': _ood, 'corruptions': _corruptions}
 
 
 def _cell(name, value):
     if value is None or value != value:
-        return '–'
-    return f'{value:.2%}' if name in ('accuracy', 'top5', 'risk_at_80', 'disagreement') else f'{value:.4f}'
+        return UNDEFINED
+    scale, digits = metrics.scale_and_digits(name)
+    return f'{scale * value:.{digits}f}{"%" * (scale == 100)}'
 
 
 def _table(header, rows):

@@ -175,9 +175,6 @@ def _is_16_bit_grey(image):
 
 # Many images, in blocks.
 
-
-# Many images, in blocks.
-
 BLOCK = 500  # the most images in a block
 _BYTES = 1 << 24  # the most bytes in a block
 

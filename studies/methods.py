@@ -58,7 +58,8 @@ def main(argv=None):
     trained = complete(args, final)
     record = provenance.of_command('studies/methods.py', argv)
     record['optimizers'] = {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen}
-    results = [result for run in trained for _, result in predictions.results_of(run, folders.read_config(run))]
+    asked = Request(laplace='kron')
+    results = [result for run in trained for _, result in predictions.results_of(run, folders.read_config(run), asked)]
     text, rows, values = comparison.report(results, Request.bins, with_ensembles=True)
     json_files.write_json(args.output.with_suffix('.json'), record)
     args.output.with_suffix('.md').write_text(text.strip() + '\n')
@@ -139,7 +140,7 @@ def train(args, optim, chosen, seed, run):
         run: runs a process, from processes.on_devices.
     """
     values = final_flags(args, optim, chosen, seed)
-    requests = [Request(testmc=(32,))] + [Request(testmc=(32,), laplace=True)] * experiment.is_point(optim)
+    requests = [Request(testmc=(32,))] + [Request(testmc=(32,), laplace='kron')] * experiment.is_point(optim)
     trained, _ = processes.trained_and_tested(run, args.folder / f'{optim}_{seed}', values, requests)
     print(trained, flush=True)
     return trained

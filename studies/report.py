@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import experiment
 import metrics
 from benchmarks import loading, run, throughput
-from evaluation import comparison, measures, plots, tables
+from evaluation import comparison, plots, tables
 from runs import json_files, launch, parsing, training_flags
 from studies import study
 
@@ -91,13 +91,13 @@ def main(argv=None):
     for path, text in pages.items():
         path.write_text(text)
     pictures = {
-        'reliability': reliability(found['cifar10_few']),
-        'few_samples': over_samples(found['cifar10_few']),
-        'few_corruptions': over_severities(found['cifar10_few']),
-        'cifar10_samples': over_samples(found['cifar10']),
-        'fashion_samples': over_samples(found['fashion']),
-        'cifar10_corruptions': over_severities(found['cifar10']),
-        'rho': over_rho(found['rho']),
+        'reliability': reliability(found['cifar10_few'], FEW),
+        'few_samples': over_samples(found['cifar10_few'], FEW),
+        'few_corruptions': over_severities(found['cifar10_few'], FEW),
+        'cifar10_samples': over_samples(found['cifar10'], SHORT),
+        'fashion_samples': over_samples(found['fashion'], FASHION),
+        'cifar10_corruptions': over_severities(found['cifar10'], SHORT),
+        'rho': over_rho(found['rho'], FASHION),
     }
     with plots.settings({}):
         for name, figure in pictures.items():
@@ -109,7 +109,7 @@ def all_records():
     return {name: records(name) for name in study.STUDIES if not name.endswith('_tuning')}
 
 
-def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
+def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, laplace, source, transfer, published):
     """Returns the text of results/README.md. Takes the records of each study, {variant: {seed: record}}."""
     template = (Path(__file__).parent / 'report.md').read_text()
     return template.format(
@@ -128,6 +128,11 @@ def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, published):
         rho_commands=commands('rho', {name: rho[name] for name in ('bsam_0.01', 'sam_0.05')}),
         ablations=ablations_table('base setting', rho['bsam_0.01'], ablations),
         bnupdate=bnupdate_table(bnupdate),
+        laplace_table=laplace_table(laplace),
+        laplace_commands=commands('laplace', laplace),
+        source_accuracy=cells(source['sgd'], 'mean', ['accuracy'])[0],
+        transfer_table=transfer_table(transfer),
+        transfer_commands=commands('transfer', {name: transfer[name] for name in transfer if name.startswith('bsam')}),
         published=published_table(published),
         published_intervals=published_intervals(published),
         digits_comparison=side_by_side('digits_lenet'),
@@ -338,6 +343,45 @@ def ablation(name, group, base):
     return [*row, shown(differences(base, group, 'nll'), 4)]
 
 
+def laplace_table(found):
+    """Returns a table of point estimates, and of Laplace approximations by sampling and by the probit approximation."""
+    rows = []
+    for optim, group in found.items():
+        tests = [record['evaluations'] for record in group.values()]
+        rows.append([NAMES[optim], 'none', '', '', *_laplace_cells([test['test']['mean'] for test in tests])])
+        for name in ('training', 'kron', 'full', 'diag'):
+            of_name = [test[name] for test in tests]
+            prior = spread(np.array([test['laplace']['prior_precision'] for test in of_name]), 1)
+            structure = of_name[0]['laplace']['structure'] + ', prior of training' * (name == 'training')
+            for how, part in {
+                '32 samples': lambda test: test['average'],
+                'probit': lambda test: test['laplace']['probit'],
+            }.items():
+                rows.append([NAMES[optim], structure, prior, how, *_laplace_cells([part(test) for test in of_name])])
+    header = ['method', 'Laplace approximation', 'prior precision', 'prediction', 'accuracy %', 'NLL', 'ECE', 'AUROC']
+    return tables.markdown(header, rows)
+
+
+def _laplace_cells(summaries):
+    cells = []
+    for name in comparison.SHOWN:
+        scale, digits = metrics.scale_and_digits(name)
+        cells.append(spread(scale * np.array([summary[name] for summary in summaries], float), digits))
+    return cells
+
+
+def transfer_table(found):
+    """Returns a table of runs from random and from trained weights, with the differences that the training made."""
+    rows = []
+    for optim in dict.fromkeys(name.split('_')[0] for name in found):
+        random, trained = (found[f'{optim}_{start}'] for start in ('random', 'trained'))
+        for start, group in (('random', random), ('trained on CIFAR-10', trained)):
+            rows.append([NAMES[optim], start, str(len(group)), *cells(group, 'average', metrics.SHORT)])
+        gains = [shown(differences(random, trained, name), metrics.scale_and_digits(name)[1]) for name in metrics.SHORT]
+        rows.append([NAMES[optim], 'difference [95 % interval]', '', *gains])
+    return tables.markdown(['method', 'first weights', 'runs', 'accuracy %', 'NLL', 'ECE'], rows)
+
+
 # The paper's results, one run each: accuracy in per cent, NLL, ECE. The NLL is corrected by the factor 49/50.
 PUBLISHED = {
     'cifar10_sgd': ('94.77', '0.2017', '0.0306'),
@@ -434,9 +478,8 @@ def displayed(method):
 
 def from_csv(row, metric):
     """Returns the cell of a metric: 'mean ± standard deviation', or the mean alone for a single run."""
-    scale, digits = metrics.scale_and_digits(metric)
-    mean, deviation = (scale * float(row[f'{metric}_{part}']) for part in ('mean', 'sd'))
-    return f'{mean:.{digits}f}' if np.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
+    _, digits = metrics.scale_and_digits(metric)
+    return ' ± '.join(f'{float(row[name]):.{digits}f}' for name in comparison.csv_header([metric]) if row[name])
 
 
 PAGES_WITH_TABLES = [
@@ -552,76 +595,61 @@ def commands(name, found):
 # Pictures.
 
 
-def reliability(found):
+CIFAR10 = 'CIFAR-10, ResNet-20'
+FEW, SHORT = f'{CIFAR10}, 1,000 training images', f'{CIFAR10}, 4,500 training images'
+FASHION = 'Fashion-MNIST, LeNet-5, 2,000 training images'
+
+
+def reliability(found, heading):
     """Returns a figure of the reliability of SGD, SAM and bSAM side by side, for the first seed."""
-    diagrams = {}
-    for subject in (SGD, SAM, BSAM):
-        test = first_of(found[subject.variant])['evaluations']['test']
-        measured = test[subject.at]
-        title = f'{NAMES[subject.variant]}: accuracy {100 * measured["accuracy"]:.1f} %, NLL {measured["nll"]:.2f}'
-        diagrams[title] = test['reliability'][subject.at]
-    return plots.reliability(diagrams, fewest=10)
+    diagrams = {
+        str(subject): [first_of(found[subject.variant])['evaluations']['test']['reliability'][subject.at]]
+        for subject in (SGD, SAM, BSAM)
+    }
+    return plots.reliability(diagrams, f'{heading}, first seed')
 
 
-@plots.styled
-def over_samples(found):
+def over_samples(found, heading):
     """Returns a figure of bSAM's and IVON's metrics over the number of samples. Dashed lines are at the mean."""
-    figure = plots.Figure(figsize=(7.5, 2.7))
-    for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
-        for subject, style in zip((BSAM, IVON), plots.line_styles(), strict=False):
-            group = found[subject.variant]
-            curves = [record['evaluations']['test']['samples'] for record in group.values()]
-            numbers = [point['testmc'] for point in curves[0]]
-            scale, _ = metrics.scale_and_digits(metric)
-            heights = scale * np.array([[point[metric] for point in curve] for curve in curves])
-            colour = style['color']
-            axes.axhline(values(group, metric, 'mean').mean(), color=colour, linestyle='--', linewidth=1)
-            errorbars(axes, numbers, heights.T, colour, NAMES[subject.variant])
-        axes.set_xscale('log', base=2)
-        axes.set_xticks(numbers, numbers)
-        axes.set(xlabel='samples', ylabel=plots.LABELS[metric])
-    plots.legend_above(figure, axes)
-    return figure
+    subjects = (BSAM, BSAM_MEAN, IVON, IVON_MEAN)
+    return plots.samples([row(subject, found[subject.variant].values(), 'test') for subject in subjects], heading)
 
 
-def errorbars(axes, positions, groups, colour, label):
-    """Draws the mean and the standard deviation of each group of runs.
-
-    Args:
-        axes: the panel.
-        positions: the horizontal position of each group.
-        groups: the values of the runs in each group.
-        colour: the colour of the line.
-        label: the text of the line in the legend.
-    """
-    deviations = [np.std(group, ddof=1) if len(group) > 1 else 0 for group in groups]
-    means = [np.mean(group) for group in groups]
-    axes.errorbar(positions, means, deviations, color=colour, marker='o', markersize=4, capsize=2, label=label)
-
-
-def over_severities(found):
+def over_severities(found, heading):
     """Returns a figure of the metrics over the severity of corruptions, for the first seed."""
-    curves = {}
-    for subject in (SGD, SAM, BSAM, IVON):
-        corrupted = first_of(found[subject.variant])['evaluations']['corrupted']
-        over_corruptions = measures.over_corruptions(corrupted['corruptions'], subject.at)
-        curves[str(subject)] = [corrupted[subject.at], *over_corruptions]
-    return plots.severities(curves)
+    subjects = (SGD, SAM, BSAM, IVON)
+    rows = [row(subject, [first_of(found[subject.variant])], 'corrupted') for subject in subjects]
+    return plots.severities(rows, f'{heading}, first seed')
+
+
+def row(subject, records, evaluation):
+    """Returns the comparison.Row of an evaluation of records, without their predictions."""
+    measured = [record['evaluations'][evaluation] for record in records]
+    return comparison.Row(str(subject), [], at=subject.at, measured=measured)
 
 
 @plots.styled
-def over_rho(found):
-    """Returns a figure of bSAM's and SAM's metrics over ρ, relative to the published ρ."""
-    figure = plots.Figure(figsize=(7.5, 2.7))
+def over_rho(found, heading):
+    """Returns a figure of bSAM's and SAM's metrics over ρ, relative to the published ρ.
+
+    Error bars are standard deviations over seeds.
+    """
+    figure = plots.Figure(figsize=(9.2, 2.7))
     for axes, metric in zip(figure.subplots(1, 3), plots.LABELS, strict=True):
-        for (method, published), style in zip(PUBLISHED_RHO.items(), plots.line_styles(), strict=False):
+        lines = {}
+        for method, published in PUBLISHED_RHO.items():
             groups = by_rho(found, method)
-            heights = [values(group, metric, 'average') for group in groups.values()]
-            label = f'{NAMES[method]}, ρ₀ = {published:g}'
-            errorbars(axes, [rho / published for rho in groups], heights, style['color'], label)
+            heights = np.array([values(group, metric, 'average') for group in groups.values()])
+            means, deviations = heights.mean(axis=1), heights.std(axis=1, ddof=1)
+            positions = [rho / published for rho in groups]
+            lines[f'{NAMES[method]}, ρ₀ = {published:g}'] = axes.errorbar(
+                positions, means, deviations, capsize=2, **plots.STYLES[method]
+            )
         axes.set_xscale('log')
-        axes.set(xlabel='ρ / ρ₀', ylabel=plots.LABELS[metric])
-    plots.legend_above(figure, axes)
+        axes.set_xticks((0.1, 1, 10), ('0.1', '1', '10'))
+        axes.set(xlabel='ρ / published ρ₀', ylabel=plots.LABELS[metric])
+    figure.suptitle(f'Mean ± standard deviation over seeds: {heading}')
+    plots.legend_beside(figure, lines)
     return figure
 
 

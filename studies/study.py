@@ -29,7 +29,7 @@ class Study(NamedTuple):
 
     Attributes:
         flags: the flags of train.py for all runs.
-        variants: {name: further flags}.
+        variants: {name: further flags}. The flag init names a run of another study, such as source/sgd_0.
         seeds: the number of runs of each variant.
         evaluations: {name: (N, Request)}, for the first N seeds of each variant.
         tuned_by: the study that gives the missing flags of a variant. They are the flags of its variant with the same
@@ -85,6 +85,12 @@ _TUNED_ALPHAS = {
 _BSAM = {'optim': 'bsam', 'alpha': 0.3, 'priorprec': 40, 'rho': 0.01, 'batchsplit': 8, 'dafactor': 4}
 _SAM = {'optim': 'sam', 'alpha': 0.05, 'priorprec': 25, 'rho': 0.05, 'batchsplit': 8}
 _TEST = {'test': (3, Request(testmc=(32,)))}
+
+# The settings of the short training on CIFAR-10, not tuned for CIFAR-100.
+_TRANSFER = {
+    'sgd': _METHODS['sgd'] | {'alpha': 0.03},
+    'bsam': _METHODS['bsam'] | {'alpha': 0.15, 'batchsplit': 2, 'dafactor': 4},
+}
 
 # The published commands for ResNet-18, in float32 and in bfloat16. They need a GPU.
 _SGD_AS_PUBLISHED = {'dataset': 'cifar10', 'optim': 'sgd', 'alpha': 0.03, 'beta1': 0.9, 'priorprec': 25}
@@ -143,7 +149,7 @@ STUDIES = {
         _TUNED,
         5,
         {
-            'laplace': (5, Request(testmc=(32,), laplace=True)),
+            'laplace': (5, Request(testmc=(32,), laplace='kron', laplaceprior='training')),
             'test': (5, Request(testmc=(1, 2, 4, 8, 16, 32))),
         },
         tuned_by='fashion_tuning',
@@ -180,6 +186,37 @@ STUDIES = {
             'refreshed': (3, Request(testmc=(4,), testimages=1000, bnrefresh=20)),
             'test': (3, Request(testmc=(4,), testimages=1000)),
         },
+    ),
+    'laplace': Study(
+        {'dataset': 'digits', 'model': 'lenet', 'batchsize': 50, 'warmup': 1, 'epochs': 19},
+        {
+            'sgd': {'optim': 'sgd', 'alpha': 0.0367, 'priorprec': 22.2},
+            'sam': {'optim': 'sam', 'alpha': 0.0119, 'priorprec': 2.1, 'rho': 0.011, 'batchsplit': 5},
+        },
+        3,
+        {
+            'test': (3, Request()),
+            'training': (3, Request(testmc=(32,), laplace='kron', laplaceprior='training')),
+            'kron': (3, Request(testmc=(32,), laplace='kron')),
+            'full': (3, Request(testmc=(32,), laplace='full')),
+            'diag': (3, Request(testmc=(32,), laplace='diag')),
+        },
+    ),
+    'source': Study(
+        {'dataset': 'cifar10', 'model': 'resnet20', 'trainimages': 20_000, 'batchsize': 50, 'warmup': 1, 'epochs': 9},
+        {'sgd': _METHODS['sgd'] | {'alpha': 0.03}},
+        1,
+        {'test': (1, Request())},
+    ),
+    'transfer': Study(
+        {'dataset': 'cifar100', 'model': 'resnet20', 'trainimages': 2500, 'batchsize': 50, 'warmup': 1, 'epochs': 9},
+        {
+            f'{name}_{start}': flags | ({'init': 'source/sgd_0'} if start == 'trained' else {})
+            for name, flags in _TRANSFER.items()
+            for start in ('random', 'trained')
+        },
+        3,
+        {'test': (3, Request(testmc=(8,), testimages=2500))},
     ),
     'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, Request(testmc=(32,)))}),
 }  # fmt: skip
@@ -245,6 +282,8 @@ def keep(args, name, variant, seed, path, run):
         require_record(path, flags, evaluations)
         return True
     values = flags | {'datasetfolder': args.datasetfolder}
+    if 'init' in flags:
+        values['init'] = run_of(args, flags['init'])
     trained, measured = processes.trained_and_tested(
         run, folder_of(args, name, variant, seed), values, evaluations.values()
     )
@@ -289,7 +328,9 @@ def compare(args, name, run):
     study = STUDIES[name]
     folders = [folder_of(args, name, variant, seed) for variant in study.variants for seed in range(study.seeds)]
     trained = [next(folder.glob('*/*/run_*'), folder) for folder in folders]
-    given = ['--reuse', '--ensemble', f'--output={args.folder / name}', '--resultsfolder', *trained]
+    asked = next((request for _, request in study.evaluations.values() if request.laplace), Request())
+    laplace = Request(laplace=asked.laplace, laplaceprior=asked.laplaceprior).arguments()
+    given = ['--reuse', *laplace, '--ensemble', f'--output={args.folder / name}', '--resultsfolder', *trained]
     (args.folder / name).mkdir(parents=True, exist_ok=True)
     with open(args.folder / name / 'comparison.txt', 'w') as output:
         status = run([sys.executable, processes.SCRIPTS / 'test.py', *given], output.write)
@@ -301,6 +342,14 @@ def compare(args, name, run):
 
 def folder_of(args, name, variant, seed):
     return args.folder / name / f'{variant}_{seed}'
+
+
+def run_of(args, name):
+    """Returns the run folder of a run such as source/sgd_0. Raises RunError."""
+    found = processes.begun_run(args.folder / name)
+    if found is None:
+        raise folders.RunError(f'{args.folder / name} holds no run: run `python studies/study.py {name.split("/")[0]}`')
+    return str(found)
 
 
 def evaluations_of(study, flags):

@@ -40,11 +40,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np  # noqa: E402
 import scipy.io  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import archives  # noqa: E402
 import errors  # noqa: E402
 import setup_tinyimagenet  # noqa: E402
-from readers import cifar, idx, jpegs, npy, svhn, tfds  # noqa: E402
+from readers import cifar, decoded, decoding, idx, image_folder, npy, npz, svhn, tfds, tinyimagenet  # noqa: E402
 
 CORPUS = HERE / 'corpus'
 SECONDS, MEGABYTES = 10, 300  # limits for one file
@@ -149,11 +150,36 @@ def _read_annotations(folder, payload):
 
 def _read_jpeg(folder, payload):
     _write(folder / 'a.JPEG', payload)
-    try:
-        images = jpegs.decode((64, 64, 3), [str(folder / 'a.JPEG')])
-    except jpegs.DamagedError as error:
-        raise errors.UserError(error) from error
+    with decoded.data_errors():
+        images = decoding.decode(tinyimagenet.RECIPE, [str(folder / 'a.JPEG')])
     assert images.shape == (1, 64, 64, 3) and images.dtype == np.uint8
+
+
+@functools.cache
+def _pictures():
+    """Returns small image files of every format, joined."""
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8))
+    grey = Image.fromarray(np.arange(0, 60_000, 400, dtype=np.uint16).reshape(10, 15))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    kinds = [('JPEG', colours, {'exif': orientation}), ('PNG', colours, {'exif': orientation}), ('PNG', grey, {})]
+    kinds += [(kind, colours, {}) for kind in ('BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')]
+    kinds += [('TIFF', grey, {}), ('TIFF', colours, {'compression': 'tiff_lzw'}), ('WEBP', colours, {'lossless': True})]
+    payloads = []
+    for kind, image, options in kinds:
+        image.save(file := io.BytesIO(), kind, **options)
+        payloads.append(file.getvalue())
+    return _BETWEEN.join(payloads)
+
+
+def _read_pictures(folder, payload):
+    for i, part in enumerate(payload.split(_BETWEEN)):
+        _write(folder / 'set' / 'train' / 'a' / f'{i}.png', part)
+    opened = image_folder.open_set(folder / 'set', 8, folder / 'cache')
+    with unittest.mock.patch.object(Image, 'MAX_IMAGE_PIXELS', 1 << 22):  # images of the usual limit take 400 MB
+        images, labels = image_folder.read(opened, 'train')
+    _check(images, labels)
+    assert images.shape[1:] == (8, 8, 3)
 
 
 def _npy():
@@ -177,6 +203,30 @@ def _npz():
 def _read_npz(folder, payload):
     _write(folder / 'a.npz', payload)
     assert all(array.dtype.kind in 'biufU' for array in npy.load_npz(folder / 'a.npz').values())
+
+
+@functools.cache
+def _image_arrays():
+    """Returns the arrays of a small image set in MedMNIST's layout as .npy files, {name: bytes}."""
+    images, labels = np.arange(300, dtype=np.uint8).reshape(4, 5, 5, 3), np.arange(4, dtype=np.uint8)[:, None]
+    arrays = {'train_images': images, 'train_labels': labels, 'test_images': images[:2], 'test_labels': labels[:2]}
+    files = {}
+    for name, array in arrays.items():
+        np.save(file := io.BytesIO(), array)
+        files[f'{name}.npy'] = file.getvalue()
+    return files
+
+
+def _read_images_npz(folder, payload):
+    _write(folder / 'images.npz', payload)
+    opened = npz.open_set(folder / 'images.npz')
+    for split in ('train', 'test'):
+        _check(*npz.read(opened, split), opened.num_classes)
+
+
+def _read_image_arrays(folder, payload):
+    """Reads damaged arrays in an intact zip file."""
+    _read_images_npz(folder, _zip_of(dict(zip(_image_arrays(), payload.split(_BETWEEN), strict=False))))
 
 
 TOY = 'toy/1.0.0'
@@ -493,6 +543,39 @@ def _read_predictions(folder, payload):
     comparison.main_table(rows, values, bold=True), comparison.full_table(rows, values)
 
 
+@functools.cache
+def _foreign():
+    """Returns the arrays of predictions of another program as .npy files, {name: bytes}."""
+    samples = np.full((2, 5, 3), 1 / 3, np.float32) + np.float32([[[0.1, -0.1, 0]]])
+    arrays = {'labels': np.arange(5) % 3, 'logits': np.eye(5, 3), 'samples': samples, 'class_names': np.array([*'abc'])}
+    files = {}
+    for name, array in arrays.items():
+        np.save(file := io.BytesIO(), array)
+        files[f'{name}.npy'] = file.getvalue()
+    return files
+
+
+def _read_foreign(folder, payload):
+    from evaluation import comparison, foreign
+
+    _write(folder / 'a.npz', payload)
+    saved = foreign.read(folder / 'a.npz')
+    shape = saved.probs['average'].shape
+    assert saved.labels.shape == shape[:1] and 0 <= saved.labels.min() <= saved.labels.max() < shape[1]
+    for probs in saved.probs.values():
+        assert probs.shape == shape and (probs >= 0).all()
+        np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-6)
+    names = saved.class_names or 'abc'
+    assert ''.join(names).isprintable() and (len(names) == shape[1] or saved.class_names is None)
+    rows = comparison.rows([saved.result('a')])
+    assert all(np.isfinite(value['brier']).all() for value in comparison.values(rows, saved.labels, 20))
+
+
+def _read_foreign_arrays(folder, payload):
+    """Reads damaged arrays in an intact zip file."""
+    _read_foreign(folder, _zip_of(dict(zip(_foreign(), payload.split(_BETWEEN), strict=False))))
+
+
 _TENSORS = {
     'batch_stats.count': np.asarray(7, np.int32),
     'params.head.bias': np.arange(3, dtype=np.float32),
@@ -602,8 +685,11 @@ READERS = {
         lambda: ''.join(f'val_{i}.JPEG\tn{i % 3}\t0\t0\t62\t62\n' for i in range(9)).encode(), _read_annotations
     ),
     'jpeg': Reader(lambda: archives.jpeg(100), _read_jpeg),
+    'image_folder': Reader(_pictures, _read_pictures),
     'npy': Reader(_npy, _read_npy),
     'npz': Reader(_npz, _read_npz),
+    'images.npz': Reader(lambda: _zip_of(_image_arrays()), _read_images_npz),
+    'images-arrays': Reader(lambda: _BETWEEN.join(_image_arrays().values()), _read_image_arrays),
 }
 OF_DATA = set(READERS)
 READERS |= {
@@ -614,6 +700,8 @@ READERS |= {
     'metrics.json': Reader(_make_metrics, _read_metrics),
     'predictions.npz': Reader(lambda: _zip_of(_predictions()), _read_predictions),
     'predictions-arrays': Reader(lambda: _BETWEEN.join(_predictions().values()), _read_arrays),
+    'foreign.npz': Reader(lambda: _zip_of(_foreign()), _read_foreign),
+    'foreign-arrays': Reader(lambda: _BETWEEN.join(_foreign().values()), _read_foreign_arrays),
     'sweep.toml': Reader(_make_toml, _read_toml),
 }
 OF_RUNS = READERS.keys() - OF_DATA  # read in plain Python, where no case can crash the process

@@ -1,6 +1,7 @@
 """Comparisons of runs: methods, means over seeds, ensembles, significance tests, tables."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -48,17 +49,23 @@ def test_main_table():
 def test_ensembles():
     results = [result('sgd', 0), result('sgd', 1), result('sam', 0)]
     of_sgd, of_all = comparison.ensembles(results)
-    assert of_sgd.flags['optim'] == 'sgd ensemble of 2' and of_all.flags['optim'] == 'all as an ensemble of 3'
+    assert of_sgd.flags['optim'] == 'sgd ensemble of 2' and of_all.flags['optim'] == 'ensemble of all 3 runs'
+    rows = comparison.rows([*results, of_sgd, of_all])
+    assert [(row.name, row.is_ensemble) for row in rows] == [
+        ('sgd, mean', False), ('sam, mean', False), ('sgd ensemble of 2, mean', True),
+        ('ensemble of all 3 runs, mean', True),
+    ]  # fmt: skip
     np.testing.assert_allclose(of_sgd.probs, (results[0].probs + results[1].probs) / 2)
     np.testing.assert_allclose(of_all.probs_at_mean, np.mean([r.probs_at_mean for r in results], axis=0))
     assert metrics.nll(of_sgd.probs, LABELS) < min(metrics.nll(r.probs, LABELS) for r in results[:2])
 
 
 def test_test_table():
-    """Equal predictions do not differ significantly. Much worse predictions do."""
+    """Equal predictions have nothing to test. Much worse predictions differ significantly."""
     rows = comparison.rows([result('sgd', 0, strength=5), result('sam', 0, strength=5), result('bsam', 0, strength=1)])
     header, (same, worse) = comparison.test_table(rows, LABELS, num_bins=20)
-    assert header[1:3] == ['accuracy %', 'p'] and same[1:3] == ['+0.00 [+0.00, +0.00]', '1.000'] and worse[2] == '0.002'
+    assert header[1:3] == ['accuracy %', 'p'] and worse[2] == '0.002'
+    assert same[1:] == ['+0.00', '–', '+0.0000', '–', '+0.0000', '–']
     value, *interval = worse[header.index('NLL')].split()
     low, high = (float(x.strip('[],')) for x in interval)
     difference = metrics.nll(rows[2].probs[0], LABELS) - metrics.nll(rows[0].probs[0], LABELS)
@@ -78,11 +85,15 @@ def test_seeds_table():
     column = header.index('NLL')
     low, high = expected.confidence_interval()
     assert cells[column] == f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]'
-    assert cells[column + 1] == f'{expected.pvalue:.3f}' != 'nan'
+    assert expected.pvalue < 0.001 and cells[column + 1] == '<0.001'
+    column = header.index('ECE')
+    eces = [[metrics.ece(r.probs, LABELS) for r in results if r.flags['optim'] == optim] for optim in ('sam', 'sgd')]
+    pvalue = scipy.stats.ttest_ind(*eces, equal_var=False).pvalue
+    assert pvalue > 0.001 and cells[column + 1] == f'{pvalue:.3f}'
 
 
 def test_seeds_without_a_test():
-    """A method with one run is left out. If all runs of both methods are alike, interval and p-value are nan."""
+    """A method with one run is left out. If all runs of both methods are alike, only the difference is defined."""
     single = comparison.rows([result('sgd', 0), result('sgd', 1), result('sam', 0)])
     assert comparison.seeds_table(single, comparison.values(single, LABELS, num_bins=20)) == ([], [])
     alike = [result(optim, 0, strength=s) for optim, s in (('sgd', 2), ('sgd', 2), ('sam', 3), ('sam', 3))]
@@ -90,7 +101,8 @@ def test_seeds_without_a_test():
         r.flags['randomseed'] = i
     rows = comparison.rows(alike)
     _, (cells,) = comparison.seeds_table(rows, comparison.values(rows, LABELS, num_bins=20))
-    assert cells[1].endswith('[+nan, +nan]') and cells[2] == 'nan'
+    difference = metrics.accuracy(rows[1].probs[0], LABELS) - metrics.accuracy(rows[0].probs[0], LABELS)
+    assert cells[1:3] == [f'{100 * difference:+.2f}', '–'] and difference
 
 
 def test_impossible_classes():
@@ -99,12 +111,12 @@ def test_impossible_classes():
     results = [result('sgd', seed)._replace(probs_at_mean=certain, probs=certain) for seed in (0, 1)]
     rows = comparison.rows([result('sam', 0), *results])
     values = comparison.values(rows, LABELS, num_bins=20)
-    assert comparison.main_table(rows, values, bold=True)[1][1][3] == 'inf ± nan'
-    assert comparison.full_table(rows, values)[1][1][6:8] == ['inf', 'nan']
-    assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['+inf [+nan, +nan]', 'nan']
+    assert comparison.main_table(rows, values, bold=True)[1][1][3] == 'inf'
+    assert comparison.full_table(rows, values)[1][1][6:8] == ['inf', '']
+    assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['+inf', '–']
     both = comparison.rows([result('sam', 0), result('sam', 1), *results])
     values = comparison.values(both, LABELS, num_bins=20)
-    assert comparison.seeds_table(both, values)[1][0][3:5] == ['+inf [+nan, +nan]', 'nan']
+    assert comparison.seeds_table(both, values)[1][0][3:5] == ['+inf', '–']
 
 
 def test_diverged_runs_come_last_and_are_not_tested():
@@ -115,8 +127,47 @@ def test_diverged_runs_come_last_and_are_not_tested():
     order = comparison.order(values)
     assert [rows[i].name for i in order] == ['bsam, mean', 'sam, mean', 'sgd, mean', 'sgd, 8 samples']
     rows, values = [rows[i] for i in order], [values[i] for i in order]
-    assert comparison.main_table(rows, values, bold=True)[1][2][2:] == ['nan ± nan'] * 4
-    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['+nan [+nan, +nan]', 'nan'] * 3
+    assert comparison.main_table(rows, values, bold=True)[1][2][2:] == ['–'] * 4
+    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['–'] * 6
+    assert set(comparison.full_table(rows, values)[1][2][2:]) == {''}
+
+
+def test_units():
+    """Per cents and fractions never share a header. A single run has no standard deviation."""
+    rows = comparison.rows([result('sgd', 0), result('sam', 0), result('sam', 1)])
+    values = comparison.values(rows, LABELS, num_bins=20)
+    header, cells = comparison.full_table(rows, values)
+    assert set(header) >= {'accuracy_percent_mean', 'top5_percent_sd', 'risk_at_80_percent_mean', 'nll_mean', 'ece_sd'}
+    (of_sgd, of_sam), accuracy = (dict(zip(header, row, strict=True)) for row in cells), values[0]['accuracy'][0]
+    assert of_sgd['accuracy_percent_mean'] == f'{100 * accuracy:.6g}' and accuracy < 1
+    assert {of_sgd[name] for name in header if name.endswith('_sd')} == {''}
+    assert of_sam['nll_sd'] == f'{np.std(values[1]["nll"], ddof=1):.6g}'
+    assert comparison.main_table(rows, values, bold=False)[0][2] == 'accuracy %'
+
+
+def test_an_ensemble_is_not_the_baseline():
+    """The ensemble of the runs of SGD has the lowest NLL. Both tests still compare with single runs of SGD."""
+    results = [result('sgd', seed) for seed in range(3)] + [result('sam', seed, strength=1) for seed in (3, 4)]
+    text, rows, _ = comparison.report(results, num_bins=20, with_ensembles=True)
+    assert rows[0].is_ensemble and comparison.baseline(rows).name == 'sgd, mean'
+    assert re.findall('^baseline: (.*)$', text, re.M) == [
+        'sgd, mean (the lowest NLL that is not of an ensemble)',
+        'sgd, mean (the lowest NLL of rows with several runs)',
+    ]
+    assert re.findall(r'^\| against (\S*, \S*)', text, re.M) == ['sgd, mean'] * 2
+    assert 'nan' not in text and 'not defined' not in text
+    names = re.findall(r'^\| (.*?) +\|', text.partition('against')[2].partition('baseline')[0], re.M)
+    assert sorted(names[1:]) == sorted(row.name for row in rows if row.name != 'sgd, mean')
+
+
+def test_runs_that_agree_with_every_seed():
+    """Tables say 0 and leave the test out. A line explains the dash."""
+    alike = [result(optim, 0) for optim in ('sgd', 'sgd', 'sam', 'sam')]
+    for i, r in enumerate(alike):
+        r.flags['randomseed'] = i
+    text, _, values = comparison.report(alike, num_bins=20, with_ensembles=False)
+    assert text.count('| +0.0000 |') == 4 and 'nan' not in text and '– is not defined: ' in text
+    assert comparison.csv_cells('nll', values[0]['nll'])[1] == '0'
 
 
 def test_laplace_is_a_row_beside_its_run():
@@ -126,7 +177,7 @@ def test_laplace_is_a_row_beside_its_run():
     assert [row.name for row in comparison.rows([run, laplace])] == ['sgd, mean', 'sgd laplace, 8 samples']
     assert [row.name for row in comparison.rows([laplace])] == ['sgd, mean', 'sgd laplace, 8 samples']
     (of_all,) = comparison.ensembles([run, laplace, result('sam', 0)])
-    assert of_all.flags['optim'] == 'all as an ensemble of 2'
+    assert of_all.flags['optim'] == 'ensemble of all 2 runs'
 
 
 def test_laplace_has_the_name_of_its_method():

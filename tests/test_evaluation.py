@@ -21,10 +21,10 @@ import data
 import metrics
 import test as evaluate
 import train
-from evaluation import corruptions, measures, plots, posteriors, predictions, tables
+from evaluation import comparison, corruptions, measures, plots, posteriors, predictions, tables
 from runs import checkpoints, folders
 
-PICTURES = ('reliability', 'risk_coverage', 'training', 'images', 'samples', 'severities')
+PICTURES = ('reliability', 'risk_coverage', 'samples', 'severities', 'training', 'images', 'confusion')
 
 
 @pytest.fixture
@@ -166,9 +166,10 @@ def test_a_picture_stays_until_the_new_one_is_whole(trained, monkeypatch, capsys
 PICTURE = """import sys
 sys.path.insert(0, sys.argv[1])
 from evaluation import plots
-points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
-plots.save(plots.samples(points, points[0]), sys.argv[2], 'picture')
+log = [{'epoch': epoch, 'loss': 1.0, 'test_accuracy': 0.5, 'learning_rate': 0.1} for epoch in (0, 1)]
+plots.save(plots.training(log), sys.argv[2], 'picture')
 """
+LOG = [{'epoch': epoch, 'loss': 1.0, 'test_accuracy': 0.5, 'learning_rate': 0.1} for epoch in (0, 1)]
 OF_A_USER = {'text.usetex': True, 'font.size': 20, 'lines.linewidth': 9, 'savefig.dpi': 20, 'pdf.compression': 0}
 
 
@@ -176,8 +177,7 @@ OF_A_USER = {'text.usetex': True, 'font.size': 20, 'lines.linewidth': 9, 'savefi
 def picture(tmp_path_factory):
     """Returns the bytes of a picture that is drawn without settings of a user."""
     folder = tmp_path_factory.mktemp('pictures')
-    points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
-    plots.save(plots.samples(points, points[0]), folder, 'picture')
+    plots.save(plots.training(LOG), folder, 'picture')
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -201,9 +201,8 @@ def test_pictures_whatever_the_configuration_of_matplotlib(environment, settings
 
 
 def test_pictures_whatever_was_set_in_this_process(picture, tmp_path):
-    points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in (1, 2)]
     with matplotlib.rc_context(OF_A_USER):
-        plots.save(plots.samples(points, points[0]), tmp_path, 'picture')
+        plots.save(plots.training(LOG), tmp_path, 'picture')
         assert matplotlib.rcParams['font.size'] == 20
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == picture
 
@@ -222,13 +221,17 @@ def test_images_of_any_channels_are_drawn(channels):
 
 @pytest.mark.parametrize('optim', ['sgd', 'bsam'])
 def test_columns_and_rows_of_the_table(optim, flags_of, capsys):
-    """A point estimate has no column of samples. --all shows every metric."""
+    """A point estimate has no column of samples. --all shows every metric, and then every class."""
     run = train.main(flags_of(optim=optim))
     for flags, is_all in (([], False), (['--all'], True)):
         capsys.readouterr()
         evaluate.main([f'--resultsfolder={run}', *flags])
         lines = capsys.readouterr().out.splitlines()
         header, *rows = [line.strip('|').split('|') for line in lines if line.startswith('|')]
+        if is_all:
+            rows, of_classes = rows[:-12], rows[-12:]
+            assert of_classes[0][0].strip() == f'class, {"mean" if optim == "sgd" else "1 sample"}'
+            assert sum(int(row[1]) for row in of_classes[2:]) == 20
         assert [cell.strip() for cell in header[1::2]] == (['mean'] if optim == 'sgd' else ['mean', '1 sample'])
         expected = set(results_of(run)['average'] if is_all else tables.REPORTED)
         of_samples = {'mutual_information', 'disagreement'} if optim == 'sgd' else set()
@@ -378,7 +381,7 @@ def test_laplace_of_two_seeds(flags_of, capsys):
 
 
 def test_laplace(trained, flags_of, tmp_path, capsys):
-    """Draws samples around the weights of SGD. Has its own files, and --reuse compares both evaluations."""
+    """Draws samples around the weights of SGD. Has its own files, which --reuse reads only with --laplace."""
     run = trained(optim='sgd')
     evaluate.main([f'--resultsfolder={run}', '--testmc=4'])
     evaluate.main([f'--resultsfolder={run}', '--testmc=4', '--laplace'])
@@ -389,36 +392,59 @@ def test_laplace(trained, flags_of, tmp_path, capsys):
     assert 'bsam has a posterior of its own' in error_of([f'--resultsfolder={other}', '--laplace'], capsys)
     evaluate.main([f'--resultsfolder={other}', '--testmc=4'])
     capsys.readouterr()
-    evaluate.main(['--resultsfolder', str(run), str(other), '--reuse'])
-    out = capsys.readouterr().out
-    assert 'sgd, mean' in out and 'sgd laplace, 4 samples' in out and 'bsam, 4 samples' in out
+    reuse = ['--resultsfolder', str(run), str(other), '--reuse']
+    for flags, is_shown in ([], False), (['--laplace'], True):
+        evaluate.main([*reuse, *flags])
+        out = capsys.readouterr().out
+        assert 'sgd, mean' in out and 'bsam, 4 samples' in out and ('sgd laplace, 4 samples' in out) == is_shown
+    error = error_of([*reuse, '--laplace=diag'], capsys)
+    assert 'was made with --laplace kron --laplaceprior marglik: give these flags' in error
+    (run / 'predictions.npz').unlink()
+    evaluate.main([*reuse, '--laplace'])
+    assert 'sgd, mean' in capsys.readouterr().out
+    assert 'predictions.npz is missing or damaged' in error_of(reuse, capsys)
+    (run / 'predictions-laplace.npz').unlink()
+    assert 'predictions-laplace.npz is missing or damaged' in error_of([*reuse, '--laplace'], capsys)
 
 
-def test_several_runs(trained, tmp_path, capsys):
+def test_several_runs(trained, tmp_path, monkeypatch, capsys):
     """Two methods, one of them with two seeds. --reuse prints the same tables from the saved predictions."""
+    drawn = {}
+    monkeypatch.setattr(plots, 'write', drawn.__setitem__)
     for optim, seed in (('sgd', 0), ('bsam', 0), ('bsam', 1)):
         trained(optim=optim, randomseed=seed)
     pattern, folder = str(tmp_path / 'results' / '*' / '*' / 'run_*'), tmp_path / 'results' / 'mnist_mlp'
-    evaluate.main([f'--resultsfolder={pattern}', '--testmc=4', '--ensemble'])
+    evaluate.main([f'--resultsfolder={pattern}', '--testmc', '1', '4', '--ensemble', '--plots'])
     out = capsys.readouterr().out
     tables = out[out.index('mean ± standard deviation') :]
+    assert f'\npictures: {folder}/plots\n' in tables
+    titles = {figures['reliability'].get_suptitle() for figures in drawn.values()}
+    of_runs = ('run_0 of sgd', 'run_0 of bsam', 'run_1 of bsam')
+    assert titles == {'Reliability: 20 test images of mnist'} | {
+        f'Reliability: {run} on mnist, mlp, 20 test images' for run in of_runs
+    }
+    curves = drawn[folder / 'plots']['samples'].legends[0].get_texts()
+    assert {text.get_text() for text in curves[:-1]} == {'bsam, samples', 'bsam, mean', 'sgd, mean'}
     for name in (
         'sgd, mean',
         'bsam, mean',
         'bsam, 4 samples',
         'bsam ensemble of 2, 4 samples',
-        'all as an ensemble of 3',
+        'ensemble of all 3 runs',
     ):
         assert name in tables
     written = {path.suffix: path.read_text() for path in folder.glob('comparison.*')}
     assert set(written) == {'.md', '.csv', '.tex'} and '**' in written['.md'] and r'\textbf' in written['.tex']
     (folder / 'bsam' / 'run_0' / 'metrics.json').unlink()
-    evaluate.main([f'--resultsfolder={pattern}', '--reuse', '--ensemble', f'--output={tmp_path}'])
+    drawn.clear()
+    evaluate.main([f'--resultsfolder={pattern}', '--reuse', '--ensemble', '--plots', f'--output={tmp_path}'])
+    ((place, figures),) = drawn.items()
+    assert place == tmp_path / 'plots' and figures['reliability'] and not figures['samples']
     again = capsys.readouterr().out
     assert again.split('written')[0].strip() == tables.split('written')[0].strip()
     assert (tmp_path / 'comparison.md').read_text() == written['.md']
-    error = error_of([f'--resultsfolder={pattern}', '--reuse', f'--output={tmp_path}/absent'], capsys)
-    assert 'absent is not a folder: create it first' in error
+    error = error_of([f'--resultsfolder={pattern}', '--reuse', f'--output={tmp_path}/comparison.md/a'], capsys)
+    assert f'{tmp_path}/comparison.md is not a folder, or is read-only: name another folder' in error
     assert '--reuse cannot be combined with --testmc' in error_of(
         [f'--resultsfolder={pattern}', '--reuse', '--testmc=8'], capsys
     )
@@ -465,7 +491,7 @@ def test_a_damaged_log_is_found_before_a_run_is_evaluated_for_its_picture(traine
 @pytest.mark.parametrize('numbers', [[1, 2, 4, 8], [1, 2, 3, 4, 5, 30, 31, 32], range(33, 61)])
 def test_labels_of_a_curve_do_not_overlap(numbers):
     points = [{'testmc': n, 'accuracy': 0.5, 'nll': 1.0, 'ece': 0.1} for n in numbers]
-    figure = plots.samples(points, points[0])
+    figure = plots.samples([comparison.Row('bsam, 60 samples', [], measured=[{'samples': points}])])
     figure.draw_without_rendering()
     for axes in figure.axes:
         boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
@@ -482,7 +508,7 @@ def test_a_diverged_run(flags_of, monkeypatch, capsys):
     (title,) = {axes.get_title().splitlines()[1] for axes in reliability.axes[:2]}
     legend = {text.get_text().split()[-1] for text in risk_coverage.legends[0].get_texts()}
     results = results_of(run)
-    assert title == 'ECE nan' and legend == {'nan'} and results['temperature']['mean']['temperature'] is None
+    assert title == 'ECE –' and legend == {'–'} and results['temperature']['mean']['temperature'] is None
     assert set(results['average'].values()) == {None}, 'the votes of a diverged network mean nothing'
     assert 'weights of the run are not finite' in error_of([f'--resultsfolder={run}', '--laplace'], capsys)
 
@@ -512,6 +538,76 @@ def test_one_of_several_runs_that_is_damaged_or_read_only(flags_of, monkeypatch,
     error = error_of(both, capsys)
     assert 'progress.json is missing; ' in error and error.endswith(' with this run folder only\n')
     assert not (first / 'metrics.json').exists()
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Returns a function that makes folders look read-only. The superuser, who may run tests, can write all folders."""
+
+    def make(*paths):
+        monkeypatch.setattr(os, 'access', lambda path, mode: not any(Path(path).is_relative_to(p) for p in paths))
+
+    return make
+
+
+def content(folder):
+    """Returns the time of the last change of a folder and of everything in it."""
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob('*')]}
+
+
+def test_output_of_a_read_only_run(flags_of, read_only, tmp_path, monkeypatch, capsys):
+    """Nothing changes in the run folder."""
+    drawn = []
+    monkeypatch.setattr('evaluation.plots.of_run', lambda *args: {})
+    monkeypatch.setattr('evaluation.plots.write', lambda folder, figures: drawn.append(folder))
+    run = train.main(flags_of())
+    before = content(run)
+    read_only(run)
+    error = error_of([f'--resultsfolder={run}'], capsys)
+    assert f'{run} is not writable: name another folder for metrics.json with --output' in error
+    output = tmp_path / 'new' / 'output'
+    evaluate.main([f'--resultsfolder={run}', f'--output={output}', '--plots'])
+    assert f'written: {output}\n' in capsys.readouterr().out
+    assert {path.name for path in output.iterdir()} == {'metrics.json', 'predictions.npz'}
+    assert results_of(output)['mean'] and drawn == [output / 'plots']
+    error = error_of([f'--resultsfolder={run}', f'--output={run}/new'], capsys)
+    assert f'--output {run}/new: {run} is not a folder, or is read-only: name another folder' in error
+    assert content(run) == before
+
+
+def test_output_of_several_read_only_runs(flags_of, read_only, tmp_path, capsys):
+    """Each run has a folder, whose name does not depend on the other runs. --reuse finds it."""
+    runs = [train.main(flags_of(optim=optim, randomseed=i)) for optim, i in (('sgd', 0), ('bsam', 0), ('bsam', 1))]
+    results, output = tmp_path / 'results', tmp_path / 'output'
+    before = content(results)
+    read_only(results)
+    both, of_all = [['--resultsfolder', *map(str, some)] for some in (runs[1:], runs)]
+    assert 'with --output' in error_of(both, capsys)
+    evaluate.main([*both, f'--output={output}'])
+    evaluate.main([*of_all, f'--output={output}'])
+    out = capsys.readouterr().out
+    found = [path.parent for path in output.glob('*/metrics.json')]
+    assert len(found) == 3 and all((folder / 'predictions.npz').exists() for folder in found)
+    assert {folder.name.rpartition('-')[0] for folder in found} == {
+        'mnist_mlp-sgd-run_0', 'mnist_mlp-bsam-run_0', 'mnist_mlp-bsam-run_1',
+    }  # fmt: skip
+    assert all(f'written: {folder}\n' in out for folder in found)
+    table = (output / 'comparison.csv').read_text()
+    evaluate.main([*of_all, '--reuse', f'--output={output}'])
+    assert (output / 'comparison.csv').read_text() == table
+    evaluate.main([*both, '--reuse', f'--output={output}'])
+    assert 'sgd' not in (output / 'comparison.csv').read_text()
+    assert 'predictions.npz is missing or damaged' in error_of([*both, '--reuse', f'--output={output}/new'], capsys)
+    assert content(results) == before
+
+
+def test_folders_of_runs_with_long_or_equal_names(tmp_path):
+    """The folder `a` of two different folders is not the same run. A link is the run that it names."""
+    names = [comparison.own_folder(tmp_path, tmp_path / parent / 'a').name for parent in ('0/x/y/z', '1/x/y/z')]
+    assert [name[:-8] for name in names] == ['y-z-a-'] * 2 and len({*names}) == 2
+    (tmp_path / 'link').symlink_to(tmp_path / '0/x/y/z')
+    assert comparison.own_folder(tmp_path, tmp_path / 'link/a').name == names[0]
+    assert len(comparison.own_folder(tmp_path, Path('/', 'ä' * 120, 'ä' * 120)).name.encode()) < 255
 
 
 def test_a_pattern_that_also_names_the_tables_of_before(flags_of, capsys):

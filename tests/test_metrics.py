@@ -3,7 +3,9 @@
 record_metrics.py has recorded the numbers of torchmetrics and torch-uncertainty.
 """
 
+import itertools
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -154,6 +156,53 @@ def test_classwise_ece_by_hand():
     np.testing.assert_allclose(metrics.classwise_ece(probs, labels, num_bins=2), (0.4 + 0.6) / 4)
 
 
+def test_classwise_ece_by_brute_force():
+    """The mean over classes and sum over bins of |observed − expected images of the class|, over N."""
+    probs, labels = predictions(4, 400, 6, 0.8)
+    gaps = [
+        abs(sum((labels[i] == k) - probs[i, k] for i in range(400) if b / 15 < probs[i, k] <= (b + 1) / 15))
+        for k in range(6)
+        for b in range(15)
+    ]
+    np.testing.assert_allclose(metrics.classwise_ece(probs, labels), sum(gaps) / 6 / 400, rtol=1e-12)
+
+
+def test_auroc_grid_by_brute_force():
+    """The trapezoid rule over the shares of right and wrong predictions above each threshold."""
+    probs, labels = predictions(4, 300, 6, 0.8)
+    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    points = [
+        (np.mean(confidence[~correct] >= t), np.mean(confidence[correct] >= t)) for t in np.arange(1, 2500) / 2500
+    ]
+    points = [(0, 0), *points[::-1], (1, 1)]
+    area = sum((x - last_x) * (y + last_y) / 2 for (last_x, last_y), (x, y) in itertools.pairwise(points))
+    np.testing.assert_allclose(metrics.auroc_grid(probs, labels), area, rtol=1e-10)
+
+
+def test_reliability_and_risk_by_brute_force_with_ties():
+    probs, labels = tied_predictions()
+    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
+    coverage, risk = metrics.risk_coverage(probs, labels)
+    for threshold, share, error in zip(sorted(set(confidence))[::-1], coverage, risk, strict=True):
+        kept = confidence >= threshold
+        np.testing.assert_allclose([share, error], [kept.mean(), 1 - correct[kept].mean()], rtol=1e-12)
+
+
+def test_every_metric_has_a_range():
+    """Sure and right predictions have the best value of a metric. Sure and wrong predictions have a worse one."""
+    assert metrics.RANGES.keys() == metrics.METRICS.keys()
+    labels = np.arange(60) % 6
+    wrong = np.stack([np.roll([0, 0.98, 0.008, 0.006, 0.004, 0.002], label) for label in labels])
+    best, worse = metrics.summary(np.eye(6)[labels], labels), metrics.summary(wrong, labels)
+    unsure_if_wrong, sure_if_wrong = np.eye(6)[labels], 0.9 * np.eye(6)[labels] + 0.1 / 6
+    unsure_if_wrong[:9], sure_if_wrong[:9] = metrics.temper(wrong[:9], 3), wrong[:9]
+    for name in ('auroc', 'auroc_grid'):
+        best[name], worse[name] = (metrics.METRICS[name](probs, labels) for probs in (unsure_if_wrong, sure_if_wrong))
+    for name, (_, limit) in metrics.RANGES.items():
+        np.testing.assert_allclose(best[name], limit, atol=1e-12, err_msg=name)
+        assert worse[name] < limit if metrics.higher_is_better(name) else worse[name] > limit, name
+
+
 def test_mce_by_hand():
     """Two of ten bins are filled: 0.62 and 0.68, one right, gap |0.5 − 0.65|; and 0.95, right, gap 0.05."""
     np.testing.assert_allclose(metrics.mce(binary([0.62, 0.68, 0.95]), np.array([0, 1, 0]), num_bins=10), 0.15)
@@ -202,6 +251,26 @@ def test_temperature_of_scaled_logits():
     np.testing.assert_allclose(temperature, 3, rtol=0.05)
     assert metrics.ece(metrics.temper(probs, temperature), labels) < 0.02 < 0.1 < metrics.ece(probs, labels)
     np.testing.assert_allclose(metrics.temper(np.array([[1.0, 0.0]]), 2.0), [[1, 0]])
+
+
+def test_temperature_is_the_best_of_a_grid():
+    """The NLL is computed with scikit-learn."""
+    probs, labels = predictions(9, 300, 5, 3.0)
+    grid = np.geomspace(0.1, 10, 2001)
+    losses = [log_loss(labels, metrics.softmax(np.log(probs) / t)) for t in grid[::20]]
+    coarse = 20 * np.argmin(losses)
+    near = grid[coarse - 20 : coarse + 21]
+    best = near[np.argmin([log_loss(labels, metrics.softmax(np.log(probs) / t)) for t in near])]
+    np.testing.assert_allclose(metrics.fit_temperature(probs, labels), best, rtol=0.003)
+
+
+def test_energy_by_brute_force():
+    """−log Σ exp(logit), with exact sums. Large logits do not overflow."""
+    logits = np.random.default_rng(0).normal(0, 5, (20, 7))
+    expected = [-math.log(math.fsum(map(math.exp, row))) for row in logits]
+    np.testing.assert_allclose(metrics.energy(logits), expected, rtol=1e-12)
+    np.testing.assert_allclose(metrics.energy(logits + 1e4), np.array(expected) - 1e4, rtol=1e-12)
+    assert np.isnan(metrics.energy(np.array([[np.nan, 1.0]]))).all()
 
 
 def binary(confidences):
@@ -286,9 +355,12 @@ def test_separation_by_scores_that_are_nan_or_infinite(measure):
     np.testing.assert_array_equal(metrics.area_under_roc(np.full(10, np.nan), positive, np.ones((2, 10))), [np.nan] * 2)
 
 
-def test_temperature_where_a_true_class_has_probability_0():
-    """In logarithms the NLL is finite at any temperature. Sure but half wrong predictions need the highest one."""
-    np.testing.assert_allclose(metrics.fit_temperature(np.eye(2)[[0, 0, 0, 0]], np.array([0, 1, 0, 1])), 20, rtol=1e-3)
+def test_temperatures_at_the_bounds():
+    """A bound is returned exactly. In logarithms the NLL is finite, even if a true class has probability 0."""
+    lowest, highest = metrics.TEMPERATURES
+    assert metrics.fit_temperature(np.eye(2)[[0, 0, 0, 0]], np.array([0, 1, 0, 1])) == highest
+    assert metrics.fit_temperature(binary([0.9, 0.7]), np.array([0, 0])) == lowest
+    assert metrics.fit_temperature(binary([0.5, 0.5]), np.array([0, 1])) == 1
 
 
 @pytest.mark.parametrize('row', [[np.inf, 0], [np.nan, 0], [-np.inf, -np.inf]])
