@@ -89,7 +89,7 @@ _TEST = {'test': (3, Request(testmc=(32,)))}
 # The settings of the short training on CIFAR-10, not tuned for CIFAR-100.
 _TRANSFER = {
     'sgd': _METHODS['sgd'] | {'alpha': 0.03},
-    'bsam': _METHODS['bsam'] | {'alpha': 0.15, 'batchsplit': 2, 'dafactor': 4},
+    'bsam': _METHODS['bsam'] | {'alpha': 0.15, 'batchsplit': 2},
 }
 
 # The published commands for ResNet-18, in float32 and in bfloat16. They need a GPU.
@@ -209,7 +209,8 @@ STUDIES = {
         {'test': (1, Request())},
     ),
     'transfer': Study(
-        {'dataset': 'cifar100', 'model': 'resnet20', 'trainimages': 2500, 'batchsize': 50, 'warmup': 1, 'epochs': 9},
+        {'dataset': 'cifar100', 'model': 'resnet20', 'trainimages': 5000, 'batchsize': 50, 'warmup': 1, 'epochs': 2,
+         'dafactor': 10},
         {
             f'{name}_{start}': flags | ({'init': 'source/sgd_0'} if start == 'trained' else {})
             for name, flags in _TRANSFER.items()
