@@ -213,11 +213,17 @@ def evaluate(training: Training, state: Any, progress: checkpoints.Progress, eva
     args = training.args
     apply, params, batch_stats = training.experiment.apply, state.params, state.batch_stats
     probs = posteriors.probs_at(apply, params, batch_stats, evaluated, args.testbatchsize)
-    names = ('accuracy', 'nll', 'ece') if args.logcalibration else ('accuracy',)
+    labels, calibration = training.evaluated[1], {}
+    if args.logcalibration:
+        calibration = {
+            f'{training.split}_nll': metrics.nll(probs, labels),
+            f'{training.split}_ece': metrics.ece(probs, labels),
+        }
     return {
         'epoch': progress.epoch,
         'loss': progress.loss / training.steps,
-        **{f'{training.split}_{name}': metrics.METRICS[name](probs, training.evaluated[1]) for name in names},
+        f'{training.split}_accuracy': metrics.accuracy(probs, labels),
+        **calibration,
         'learning_rate': args.alpha * progress.lr_factor,
         'seconds': round(progress.seconds, 3),
         'images_per_second': round(training.steps * args.batchsize / progress.seconds, 1),

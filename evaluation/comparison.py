@@ -25,7 +25,6 @@ _NOT_OF_THE_METHOD = (
 
 SHOWN = (*metrics.SHORT, 'auroc')
 TITLES = {'accuracy': 'accuracy %', 'nll': 'NLL', 'ece': 'ECE', 'auroc': 'AUROC'}
-_HIGHER_IS_BETTER = ('accuracy', 'top5', 'auroc', 'auroc_grid')
 
 
 class ComparisonError(errors.UserError):
@@ -216,7 +215,7 @@ def main_table(rows: list[Row], values: list[dict], bold: bool) -> tuple[list[st
 
 def _best(name, column):
     numbers = [value for value in column if not np.isnan(value)]
-    return (max if name in _HIGHER_IS_BETTER else min)(numbers, default=None)
+    return (max if metrics.higher_is_better(name) else min)(numbers, default=None)
 
 
 def _bold_if_best(name, values, best):

@@ -32,12 +32,15 @@ class Regime(NamedTuple):
         spread: the standard deviation of logits.
         sharpness: the network's logits are the true logits times this number. Above 1 it is overconfident.
         noise: the standard deviation of noise in the network's logits, which makes it less accurate.
+        is_coarse: whether the network tells pairs of classes apart, but not the classes of a pair. It is then less
+            accurate and stays calibrated.
     """
 
     margin: float
     spread: float
     sharpness: float = 1.0
     noise: float = 0.0
+    is_coarse: bool = False
 
 
 REGIMES = {
@@ -54,6 +57,7 @@ REGIMES = {
 PAIRS = {
     'overconfident − calibrated': ('calibrated', 'overconfident'),
     'less accurate − calibrated': ('calibrated', Regime(0, 6, 1, 2)),
+    'coarse, calibrated − calibrated': ('calibrated', Regime(0, 6, is_coarse=True)),
     'underconfident − overconfident': ('overconfident', 'underconfident'),
     'accurate: overconfident − calibrated': ('accurate, calibrated', 'accurate, overconfident'),
 }
@@ -68,7 +72,8 @@ def truth_of_images(rng: np.random.Generator, regime: Regime, num_images: int) -
 
 def predict(rng: np.random.Generator, regime: Regime, logits: np.ndarray) -> np.ndarray:
     """Returns the network's probabilities, float64 [N, K], for images with these true logits [N, K]."""
-    return metrics.softmax(regime.sharpness * (logits + regime.noise * rng.normal(size=logits.shape)))
+    probs = metrics.softmax(regime.sharpness * (logits + regime.noise * rng.normal(size=logits.shape)))
+    return probs.reshape(len(probs), -1, 2).mean(axis=2).repeat(2, axis=1) if regime.is_coarse else probs
 
 
 def draw_labels(rng: np.random.Generator, logits: np.ndarray) -> np.ndarray:
@@ -195,20 +200,26 @@ def _text(found):
 @launch.script('coverage.py')
 def main(argv: list[str] | None = None) -> None:
     parser = parsing.Parser(__doc__)
-    parser.add_argument('--sets', type=parsing.integer(1), default=1000, help='data sets of each kind')
+    help = 'data sets of each kind, for the intervals of one network'
+    parser.add_argument('--sets', type=parsing.integer(1), default=1000, help=help)
+    help = 'data sets of each kind, for differences between two networks'
+    parser.add_argument('--pairsets', type=parsing.integer(1), default=300, help=help)
     help = 'images in a data set'
     parser.add_argument('--images', type=parsing.integer(10), nargs='+', default=[500, 2000], help=help)
     parser.add_argument('--output', type=parsing.new_file, required=True, help='file of the results, as JSON')
     args = parser.parse_args(argv)
     record = provenance.of_command('studies/coverage.py', argv)
-    for name, measure, kinds in (('intervals', of_intervals, REGIMES), ('differences', of_differences, PAIRS)):
-        cells = {
-            f'{kind}, {number}': measure(made, number, args.sets)
+    parts = (
+        ('intervals', of_intervals, REGIMES, args.sets),
+        ('differences', of_differences, PAIRS, args.pairsets),
+    )
+    for part, measure, kinds, num_sets in parts:
+        record[part] = {
+            f'{kind}, {number}': measure(made, number, num_sets)
             for number in args.images
             for kind, made in kinds.items()
         }
-        record[name] = cells
-        print(table(cells), flush=True)
+        print(table(record[part]), flush=True)
     json_files.write_json(args.output, record)
 
 

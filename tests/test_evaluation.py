@@ -265,8 +265,64 @@ def test_unknown_images_of_a_diverged_network():
     fine = wrong._replace(logits=np.eye(4, 3), probs=metrics.softmax(np.eye(4, 3)), expected_entropy=np.arange(4.0))
     for known, unknown in ((wrong, fine), (fine, wrong), (wrong, wrong)):
         found = measures.ood_detection(known, unknown)
-        assert list(found['average']) == ['max_prob', 'entropy', 'mutual_information']
-        assert np.isnan([value for score in found['average'].values() for value in score.values()]).all()
+        assert list(found['mean']) == ['max_prob', 'entropy', 'energy', 'max_logit']
+        assert list(found['average']) == ['max_prob', 'entropy', 'mutual_information']  # the energy is not known
+        scores = [*found['mean'].values(), *found['average'].values()]
+        assert np.isnan([value for score in scores for value in score.values()]).all()
+
+
+def test_unknown_images_by_energy_and_largest_logit():
+    """Two images with small logits are unknown. Their probabilities are those of the known images."""
+    known = np.array([[9.0, 5.0, 5.0], [6.0, 2.0, 2.0], [1.0, -3.0, -3.0]])
+    unknown = known[:2] - [[10.0], [4.5]]
+
+    def prediction(logits):
+        probs = metrics.softmax(logits)
+        votes = np.full(probs.shape, 1)
+        of_samples = {'energy': metrics.energy(logits), 'max_logit': logits.max(axis=1)}
+        return posteriors.Prediction(logits, probs, metrics.entropy(probs), votes, **of_samples)
+
+    found = measures.ood_detection(prediction(known), prediction(unknown))
+    assert found['mean'] == found['average'] and list(found['mean']) == ['energy', 'max_logit']
+    for score in found['mean'].values():
+        assert score['auroc'] == 5 / 6  # only the known 1 and the unknown 1.5 are in the wrong order
+        assert score['fpr95'] == 1 / 2
+
+
+def test_temperature_at_a_bound():
+    at_bound = dict.fromkeys((*metrics.SHORT, 'brier'), 0.5) | {'temperature': 100.0, 'at_bound': True}
+    inside = at_bound | {'temperature': 1.5, 'at_bound': False}
+    untempered = {'mean': at_bound, 'average': at_bound}
+    for tempered, shown, expected in (
+        ({'mean': at_bound, 'average': inside}, {'mean': 'mean', 'average': '2 samples'}, ['1', '> 100', '1', '1.500']),
+        ({'mean': at_bound | {'temperature': 0.01}}, {'mean': 'mean'}, ['1', '< 0.01']),
+        ({'mean': inside}, {'mean': 'mean'}, ['1', '1.500']),
+    ):
+        text = tables._temperature(untempered | {'temperature': tempered}, shown)
+        *rows, last = text.strip().splitlines()[2:]
+        assert (
+            last == 'A temperature with < or > is at the end of its range: the best temperature is further out.'
+        ) == (expected != ['1', '1.500'])
+        assert [row.split('|')[2].strip() for row in (*rows, last) if row.startswith('|')] == expected
+
+
+def test_predictions_of_older_versions_are_read(trained):
+    """They have no energies."""
+    run = trained()
+    evaluate.main([f'--resultsfolder={run}', '--testmc=2'])
+    path = run / 'predictions.npz'
+    _, prediction, *_ = predictions.read(path)
+    assert prediction.energy.shape == prediction.max_logit.shape == (20,)
+    with np.load(path) as file:
+        older = {name: file[name] for name in file if name not in ('energy', 'max_logit')}
+        wrong = dict(file) | {'energy': np.zeros(3, np.float32)}
+    np.savez(path, **older)
+    _, found, *_ = predictions.read(path)
+    assert found.energy is None and found.max_logit is None
+    np.testing.assert_array_equal(found.probs, prediction.probs)
+    np.savez(path, **wrong)
+    with pytest.raises(folders.RunError, match='does not have the format'):
+        predictions.read(path)
 
 
 def test_figures_can_be_computed_again_from_the_predictions(trained):

@@ -37,14 +37,18 @@ def probs_of(params, batch_stats):
 
 
 def test_averages_over_samples():
-    """Probabilities, entropies and votes equal a loop over the samples, after two and after five samples."""
+    """Probabilities, entropies, energies and votes equal a loop over the samples, after two and after five samples."""
     drawn = [sample(jax.random.fold_in(jax.random.key(1), i)) for i in range(5)]
     probs = np.stack([probs_of(params, np.arange(3)) for params in drawn])
+    logits = np.stack([IMAGES.reshape(7, 4) / 255 @ np.asarray(params) + np.arange(3) for params in drawn])
     for n, prediction in zip((2, 5), posterior().predict(IMAGES, [2, 5]), strict=True):
         np.testing.assert_allclose(prediction.probs_at_mean, probs_of(np.ones((4, 3)), np.arange(3)), rtol=1e-5)
         np.testing.assert_allclose(prediction.probs, probs[:n].mean(axis=0), rtol=1e-5)
         entropies = [metrics.entropy(p) for p in probs[:n]]
         np.testing.assert_allclose(prediction.expected_entropy, np.mean(entropies, axis=0), rtol=1e-5)
+        energies = -np.log(np.exp(logits[:n]).sum(axis=2))
+        np.testing.assert_allclose(prediction.energy, energies.mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(prediction.max_logit, logits[:n].max(axis=2).mean(axis=0), rtol=1e-5)
         votes = np.eye(3)[probs[:n].argmax(axis=2)].sum(axis=0)
         np.testing.assert_array_equal(prediction.votes, votes)
 

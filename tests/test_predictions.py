@@ -313,7 +313,7 @@ def test_example_in_pytorch(tmp_path, monkeypatch):
     torch = pytest.importorskip('torch')
     monkeypatch.chdir(tmp_path)
     _, of_torch = EXAMPLES
-    assert of_torch.count('\n') <= 6
+    assert of_torch.count('\n') <= 7
     model = torch.nn.Sequential(torch.nn.Linear(K, K), torch.nn.Dropout(0.5))
     loader = [
         (torch.tensor(LOGITS[i : i + 7], dtype=torch.float32), torch.tensor(LABELS[i : i + 7])) for i in range(0, N, 7)
