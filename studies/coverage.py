@@ -8,6 +8,7 @@ images, with the class probabilities in place of labels. So an ideal network has
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,8 +191,23 @@ def table(cells: dict[str, dict[str, dict]]) -> str:
     return tables.markdown(['', *names], rows)
 
 
+def short_table(cells: dict[str, dict[str, dict]], kinds: dict, names: Sequence[str]) -> str:
+    """Returns a Markdown table of coverages in per cent, with '500 / 2,000 images' in a cell, for docs/evaluation.md.
+
+    Args:
+        cells: a part of the record.
+        kinds: REGIMES or PAIRS.
+        names: the metrics to show.
+    """
+    rows = [
+        [kind, *(' / '.join(_text(cells[f'{kind}, {number}'][name]) for number in (500, 2000)) for name in names)]
+        for kind in kinds
+    ]
+    return tables.markdown(['', *names], rows)
+
+
 def _text(found):
-    if found['coverage'] is None:
+    if found['coverage'] is None or found['width'] == 0:  # a width of 0: both networks predict the same classes
         return '–'
     given = f' ({100 * found["given"]:.0f})' if found['given'] < 1 else ''
     return f'{100 * found["coverage"]:.1f}{given}'

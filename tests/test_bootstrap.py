@@ -123,14 +123,21 @@ def test_coverage_of_intervals_is_what_the_record_says(kind):
 
 
 def test_recorded_coverage():
-    """All recorded intervals of one network contain the true value in 90 % to NN % of the data sets."""
+    """At least 90 % of all recorded intervals of one network contain the true value.
+
+    At most 99 % do, except for shares that are often 0 % or 100 % because less than one image is expected.
+    """
     record = json.loads((ROOT / 'results' / 'coverage.json').read_text())
-    kinds = {f'{kind}, {number}' for kind in coverage.REGIMES for number in (500, 2000)}
-    assert record['intervals'].keys() == kinds
+    assert record['intervals'].keys() == {f'{kind}, {number}' for number in (500, 2000) for kind in coverage.REGIMES}
     for kind, cells in record['intervals'].items():
         assert cells.keys() == metrics.intervals(np.eye(2), np.arange(2)).keys()
         for name, found in cells.items():
-            assert found['given'] < 0.2 or found['coverage'] >= 0.9, (kind, name)
+            most = 1 if name in ('top5', 'risk_at_80') else 0.99
+            assert found['coverage'] is None or 0.9 <= found['coverage'] <= most, (kind, name)
+    page = (ROOT / 'docs' / 'evaluation.md').read_text()
+    shown = ('accuracy', 'nll', 'brier', 'ece', 'auroc', 'aurc')
+    assert coverage.short_table(record['intervals'], coverage.REGIMES, shown) in page
+    assert coverage.short_table(record['differences'], coverage.PAIRS, metrics.SHORT) in page
 
 
 def test_resamples_do_not_depend_on_memory(monkeypatch):
@@ -192,14 +199,21 @@ def calibrated(rng, n, gap):
 
 
 def test_intervals_of_differences_of_calibration_errors_hold_the_truth():
-    """For most of 40 pairs of test sets, the interval holds the true difference. Percentile intervals often miss it."""
+    """For most of 24 pairs of test sets, the interval holds the true difference. Percentile intervals often miss it."""
     rng = np.random.default_rng(3)
     hits = percentile_hits = 0
-    for _ in range(40):
-        pair = calibrated(rng, 1000, 0), calibrated(rng, 1000, 0.1)
+    for _ in range(24):
+        pair = calibrated(rng, 600, 0), calibrated(rng, 600, 0.1)
         first, second = (metrics.resampled({'ece': metrics.ece}, *one)['ece'] for one in pair)
         low, high, _ = metrics.difference(metrics.ece(*pair[1]) - metrics.ece(*pair[0]), second - first)
         hits += low <= 0.1 <= high
         low, high = metrics.interval(second - first)
         percentile_hits += low <= 0.1 <= high
-    assert hits >= 30 and percentile_hits <= 24
+    assert hits >= 17 and percentile_hits <= 14
+
+
+def test_coverage_of_differences():
+    """Of few intervals, most contain the true difference of accuracy and NLL."""
+    found = coverage.of_differences(coverage.PAIRS['less accurate − calibrated'], 200, 12, 50_000)
+    assert found['accuracy']['truth'] < 0 < found['nll']['truth'] and found['ece']['truth'] > 0
+    assert found['accuracy']['coverage'] >= 9 / 12 and found['nll']['coverage'] >= 9 / 12
