@@ -517,9 +517,9 @@ _Z = special.ndtri((1 + LEVEL) / 2)
 def intervals(probs: np.ndarray, labels: np.ndarray, num_bins: int = 20) -> dict[str, tuple[float, float]]:
     """Returns 95 % intervals of metrics, {name: (low, high)}. An interval contains the metric.
 
-    MCE, classwise ECE and `auroc_grid` have no interval, because no interval that was tried covers them. Both bounds
-    are nan if a probability is not finite, if the metric is infinite, and for `auroc` and `aurc` with fewer than 10
-    right or 10 wrong predictions.
+    MCE has no interval because bins of few images decide it. Classwise ECE has none because the interval of `ece` holds
+    too rarely for it. `auroc_grid` has none either. Both bounds are nan if a probability is not finite, if the metric
+    is infinite, and for `auroc` and `aurc` with fewer than 10 right or 10 wrong predictions.
 
     Args:
         probs: float [N, K].

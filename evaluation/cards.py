@@ -51,7 +51,7 @@ This command trains such a run:
 ## Evaluation
 
 Measured on {results['num_images']:,} {_IMAGES[asked.split]}, {_measured_at(is_point, asked)}.
-The intervals come from resampling the images. They do not show the noise of training.
+The intervals show what other images would have given. They do not show the noise of training.
 
 {tables.with_intervals(results, is_point)}
 `nll` is the negative log-likelihood, `brier` the Brier score, `ece` the expected calibration error with {asked.bins}

@@ -380,7 +380,8 @@ def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[
     if len(found) > 1:
         chosen = 'the lowest NLL that is not of an ensemble' if with_ensembles else 'the lowest NLL'
         text += _caption(baseline(found), chosen, 'paired bootstrap over images')
-        text += tables.markdown(*test_table(found, results[0].labels, num_bins)) + '\n'
+        text += tables.markdown(*test_table(found, results[0].labels, num_bins))
+        text += 'ECE: the interval is too near 0 if one of both is nearly calibrated\n\n'
     header, over_seeds = seeds_table(found, measured)
     if over_seeds:
         first = next(row for row in found if len(row.probs) > 1)
