@@ -216,8 +216,8 @@ STUDIES = {
             for name, flags in _TRANSFER.items()
             for start in ('random', 'trained')
         },
-        3,
-        {'test': (3, Request(testmc=(8,), testimages=2500))},
+        2,
+        {'test': (2, Request(testmc=(8,), testimages=2500))},
     ),
     'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, Request(testmc=(32,)))}),
 }  # fmt: skip
