@@ -137,7 +137,7 @@ class PreActResNet(nn.Module):
     normalisation, ReLU and the mean over pixels precede the head (He et al., "Identity Mappings in Deep Residual
     Networks", 2016).
 
-    The initial weights are those of the published code. Convolutions are from `fan_out_normal`. The head's weights are
+    Initial weights follow the published code. Convolutions are from `fan_out_normal`. The weights of the head are
     uniform between ±1/√fan_in, its bias is 0. Batch normalisation has scale 1 and shift 0.
 
     Attributes:
