@@ -336,7 +336,8 @@ def test_image_folder_trains_and_is_evaluated(images_of_three_classes, flags_of,
     described = folders.read_config(run)['dataset']
     assert described['class_names'] == ['circle', 'square', 'star shape'] and described['image_shape'] == [16, 16, 3]
     assert {'test_accuracy', 'test_nll', 'test_ece'} <= read_log(run)[0].keys()
-    evaluate.main([f'--resultsfolder={run}', '--plots'])
+    evaluate.main([f'--resultsfolder={run}', '--all'])
+    assert '| star shape  ' in capsys.readouterr().out
     shutil.move(images_of_three_classes, tmp_path / 'sets' / 'shapes')
     evaluate.main([f'--resultsfolder={run}', '--testmc=2'])
     assert train.main([f'--resume={run}', '--epochs=2']) == run

@@ -72,13 +72,17 @@ def stopped(arguments):
     assert stop.value.code == 128 + signal.SIGTERM
 
 
+QUICK = ('sgd', 'sam', 'bsam', 'swag', 'ivon')  # each with other arrays in its state; the others are slow tests
 INSIDE_THE_FIRST_EPOCH, AFTER_AN_EPOCH, INSIDE_THE_SECOND = 1, 2, 3
 
 
 @pytest.mark.parametrize(
     ('optim', 'dataset', 'model', 'steps'),
     [
-        *((optim, 'mnist', 'mlp', INSIDE_THE_SECOND) for optim in optimizers.OPTIMIZERS),
+        *(
+            pytest.param(optim, 'mnist', 'mlp', INSIDE_THE_SECOND, marks=[pytest.mark.slow] * (optim not in QUICK))
+            for optim in optimizers.OPTIMIZERS
+        ),
         ('sgd', 'mnist', 'mlp', INSIDE_THE_FIRST_EPOCH),
         ('swag', 'mnist', 'mlp', AFTER_AN_EPOCH),
         ('bsam', 'mnist', 'mlp', AFTER_AN_EPOCH),
