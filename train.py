@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> Path:
         exit_unless_complete(training, stop, all_saved)
         samples = '' if training.experiment.optimizer.is_point else ' --testmc 32'
         run, code = shlex.quote(str(training.run)), training_flags.code_of(vars(training.args))
-        print(f'evaluate it with: python test.py --resultsfolder {run}{samples}{code}')
+        print(f'evaluate it with: python test.py --resultsfolder {run}{samples} {shlex.join(code)}'.rstrip())
     return training.run
 
 
@@ -343,8 +343,8 @@ def exit_unless_complete(training: Training, stop: signals.Stop, all_saved: bool
         sys.exit(128 + stop.signal if stop.signal else 1)
     if stop.signal:
         if hosts.is_first():
-            resume = f'--resume {shlex.quote(str(training.run))}{training_flags.code_of(vars(training.args))}'
-            print(f'saved; resume with: python train.py {resume}', file=sys.stderr)
+            resume = ['--resume', str(training.run), *training_flags.code_of(vars(training.args))]
+            print(f'saved; resume with: python train.py {shlex.join(resume)}', file=sys.stderr)
         sys.exit(128 + stop.signal)
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import queue
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -232,7 +231,9 @@ def _trained(call, folder, values):
     begun = begun_run(folder)
     if begun:
         may_change = {name: value for name, value in values.items() if name in training_flags.MAY_CHANGE}
-        call('train.py', [f'--resume={begun}', *training_flags.command_line(may_change), *_code(values)])
+        call(
+            'train.py', [f'--resume={begun}', *training_flags.command_line(may_change), *training_flags.code_of(values)]
+        )
         return begun
     for left in folder.glob('*/*/run_*'):
         others = sorted(path.name for path in left.iterdir() if not _is_of_a_start(path))
@@ -245,13 +246,9 @@ def _trained(call, folder, values):
     return next(folder.glob('*/*/run_*'))
 
 
-def _code(values):
-    return shlex.split(training_flags.code_of(values))
-
-
 def _tested(call, trained, values, request):
     folders_given = {name: value for name, value in values.items() if name in ('datasetfolder', 'compilecache')}
-    given = [*training_flags.command_line(folders_given), *request.arguments(), *_code(values)]
+    given = [*training_flags.command_line(folders_given), *request.arguments(), *training_flags.code_of(values)]
     call('test.py', [f'--resultsfolder={trained}', *given])
     return json_files.read_json(request.metrics_file(trained))
 

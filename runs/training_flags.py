@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -241,10 +240,10 @@ def command_line(values: dict) -> list[str]:
     return [f'--{name}' if value is True else f'--{name}={value}' for name, value in given.items()]
 
 
-def code_of(values: dict) -> str:
-    """Returns the flag --code for the user's own files among the flags {name: value}, '' if there are none."""
+def code_of(values: dict) -> list[str]:
+    """Returns the flag --code for the user's own files among the flags {name: value}, or [] if there are none."""
     paths = python_files.files_of(str(values.get(name)) for name in ('dataset', 'model'))
-    return f' --code {shlex.join(paths)}' if paths else ''
+    return ['--code', *paths] if paths else []
 
 
 def flags_of(config: dict, run: Path) -> argparse.Namespace:
