@@ -22,6 +22,10 @@ SAM, bSAM, SAM-Adam, ASAM and IVON cut a batch into `num_sub_batches` consecutiv
 own perturbation (m-sharpness) or noise. Sub-batches are computed one after another, or in groups of equal size with at
 most `atonce` sub-batches. Groups use a GPU better, but each sub-batch of a group takes memory.
 
+SGD, Adam, AdamW and SWAG can take the gradient of a batch in `num_pieces` consecutive pieces. The gradient is the same
+except for rounding. On CPUs, small pieces stay in the cache. A network with batch statistics always gets the whole
+batch.
+
 SAM, bSAM, SAM-Adam and ASAM take two gradients per step. `bnupdate` is 'both', 'first' or 'second', and says which of
 the two gradients updates the batch statistics.
 
@@ -168,7 +172,9 @@ def lr_factor(epoch: int, epochs: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs + 1 - warmup)))
 
 
-def sgd(loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay: float) -> Optimizer:
+def sgd(
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay: float, num_pieces: int = 1
+) -> Optimizer:
     """Returns stochastic gradient descent with heavy-ball momentum and coupled weight decay.
 
         m ← β₁m + g + δw
@@ -181,6 +187,7 @@ def sgd(loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay
         learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         weight_decay: δ, the prior precision divided by N.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
 
     Returns:
         An Optimizer whose state is a MomentumState. `sample` returns the weights.
@@ -189,7 +196,7 @@ def sgd(loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay
         Polyak, "Some methods of speeding up the convergence of iteration methods", 1964 (heavy ball).
         The code of Möllenhoff & Khan (2023), which has the same update.
     """
-    value_and_grad = _value_and_grad(loss)
+    value_and_grad = _in_pieces(_value_and_grad(loss), num_pieces)
 
     def step(state, batch, rate):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
@@ -327,8 +334,9 @@ def bsam(
 
 
 def adam(
-    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float
-) -> Optimizer:
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float,
+    num_pieces: int = 1,
+) -> Optimizer:  # fmt: skip
     """Returns Adam with coupled weight decay, a baseline of Möllenhoff & Khan (2023).
 
     In step t = 1, 2, ...:
@@ -344,6 +352,7 @@ def adam(
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the squared gradients per step.
         weight_decay: δ, the prior precision divided by N.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
 
     Returns:
         An Optimizer whose state is an AdamState. `sample` returns the weights.
@@ -351,12 +360,13 @@ def adam(
     References:
         Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
-    return _adam(loss, learning_rate, beta1, beta2, coupled=weight_decay)
+    return _adam(loss, learning_rate, beta1, beta2, num_pieces, coupled=weight_decay)
 
 
 def adamw(
-    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float
-) -> Optimizer:
+    loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float,
+    num_pieces: int = 1,
+) -> Optimizer:  # fmt: skip
     """Returns AdamW: Adam with decoupled weight decay, which subtracts α δ w from the weights directly.
 
     In step t = 1, 2, ...:
@@ -371,6 +381,7 @@ def adamw(
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the squared gradients per step.
         weight_decay: δ. Each step subtracts the fraction α δ of every weight.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
 
     Returns:
         An Optimizer whose state is an AdamState. `sample` returns the weights.
@@ -378,7 +389,7 @@ def adamw(
     References:
         Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
-    return _adam(loss, learning_rate, beta1, beta2, decoupled=weight_decay)
+    return _adam(loss, learning_rate, beta1, beta2, num_pieces, decoupled=weight_decay)
 
 
 def samadam(
@@ -483,7 +494,7 @@ def asam(
 
 def swag(
     loss: Callable, *, learning_rate: Rate, beta1: float = 0.9, weight_decay: float, swagstart: int, swagevery: int,
-    swagrank: int = 20,
+    swagrank: int = 20, num_pieces: int = 1,
 ) -> Optimizer:  # fmt: skip
     """Returns SWAG: SGD, and a Gaussian posterior fitted to snapshots of SGD's weights θ.
 
@@ -508,6 +519,7 @@ def swag(
         swagstart: the step of the first snapshot, counted from 1.
         swagevery: steps from one snapshot to the next.
         swagrank: the most deviations that are kept. Each takes as much memory as the weights.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
 
     Returns:
         An Optimizer whose state is a SWAGState. `sample` draws from the posterior.
@@ -515,7 +527,7 @@ def swag(
     References:
         Maddox et al., "A Simple Baseline for Bayesian Uncertainty in Deep Learning", NeurIPS 2019.
     """
-    value_and_grad = _value_and_grad(loss)
+    value_and_grad = _in_pieces(_value_and_grad(loss), num_pieces)
 
     def init(params, batch_stats, key):
         momentum, variance = _zeros(params), _zeros(params)
@@ -721,8 +733,8 @@ def _init_adam(params, batch_stats, key):
     return AdamState(params, _zeros(params), _zeros(params), jnp.zeros((), jnp.int32), batch_stats, key)
 
 
-def _adam(loss, learning_rate, beta1, beta2, **weight_decay):
-    value_and_grad = _value_and_grad(loss)
+def _adam(loss, learning_rate, beta1, beta2, num_pieces, **weight_decay):
+    value_and_grad = _in_pieces(_value_and_grad(loss), num_pieces)
 
     def step(state, batch, rate):
         (value, batch_stats), grads = value_and_grad(state.params, state.batch_stats, batch)
@@ -820,6 +832,27 @@ def _value_and_grad(loss):
         return jax.value_and_grad(with_batch_stats, has_aux=True)(params, batch_stats, batch)
 
     return value_and_grad
+
+
+def _in_pieces(value_and_grad, num_pieces):
+    """Returns value_and_grad(params, batch_stats, batch), averaged over `num_pieces` pieces of the batch.
+
+    Batch statistics need the whole batch. Several devices share the whole batch.
+    """
+
+    def of_piece(arguments, piece, _):
+        (value, batch_stats), grads = value_and_grad(*arguments, piece)
+        return grads, value, batch_stats
+
+    def averaged(params, batch_stats, batch):
+        mesh = jax.sharding.get_abstract_mesh()
+        if num_pieces == 1 or tree.leaves(batch_stats) or mesh.size > 1:
+            return value_and_grad(params, batch_stats, batch)
+        pieces = tree.map(lambda x: _split(x, num_pieces), batch)
+        grads, value, batch_stats = _totals(of_piece, 1, (params, batch_stats), pieces, jnp.arange(num_pieces))
+        return (value / num_pieces, batch_stats), tree.map(lambda g: g / num_pieces, grads)
+
+    return averaged
 
 
 def _mean(state, key):

@@ -237,6 +237,14 @@ def test_optimizers_take_the_arguments_of_their_flags(optim):
     assert arguments['weight_decay'] == (10 if optim == 'ivon' else 25) / 2000
 
 
+@pytest.mark.parametrize(
+    ('model', 'batchsize', 'num_pieces'),
+    [('resnet20', 200, 20), ('resnet20', 128, 8), ('resnet20', 7, 1), ('resnet18', 200, 1), ('mlp', 200, 1)],
+)
+def test_resnet20_takes_its_gradient_in_pieces(model, batchsize, num_pieces):
+    assert experiment.num_pieces(model, batchsize) == num_pieces
+
+
 def test_flags_of_other_optimizers_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         training_flags.parse_args(['--optim=sgd', '--rho=0.1'])

@@ -354,6 +354,29 @@ def test_step_keeps_dtypes(name):
     assert [leaf.dtype for leaf in jax.tree.leaves(stepped)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
+@pytest.mark.parametrize('name', ['sgd', 'adam', 'adamw', 'swag'])
+def test_pieces_have_the_gradient_of_the_batch(name, problem, x64):
+    """Without batch statistics the gradient is the same in pieces. With batch statistics the batch stays whole."""
+    x, y, w = problem
+
+    def states(loss, batch_stats, num_pieces):
+        optimizer = optimizers.OPTIMIZERS[name](loss, **SETTINGS[name], num_pieces=num_pieces)
+        state, step = optimizer.init(jnp.asarray(w), batch_stats, jax.random.key(0)), jax.jit(optimizer.step)
+        for t in range(5):
+            state, value = step(state, (x[t], y[t]))
+        return state._replace(key=None), value
+
+    def plain_loss(params, batch):
+        return logistic_loss(params, jnp.zeros(()), batch)[0]
+
+    for whole, pieces in zip(*(tree.leaves(states(plain_loss, None, n)) for n in (1, 4)), strict=True):
+        np.testing.assert_allclose(pieces, whole, rtol=1e-12, atol=1e-15)
+    for whole, pieces in zip(*(tree.leaves(states(logistic_loss, jnp.zeros(()), n)) for n in (1, 4)), strict=True):
+        np.testing.assert_array_equal(pieces, whole)
+    with pytest.raises(ValueError, match='12 examples cannot be cut into 5 equal sub-batches'):
+        states(plain_loss, None, 5)
+
+
 @pytest.mark.parametrize(
     ('name', 'transform'),
     [
