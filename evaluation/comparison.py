@@ -24,6 +24,7 @@ _NOT_OF_THE_METHOD = (
 )  # fmt: skip
 
 SHOWN = (*metrics.SHORT, 'auroc')
+TESTED = ('accuracy', 'nll')  # by the paired bootstrap test over images
 TITLES = {'accuracy': 'accuracy %', 'nll': 'NLL', 'ece': 'ECE', 'auroc': 'AUROC'}
 
 
@@ -278,27 +279,28 @@ def baseline(rows: list[Row]) -> Row:
 def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list[str], list[list[str]]]:
     """Returns the header and rows of paired bootstrap tests over images: each row's difference from the baseline.
 
-    Each difference has a 95 % interval and a p-value, unless it is 0 on every resample or not finite.
+    Differences in accuracy and NLL have a 95 % interval and a p-value, unless they are 0 on every resample or not
+    finite. Differences in ECE have neither, because resampling adds calibration error.
 
     Args:
         rows: as from `rows`, the row with the lowest NLL first.
         labels: int [N].
         num_bins: the number of bins of the ECE.
     """
-    tested = {name: metric for name, metric in metrics.with_bins(num_bins).items() if name in metrics.SHORT}
-    first = baseline(rows)
-    firsts, resampled_firsts = _averages(tested, first.probs, labels)
+    first, ece = baseline(rows), metrics.with_bins(num_bins)['ece']
+    firsts, resampled_firsts = _averages(first.probs, labels)
     cells = []
     for row in (row for row in rows if row is not first):
-        observed, resampled = _averages(tested, row.probs, labels)
+        observed, resampled = _averages(row.probs, labels)
         line = [row.name]
-        for name in metrics.SHORT:
+        for name in TESTED:
             with np.errstate(invalid='ignore'):  # an infinite NLL minus another is nan
                 difference, differences = observed[name] - firsts[name], resampled[name] - resampled_firsts[name]
             test = metrics.difference(difference, differences) if differences.any() else None
             line += _test_cells(name, difference, test)
-        cells.append(line)
-    return _test_header(first.name), cells
+        difference = np.mean([ece(p, labels) for p in row.probs]) - np.mean([ece(p, labels) for p in first.probs])
+        cells.append([*line, _test_cells('ece', difference, None)[0]])
+    return [*_test_header(first.name, TESTED), TITLES['ece']], cells
 
 
 def seeds_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -319,7 +321,7 @@ def seeds_table(rows: list[Row], values: list[dict]) -> tuple[list[str], list[li
         [name, *(cell for metric in metrics.SHORT for cell in _welch_cells(metric, of_row[metric], firsts[metric]))]
         for name, of_row in others
     ]
-    return _test_header(first), cells
+    return _test_header(first, metrics.SHORT), cells
 
 
 def _welch_cells(name, values, firsts):
@@ -335,8 +337,8 @@ def _welch_cells(name, values, firsts):
     return _test_cells(name, difference, (*test.confidence_interval(metrics.LEVEL), test.pvalue))
 
 
-def _test_header(first):
-    return [f'against {first}', *(part for name in metrics.SHORT for part in (TITLES[name], 'p'))]
+def _test_header(first, names):
+    return [f'against {first}', *(part for name in names for part in (TITLES[name], 'p'))]
 
 
 def _test_cells(name, difference, test):
@@ -350,8 +352,9 @@ def _test_cells(name, difference, test):
     return [f'{difference} [{low}, {high}]', f'{test[2]:.3f}' if test[2] >= 0.001 else '<0.001']
 
 
-def _averages(tested, probs, labels):
-    """Returns each metric averaged over runs: {name: float} on the images, {name: float [R]} on each resample."""
+def _averages(probs, labels):
+    """Returns metrics averaged over runs: {name: float} on the images, {name: float [R]} on each resample."""
+    tested = {name: metrics.METRICS[name] for name in TESTED}
     resampled = [metrics.resampled(tested, p, labels) for p in probs]
     return (
         {name: np.mean([metric(p, labels) for p in probs]) for name, metric in tested.items()},
@@ -381,7 +384,7 @@ def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[
         chosen = 'the lowest NLL that is not of an ensemble' if with_ensembles else 'the lowest NLL'
         text += _caption(baseline(found), chosen, 'paired bootstrap over images')
         text += tables.markdown(*test_table(found, results[0].labels, num_bins))
-        text += 'ECE: the interval is too near 0 if one of both is nearly calibrated\n\n'
+        text += 'ECE: the difference only, because resampling adds calibration error\n\n'
     header, over_seeds = seeds_table(found, measured)
     if over_seeds:
         first = next(row for row in found if len(row.probs) > 1)

@@ -64,12 +64,14 @@ def test_test_table():
     """Equal predictions have nothing to test. Much worse predictions differ significantly."""
     rows = comparison.rows([result('sgd', 0, strength=5), result('sam', 0, strength=5), result('bsam', 0, strength=1)])
     header, (same, worse) = comparison.test_table(rows, LABELS, num_bins=20)
-    assert header[1:3] == ['accuracy %', 'p'] and worse[2] == '0.002'
-    assert same[1:] == ['+0.00', '–', '+0.0000', '–', '+0.0000', '–']
+    assert header[1:] == ['accuracy %', 'p', 'NLL', 'p', 'ECE'] and worse[2] == '0.002'
+    assert same[1:] == ['+0.00', '–', '+0.0000', '–', '+0.0000']
     value, *interval = worse[header.index('NLL')].split()
     low, high = (float(x.strip('[],')) for x in interval)
     difference = metrics.nll(rows[2].probs[0], LABELS) - metrics.nll(rows[0].probs[0], LABELS)
     assert value == f'{difference:+.4f}' and 0 < low < difference < high
+    difference = metrics.ece(rows[2].probs[0], LABELS) - metrics.ece(rows[0].probs[0], LABELS)
+    assert worse[-1] == f'{difference:+.4f}'
 
 
 def test_seeds_table():
@@ -128,7 +130,7 @@ def test_diverged_runs_come_last_and_are_not_tested():
     assert [rows[i].name for i in order] == ['bsam, mean', 'sam, mean', 'sgd, mean', 'sgd, 8 samples']
     rows, values = [rows[i] for i in order], [values[i] for i in order]
     assert comparison.main_table(rows, values, bold=True)[1][2][2:] == ['–'] * 4
-    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['–'] * 6
+    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['–'] * 5
     assert set(comparison.full_table(rows, values)[1][2][2:]) == {''}
 
 
