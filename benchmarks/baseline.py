@@ -1,20 +1,30 @@
-"""bSAM as the published scripts formulate it, rewritten as the yardstick of benchmarks/run.py.
+"""bSAM as the published scripts formulate it, rewritten as the yardstick of benchmarks/run.py and benchmarks/peers.py.
 
 - bSAM uses `vmap` over sub-batches, and draws noise for every leaf separately.
 - The loss is fetched after every step.
 - Images are augmented on the host, and each batch is sent to the device.
 - Evaluation runs without `jit`.
 - AUROC is a loop over thresholds.
+
+The networks are plain Flax. This module runs on JAX 0.5.3 too, the last kind that ran the published code:
+
+    OTHER_PYTHON benchmarks/baseline.py MODEL DESCRIPTOR
+
+takes a step each time the other end of a pipe asks for it. `peers.Elsewhere` starts it.
 """
 
-from unittest import mock
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import tree
 
-from ops import convolution, normalisation
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import plain
 
 
 def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_data, damping):
@@ -65,31 +75,26 @@ def bsam_step(loss, *, alpha, beta1, beta2, weight_decay, rho, batchsplit, num_d
     return step
 
 
-def with_jax_gradients(loss):
-    """Returns the same loss with XLA's convolutions and JAX's own gradients, also under `vmap`."""
+def stepper(model, batch_size, batchsplit):
+    """Returns a function that takes bSAM's step of the first state on one synthetic batch, and returns the loss.
 
-    def batch_norm(x, scale, bias, relu):
-        wide = convolution.at_least_float32(x)
-        mean = wide.mean(axis=(0, 1, 2))
-        var = jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
-        return normalisation.batch_norm_outputs(x, mean, var, scale, bias, relu), mean, var
-
-    def filter_response_norm(*args):
-        return normalisation._response_forward(*args)[0]
-
-    def wrapped(*args):
-        with (
-            _xla_convolutions(),
-            mock.patch.object(normalisation, 'batch_norm', batch_norm),
-            mock.patch.object(normalisation, 'filter_response_norm', filter_response_norm),
-        ):
-            return loss(*args)
-
-    return wrapped
-
-
-def _xla_convolutions():
-    return mock.patch.object(convolution, 'convolve', convolution.nhwc_convolution)
+    Args:
+        model: a name in plain.NETWORKS.
+        batch_size: images in the batch.
+        batchsplit: number of sub-batches.
+    """
+    rng = np.random.default_rng(0)
+    batch = jax.device_put(
+        (rng.normal(size=(batch_size, 32, 32, 3)).astype(np.float32), rng.integers(0, 10, batch_size))
+    )
+    network = plain.NETWORKS[model](10)
+    params, batch_stats = plain.init(network, batch[0])
+    step = bsam_step(
+        plain.loss_function(network), alpha=0.01, beta1=0.9, beta2=0.999, weight_decay=5e-4, rho=0.01,
+        batchsplit=batchsplit, num_data=50_000, damping=0.1,
+    )  # fmt: skip
+    zeros, ones = tree.map(jnp.zeros_like, params), tree.map(jnp.ones_like, params)
+    return lambda: float(step(params, zeros, ones, batch_stats, jax.random.key(0), batch)[-1])
 
 
 def host_batch(rng, images, labels, batch_size, mean, std):
@@ -118,8 +123,7 @@ def host_batch(rng, images, labels, batch_size, mean, std):
 def logits(model, variables, images, batch_size):
     """Returns logits [N, classes] of images float [N, H, W, C]. Computes them in batches, without `jit`."""
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    with _xla_convolutions():
-        return np.concatenate([model.apply(variables, batch, train=False) for batch in batches])
+    return np.concatenate([model.apply(variables, batch, train=False) for batch in batches])
 
 
 def auroc(probs, labels):
@@ -134,3 +138,16 @@ def auroc(probs, labels):
         points.append((float((~chosen).sum()), float(chosen.sum())))
     false_positives, true_positives = np.array(points).T
     return np.trapezoid([*(true_positives / correct.sum()), 1], [*(false_positives / (~correct).sum()), 1])
+
+
+def serve(model, connection):
+    """Sends the version of JAX, then the loss of a step whenever the other end sends a message."""
+    connection.send(jax.__version__)
+    step = stepper(model, 200, 8)
+    while True:
+        connection.recv()
+        connection.send(step())
+
+
+if __name__ == '__main__':
+    serve(sys.argv[1], Connection(int(sys.argv[2])))

@@ -25,7 +25,7 @@ import experiment
 import metrics
 import models
 import optimizers
-from benchmarks import baseline
+from benchmarks import baseline, plain
 from evaluation import posteriors, tables
 from ops import sharding
 from runs import devices, json_files, launch, parsing, provenance, training_flags
@@ -236,8 +236,8 @@ class Trainer:
 class TrainerOfOneBatch:
     """Takes steps over one batch that is on the device already, to time steps without making batches."""
 
-    def __init__(self, model, optim, precision):
-        functions = experiment.create(configuration(model, optim, precision))
+    def __init__(self, model, optim, precision, batchsplit=SPLIT):
+        functions = experiment.create(configuration(model, optim, precision, batchsplit))
         self.step = jax.jit(functions.optimizer.step, donate_argnums=0)
         self.state, self.batch = jax.jit(functions.init)(jax.random.key(0)), batch_at_hand(functions)
 
@@ -292,28 +292,28 @@ def step_times(model, precision, turns):
 
 
 def baseline_times(model, precision, turns):
-    """Times a bSAM step and a forward pass as the published scripts compute them, in turns with ours."""
+    """Times a bSAM step and a forward pass as the published scripts compute them, in float32, in turns with ours."""
     config = configuration(model, 'bsam', precision)
     functions = experiment.create(config)
-    network = models.create(model, 10)
+    network = plain.NETWORKS[model](10)
     state = jax.jit(functions.init)(jax.random.key(0))
     images, labels = synthetic_images(5 * BATCH)
+    few = jax.device_put(images[:BATCH])
+    params, batch_stats = plain.init(network, functions.normalise(few))
     mean, std = config['dataset']['mean'], config['dataset']['std']
     given = {name: config['flags'][name] for name in ('alpha', 'beta1', 'beta2', 'rho', 'batchsplit', 'damping')}
-    loss = baseline.with_jax_gradients(experiment.loss_function(network, jnp.dtype(precision)))
     num_data = config['dataset']['num_train']
     weight_decay = config['flags']['priorprec'] / num_data
-    step = baseline.bsam_step(loss, **given, weight_decay=weight_decay, num_data=num_data)
-    carried = (state.params, state.momentum, state.precision, state.batch_stats, state.key)
+    step = baseline.bsam_step(plain.loss_function(network), **given, weight_decay=weight_decay, num_data=num_data)
+    zeros, ones = (jax.tree.map(partial(jnp.full_like, fill_value=x), params) for x in (0, 1))
+    carried = params, zeros, ones, batch_stats, state.key
     rng = np.random.default_rng(0)
 
     def published_step():
         *_, value = step(*carried, baseline.host_batch(rng, images, labels, BATCH, mean, std))
         return float(value)
 
-    few = jax.device_put(images[:BATCH])
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-
+    variables = {'params': params, 'batch_stats': batch_stats}
     functions = {
         'bsam': Trainer(model, 'bsam', precision),
         'published_bsam': published_step,

@@ -108,6 +108,14 @@ _PUBLISHED = _AS_PUBLISHED | {
     f'{name}_bfloat16': flags | {'precision': 'bfloat16'} for name, flags in _AS_PUBLISHED.items()
 }
 
+# All 50,000 images with the published settings, except for the network and the number of epochs.
+_ALL = {name: _AS_PUBLISHED[f'cifar10_{name}'] for name in ('sgd', 'bsam', 'sam')}
+_ALL_EVALUATIONS = {
+    'corrupted': (1, Request(testmc=(8,), testimages=500, corruptions='')),
+    'ood': (3, Request(testmc=(32,), testimages=2500, ood=('cifar100', 'fashion'))),
+    'test': (3, Request(testmc=(1, 2, 4, 8, 16, 32))),
+}
+
 _VALIDATION = {'validation': (1, Request(split='validation', testmc=(8,)))}
 
 
@@ -218,6 +226,13 @@ STUDIES = {
         },
         2,
         {'test': (2, Request(testmc=(8,), testimages=2500))},
+    ),
+    'cifar10_all': Study({'model': 'resnet20', 'warmup': 1, 'epochs': 5}, _ALL, 1, _ALL_EVALUATIONS),
+    'cifar10_all_60': Study(
+        {'model': 'resnet20', 'epochs': 59},
+        _ALL | {'ivon': _METHODS['ivon'] | {'dataset': 'cifar10', 'alpha': 0.2}},
+        3,
+        _ALL_EVALUATIONS,
     ),
     'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, Request(testmc=(32,)))}),
 }  # fmt: skip

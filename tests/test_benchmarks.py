@@ -11,6 +11,7 @@ import pytest
 
 import conftest
 import models
+from benchmarks import plain
 from children import ROOT
 
 FOLDERS = ('benchmarks', 'studies')
@@ -21,6 +22,7 @@ SCRIPTS = [f'{path.parent.name}.{path.stem}' for name in FOLDERS for path in (RO
 def benchmark(monkeypatch):
     """Returns a function that imports a benchmark, and makes the network and the batches small."""
     monkeypatch.setitem(models.MODELS, 'resnet20', conftest.SmallResNet20)
+    monkeypatch.setitem(plain.NETWORKS, 'resnet20', conftest.SmallResNet20)
     before = set(sys.modules)
     run = importlib.import_module('benchmarks.run')
     monkeypatch.setattr(run, 'BATCH', 8)
