@@ -82,7 +82,7 @@ class PlainStepper:
         if self.rho is not None and self.pieces == 1:
             options['grad_fn'] = lambda params, _: self.value_and_grad(params, batch_stats, batch)[1]
         elif self.rho is not None:
-            scale = self.rho / optax.global_norm(grads)
+            scale = self.rho / optax.tree.norm(grads)
             perturbed = tree.map(lambda w, g: w + scale * g, params, grads)
             (_, batch_stats), grads = self.value_and_grad(perturbed, batch_stats, batch)
         updates, state = self.optimizer.update(grads, state, params, **options)

@@ -179,7 +179,9 @@ def copy_rate():
 def configuration(model, optim, precision, batchsplit=SPLIT, **given):
     """Returns a run's configuration for CIFAR-10. given: flags that differ from the defaults."""
     values = (
-        vars(training_flags.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}'])) | given
+        vars(training_flags.parse_args([f'--model={model}', f'--optim={optim}', f'--precision={precision}']))
+        | {'batchsize': BATCH}
+        | given
     )
     values |= {'alpha': 0.01, 'rho': values['rho'] and 0.01, 'batchsplit': values['batchsplit'] and batchsplit}
     row = data.DATASETS['cifar10']
@@ -219,7 +221,8 @@ class Trainer:
     """Takes train.py's steps of one optimizer on synthetic images. Each call takes a step and returns the state."""
 
     def __init__(self, model, optim, precision, batch_size=BATCH, batchsplit=SPLIT, **given):
-        functions = experiment.create(configuration(model, optim, precision, batchsplit, **given))
+        config = configuration(model, optim, precision, batchsplit, batchsize=batch_size, **given)
+        functions = experiment.create(config)
         self.step, self.state = functions.step, jax.jit(functions.init)(jax.random.key(0))
         feed = feed_of(functions, batch_size, devices.create_mesh(1))
         self.batches = itertools.chain.from_iterable(feed.batches(epoch) for epoch in itertools.count())

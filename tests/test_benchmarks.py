@@ -7,14 +7,18 @@ import sys
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import conftest
 import models
+import optimizers
 from benchmarks import plain
 from children import ROOT
 
 FOLDERS = ('benchmarks', 'studies')
+MODULES = {'benchmarks.baseline', 'benchmarks.plain', 'benchmarks.peers_torch'}
 SCRIPTS = [f'{path.parent.name}.{path.stem}' for name in FOLDERS for path in (ROOT / name).glob('*.py')]
 
 
@@ -62,11 +66,52 @@ def test_run(benchmark, tmp_path, capsys):
     assert 'as published' not in table and '2.50 to 3.00' in table
 
 
-@pytest.mark.parametrize('name', sorted({*SCRIPTS} - {'benchmarks.baseline'}))
+@pytest.mark.parametrize('name', sorted({*SCRIPTS} - MODULES))
 def test_help(benchmark, capsys, name):
     with pytest.raises(SystemExit) as stop:
         benchmark(name).main(['--help'])
     assert not stop.value.code and 'usage' in capsys.readouterr().out
+
+
+def sizes_of_weights(network):
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), images, train=False))
+    return sorted(leaf.size for leaf in jax.tree.leaves(variables['params']))
+
+
+@pytest.mark.parametrize('model', plain.NETWORKS)
+def test_peers_have_the_weights_of_the_networks(model):
+    expected = sizes_of_weights(models.create(model, 10))
+    assert sizes_of_weights(plain.NETWORKS[model](10)) == expected
+    peers_torch = pytest.importorskip('benchmarks.peers_torch', exc_type=ImportError)
+    assert sorted(p.numel() for p in peers_torch.NETWORKS[model]().parameters()) == expected
+
+
+@pytest.mark.parametrize('pieces', [1, 2])
+def test_peers_take_the_step_of_sam(benchmark, pieces, x64):
+    """Plain Flax and Optax take SAM's step, on the whole batch and in sub-batches."""
+    peers = benchmark('benchmarks.peers')
+    stepper = peers.PlainStepper('resnet20', pieces, rho=0.05)
+    optimizer = optimizers.sam(
+        plain.loss_function(plain.NETWORKS['resnet20'](10)), learning_rate=0.01, weight_decay=5e-4, rho=0.05,
+        num_sub_batches=pieces,
+    )  # fmt: skip
+    params = jax.tree.map(jnp.copy, stepper.params)
+    state = optimizer.init(params, {}, jax.random.key(0))
+    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stepper.sub_batches)
+    state, _ = jax.jit(optimizer.step)(state, batch)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    for ours, theirs in zip(*map(jax.tree.leaves, (state.params, stepper())), strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_published_steps_elsewhere(benchmark, monkeypatch):
+    """A process at the other end of a pipe takes steps when asked, here with the same JAX."""
+    peers = benchmark('benchmarks.peers')
+    elsewhere = peers.Elsewhere(sys.executable, 'resnet20')
+    assert elsewhere.jax_version == jax.__version__
+    elsewhere.close()
 
 
 def test_figures_that_could_not_be_written(benchmark, tmp_path, capsys):
