@@ -188,6 +188,22 @@ def table(result):
     return tables.markdown(['step', *(title for title, _ in STEPS.values())], rows)
 
 
+def short_table(results):
+    """Returns a Markdown table for both networks: how many times as long as ours the peers' steps take.
+
+    SGD's column has the faster of both steps of the peer. SAM and bSAM have 8 sub-batches.
+    """
+    header, rows = ['time ÷ ours'], {}
+    for model in plain.NETWORKS:
+        header += [f'{run.NAMES[model]}: SGD', 'SAM', 'bSAM']
+        for peer, of_peer in rates(results[model]['turns']).items():
+            sgd = min((of_peer[step] for step in ('sgd', 'sgd_in_8') if step in of_peer), default=None)
+            found = sgd, of_peer.get('sam_in_8'), of_peer.get('bsam_in_8')
+            cells = [tables.UNDEFINED if value is None else f'{value:.2f}' for value in found]
+            rows.setdefault(peer, [PEERS[peer]]).extend(cells)
+    return tables.markdown(header, list(rows.values()))
+
+
 @launch.script('peers.py')
 def main(argv=None):
     parser = parsing.Parser(__doc__)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import experiment
 import metrics
-from benchmarks import loading, run, throughput
+from benchmarks import loading, peers, run, throughput
 from evaluation import comparison, plots, tables
 from runs import json_files, launch, parsing, training_flags
 from studies import study
@@ -91,6 +91,9 @@ def main(argv=None):
     for path, text in pages.items():
         path.write_text(text)
     pictures = {
+        'all_reliability': reliability(found['cifar10_all'], ALL),
+        'all_samples': over_samples(found['cifar10_all'], ALL),
+        'all_corruptions': over_severities(found['cifar10_all'], ALL),
         'reliability': reliability(found['cifar10_few'], FEW),
         'few_samples': over_samples(found['cifar10_few'], FEW),
         'few_corruptions': over_severities(found['cifar10_few'], FEW),
@@ -105,17 +108,22 @@ def main(argv=None):
 
 
 def all_records():
-    """Returns {study: {variant: {seed: record}}}, without the studies that only tune learning rates."""
-    return {name: records(name) for name in study.STUDIES if not name.endswith('_tuning')}
+    """Returns {study: {variant: {seed: record}}}, without studies that only tune learning rates or have no record."""
+    found = {name: records(name) for name in study.STUDIES if not name.endswith('_tuning')}
+    return {name: of_study for name, of_study in found.items() if of_study}
 
 
-def page(cifar10, cifar10_few, fashion, rho, ablations, bnupdate, laplace, source, transfer, published):
+def page(cifar10, cifar10_all, cifar10_few, fashion, rho, ablations, bnupdate, laplace, source, transfer, published):
     """Returns the text of results/README.md. Takes the records of each study, {variant: {seed: record}}."""
     template = (Path(__file__).parent / 'report.md').read_text()
     return template.format(
         cifar10_table=methods_table(cifar10),
         cifar10_claims=claims_table(cifar10),
         cifar10_commands=commands('cifar10', cifar10),
+        all_table=bounds_table(cifar10_all),
+        all_tests=paired_tests('cifar10_all'),
+        all_ood=ood_table(cifar10_all),
+        all_commands=commands('cifar10_all', cifar10_all),
         few_table=methods_table(cifar10_few),
         few_claims=claims_table(cifar10_few),
         few_commands=commands('cifar10_few', cifar10_few),
@@ -247,6 +255,35 @@ def methods_table(found):
         shown = cells(group, at, comparison.SHOWN)
         rows.append([str(subject), str(len(group)), *shown, spread(minutes, 1), *(spread(f, 4) for f in further)])
     return tables.markdown(header + [title for title, _ in more.values()], rows)
+
+
+def bounds_table(found):
+    """Returns a table of the first seed of every method, with intervals over test images."""
+    rows = []
+    for subject in subjects(found):
+        record = first_of(found[subject.variant])
+        shown = [with_bounds(record['evaluations']['test'], subject.at, metric) for metric in comparison.SHOWN]
+        minutes = sum(epoch['seconds'] for epoch in record['log']) / 60
+        rows.append([str(subject), *shown, f'{minutes:.0f}'])
+    return tables.markdown(['method', *(comparison.TITLES[name] for name in comparison.SHOWN), 'minutes'], rows)
+
+
+def paired_tests(name):
+    """Returns the tests over images of a study's comparison.md, from the line that names the baseline."""
+    text = (RESULTS / 'studies' / name / 'comparison.md').read_text()
+    return text[text.index('baseline: ') :]
+
+
+def ood_table(found):
+    """Returns a table of how well entropy and energy detect images of each other data set, for the first seed."""
+    columns = [(score, dataset) for dataset in ('cifar100', 'fashion') for score in ('entropy', 'energy')]
+    rows = [
+        [str(subject), *(f'{detected[dataset][subject.at][score]["auroc"]:.4f}' for score, dataset in columns)]
+        for subject in subjects(found)
+        for detected in [first_of(found[subject.variant])['evaluations']['ood']['ood']]
+    ]
+    titles = {'cifar100': 'CIFAR-100', 'fashion': 'Fashion-MNIST'}
+    return tables.markdown(['AUROC', *(f'{titles[dataset]}, {score}' for score, dataset in columns)], rows)
 
 
 def subjects(found):
@@ -556,6 +593,9 @@ TABLES = {
         [kept('throughput_bfloat16'), kept('throughput_float32')], training_flags.PRECISIONS, THROUGHPUT
     ),
     'speed': lambda: run.table(kept('benchmark')),
+    'peers': lambda: peers.short_table(kept('peers')),
+    'peers_resnet18': lambda: peers.table(kept('peers')['resnet18']),
+    'peers_resnet20': lambda: peers.table(kept('peers')['resnet20']),
     'convolutions': convolutions_table,
     'loading': loading_table,
 }
@@ -597,6 +637,7 @@ def commands(name, found):
 
 CIFAR10 = 'CIFAR-10, ResNet-20'
 FEW, SHORT = f'{CIFAR10}, 1,000 training images', f'{CIFAR10}, 4,500 training images'
+ALL = f'{CIFAR10}, 50,000 training images, 6 epochs'
 FASHION = 'Fashion-MNIST, LeNet-5, 2,000 training images'
 
 
@@ -611,13 +652,13 @@ def reliability(found, heading):
 
 def over_samples(found, heading):
     """Returns a figure of bSAM's and IVON's metrics over the number of samples. Dashed lines are at the mean."""
-    subjects = (BSAM, BSAM_MEAN, IVON, IVON_MEAN)
+    subjects = [subject for subject in (BSAM, BSAM_MEAN, IVON, IVON_MEAN) if subject.variant in found]
     return plots.samples([row(subject, found[subject.variant].values(), 'test') for subject in subjects], heading)
 
 
 def over_severities(found, heading):
     """Returns a figure of the metrics over the severity of corruptions, for the first seed."""
-    subjects = (SGD, SAM, BSAM, IVON)
+    subjects = [subject for subject in (SGD, SAM, BSAM, IVON) if subject.variant in found]
     rows = [row(subject, [first_of(found[subject.variant])], 'corrupted') for subject in subjects]
     return plots.severities(rows, f'{heading}, first seed')
 

@@ -8,7 +8,6 @@ including the bins of the reliability diagram. It contains no weights and no pre
 trained again. An interrupted run is resumed. report.py makes tables and pictures from the records.
 """
 
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import experiment
+from evaluation import comparison, predictions, tables
 from evaluation.request import Request
 from runs import folders, json_files, launch, parsing, processes, training_flags
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / 'results' / 'studies'
+COMPARISON = ('comparison.csv', 'comparison.md')  # the means of all metrics, and test.py's tables
 
 
 class Study(NamedTuple):
@@ -34,7 +35,7 @@ class Study(NamedTuple):
         evaluations: {name: (N, Request)}, for the first N seeds of each variant.
         tuned_by: the study that gives the missing flags of a variant. They are the flags of its variant with the same
             optimizer and the lowest NLL on the held-out images.
-        compared: whether test.py compares all runs and their ensembles once the study is complete.
+        compared: whether all runs and their ensembles are compared once the study is complete.
     """
 
     flags: dict
@@ -227,12 +228,15 @@ STUDIES = {
         2,
         {'test': (2, Request(testmc=(8,), testimages=2500))},
     ),
-    'cifar10_all': Study({'model': 'resnet20', 'warmup': 1, 'epochs': 5}, _ALL, 1, _ALL_EVALUATIONS),
+    'cifar10_all': Study(
+        {'model': 'resnet20', 'warmup': 1, 'epochs': 5}, _ALL, 1, _ALL_EVALUATIONS, compared=True
+    ),
     'cifar10_all_60': Study(
         {'model': 'resnet20', 'epochs': 59},
         _ALL | {'ivon': _METHODS['ivon'] | {'dataset': 'cifar10', 'alpha': 0.2}},
         3,
         _ALL_EVALUATIONS,
+        compared=True,
     ),
     'published': Study({'model': 'resnet18'}, _PUBLISHED, 1, {'test': (1, Request(testmc=(32,)))}),
 }  # fmt: skip
@@ -249,7 +253,7 @@ def main(argv=None):
         tasks = [partial(keep, args, name, variant, seed, path) for variant, seed, path in records(name)]
         kept = all(processes.on_devices(tasks, args.jobs))
         if kept and study.compared:
-            (kept,) = processes.on_devices([partial(compare, args, name)])
+            compare(args, name)
         complete = complete and bool(kept)
     sys.exit(0 if complete else 1)
 
@@ -306,7 +310,8 @@ def keep(args, name, variant, seed, path, run):
     record = record_of(trained, flags, evaluations, measured)
     path.parent.mkdir(parents=True, exist_ok=True)
     json_files.write_json(path, record)
-    (path.parent / 'comparison.csv').unlink(missing_ok=True)  # because it compares the earlier runs
+    for name_of_file in COMPARISON:  # because they compare the earlier runs
+        (path.parent / name_of_file).unlink(missing_ok=True)
     print(f'{name}/{variant}_{seed}: {sum(epoch["seconds"] for epoch in record["log"]):.0f} s of training', flush=True)
     return True
 
@@ -324,36 +329,22 @@ def command_of(flags):
     return ' '.join(['python train.py', *training_flags.command_line(flags)])
 
 
-def compare(args, name, run):
-    """Compares all runs of a study with test.py and keeps comparison.csv, unless the file exists.
+def compare(args, name):
+    """Compares the saved predictions of all runs of a study, and keeps the tables unless they exist. Raises RunError.
 
     Args:
         args: the flags of this script.
         name: the study.
-        run: runs a process, from processes.on_devices.
-
-    Returns:
-        True.
-
-    Raises:
-        RunError: if test.py fails.
     """
-    path = KEPT / name / 'comparison.csv'
-    if path.exists():
-        return True
-    study = STUDIES[name]
-    folders = [folder_of(args, name, variant, seed) for variant in study.variants for seed in range(study.seeds)]
-    trained = [next(folder.glob('*/*/run_*'), folder) for folder in folders]
+    study, (means, text) = STUDIES[name], (KEPT / name / file for file in COMPARISON)
+    if means.exists():
+        return
     asked = next((request for _, request in study.evaluations.values() if request.laplace), Request())
-    laplace = Request(laplace=asked.laplace, laplaceprior=asked.laplaceprior).arguments()
-    given = ['--reuse', *laplace, '--ensemble', f'--output={args.folder / name}', '--resultsfolder', *trained]
-    (args.folder / name).mkdir(parents=True, exist_ok=True)
-    with open(args.folder / name / 'comparison.txt', 'w') as output:
-        status = run([sys.executable, processes.SCRIPTS / 'test.py', *given], output.write)
-    if status:
-        raise folders.RunError(f'test.py ended with status {status}, see {output.name}')
-    shutil.copy(args.folder / name / path.name, path)
-    return True
+    runs = [Path(run_of(args, f'{name}/{variant}_{seed}')) for variant, seed, _ in records(name)]
+    results = [result for run in runs for _, result in predictions.results_of(run, folders.read_config(run), asked)]
+    report, rows, values = comparison.report(results, Request.bins, with_ensembles=True)
+    text.write_text(report.strip() + '\n')
+    means.write_text(tables.comma_separated(*comparison.full_table(rows, values)))
 
 
 def folder_of(args, name, variant, seed):

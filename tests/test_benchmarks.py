@@ -106,7 +106,33 @@ def test_peers_take_the_step_of_sam(benchmark, pieces, x64):
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
-def test_published_steps_elsewhere(benchmark, monkeypatch):
+def cells_of(table, line):
+    return [cell.strip() for cell in table.splitlines()[line].strip('|').split('|')]
+
+
+def test_tables_of_peers(benchmark):
+    """SGD is compared with the faster step of a peer, and ratios are medians over the turns."""
+    peers = benchmark('benchmarks.peers')
+    ours = {'sgd': [1, 2], 'sam': [3, 3], 'sam_in_8': [2, 2], 'bsam_in_8': [2, 2]}
+    flax = {'sgd': [2, 6], 'sgd_in_8': [1, 3], 'sam': [6, 6], 'sam_in_8': [5, 5]}
+    turns = {'ours': ours, 'flax': flax, 'published': {'bsam_in_8': [9, 11]}}
+    assert peers.rates(turns) == {
+        'flax': {'sgd': 2.5, 'sgd_in_8': 1.25, 'sam': 2, 'sam_in_8': 2.5},
+        'published': {'bsam_in_8': 5},
+    }
+    results = {model: {'turns': turns | dict.fromkeys(('torch', 'compiled'), flax)} for model in plain.NETWORKS}
+    assert cells_of(peers.short_table(results), 2) == ['plain Flax, Optax', *['1.25', '2.50', '–'] * 2]
+    assert cells_of(peers.table(results['resnet18']), 2) == [
+        'these scripts',
+        '1.50 s',
+        '–',
+        '3.00 s',
+        '2.00 s',
+        '2.00 s',
+    ]
+
+
+def test_published_steps_elsewhere(benchmark):
     """A process at the other end of a pipe takes steps when asked, here with the same JAX."""
     peers = benchmark('benchmarks.peers')
     elsewhere = peers.Elsewhere(sys.executable, 'resnet20')
