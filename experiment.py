@@ -167,8 +167,8 @@ def at_once(flags: dict) -> int:
 def num_pieces(model: str, batch_size: int) -> int:
     """Returns the number of pieces in which SGD, Adam, AdamW and SWAG take the gradient of a batch.
 
-    On CPUs, ResNet-20 takes pieces of 10 or a few more images, because their activations stay in the cache. Other
-    networks have batch statistics, or are too small to gain.
+    On CPUs, ResNet-20 takes the smallest equal pieces of at least 10 images, because their activations stay in the
+    cache. No other built-in network gains: they have batch statistics, or are small.
     """
     if model != 'resnet20' or jax.default_backend() != 'cpu':
         return 1

@@ -755,9 +755,9 @@ def difference(observed: float, resampled: np.ndarray) -> tuple[float, float, fl
     """Returns (low, high, p) for a metric's difference between two methods: the interval and the two-sided p-value.
 
     The interval is the basic interval: the percentile interval of 2 · observed − resampled (Davison & Hinkley, 1997,
-    section 5.2.1). Do not use it for calibration errors: a smaller error gains more by chance and by resampling, so two
-    errors seem nearer than they are. The p-value is for no difference: twice the share on the rarer side of 0, and at
-    least 2/(R + 1). All three are nan if a metric is infinite, such as the NLL of an impossible class.
+    section 5.2.1). Do not use it for calibration errors: chance and resampling raise a small error more than a large
+    one, so two errors seem nearer than they are. The p-value is for no difference: twice the share on the rarer side of
+    0, and at least 2/(R + 1). All three are nan if a metric is infinite, such as the NLL of an impossible class.
 
     Args:
         observed: the difference on the images themselves.

@@ -22,9 +22,9 @@ SAM, bSAM, SAM-Adam, ASAM and IVON cut a batch into `num_sub_batches` consecutiv
 own perturbation (m-sharpness) or noise. Sub-batches are computed one after another, or in groups of equal size with at
 most `atonce` sub-batches. Groups use a GPU better, but each sub-batch of a group takes memory.
 
-SGD, Adam, AdamW and SWAG can take the gradient of a batch in `num_pieces` consecutive pieces. The gradient is the same
-except for rounding. On CPUs, small pieces stay in the cache. A network with batch statistics always gets the whole
-batch.
+SGD, Adam, AdamW and SWAG can take the gradient of a batch in `num_pieces` consecutive pieces. For a mean over examples
+without dropout, the gradient is the same except for rounding. On CPUs, small pieces stay in the cache. A network with
+batch statistics always gets the whole batch.
 
 SAM, bSAM, SAM-Adam and ASAM take two gradients per step. `bnupdate` is 'both', 'first' or 'second', and says which of
 the two gradients updates the batch statistics.
@@ -187,7 +187,8 @@ def sgd(
         learning_rate: α, or a schedule: a function of the number of steps that returns α.
         beta1: β₁ in [0, 1), decay of the momentum per step.
         weight_decay: δ, the prior precision divided by N.
-        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B, or `step` raises a
+            ValueError.
 
     Returns:
         An Optimizer whose state is a MomentumState. `sample` returns the weights.
@@ -352,7 +353,8 @@ def adam(
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the squared gradients per step.
         weight_decay: δ, the prior precision divided by N.
-        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B, or `step` raises a
+            ValueError.
 
     Returns:
         An Optimizer whose state is an AdamState. `sample` returns the weights.
@@ -381,7 +383,8 @@ def adamw(
         beta1: β₁ in [0, 1), decay of the momentum per step.
         beta2: β₂ in [0, 1), decay of the squared gradients per step.
         weight_decay: δ. Each step subtracts the fraction α δ of every weight.
-        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B, or `step` raises a
+            ValueError.
 
     Returns:
         An Optimizer whose state is an AdamState. `sample` returns the weights.
@@ -519,7 +522,8 @@ def swag(
         swagstart: the step of the first snapshot, counted from 1.
         swagevery: steps from one snapshot to the next.
         swagrank: the most deviations that are kept. Each takes as much memory as the weights.
-        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B.
+        num_pieces: pieces of a batch, whose gradients are averaged. Must divide the batch size B, or `step` raises a
+            ValueError.
 
     Returns:
         An Optimizer whose state is a SWAGState. `sample` draws from the posterior.
@@ -837,7 +841,7 @@ def _value_and_grad(loss):
 def _in_pieces(value_and_grad, num_pieces):
     """Returns value_and_grad(params, batch_stats, batch), averaged over `num_pieces` pieces of the batch.
 
-    Batch statistics need the whole batch. Several devices share the whole batch.
+    With batch statistics the batch stays whole. With several devices it stays whole too, because they share its images.
     """
 
     def of_piece(arguments, piece, _):

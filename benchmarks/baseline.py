@@ -6,13 +6,14 @@
 - Evaluation runs without `jit`.
 - AUROC is a loop over thresholds.
 
-The networks are plain Flax. This module runs on JAX 0.5.3 too, the last kind that ran the published code:
+The networks are plain Flax. This module runs on JAX 0.5.3 too, the last version that ran the published code:
 
-    OTHER_PYTHON benchmarks/baseline.py MODEL DESCRIPTOR
+    OTHER_PYTHON benchmarks/baseline.py MODEL IMAGES SUB_BATCHES DESCRIPTOR
 
 takes a step each time the other end of a pipe asks for it. `peers.Elsewhere` starts it.
 """
 
+import contextlib
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -140,14 +141,16 @@ def auroc(probs, labels):
     return np.trapezoid([*(true_positives / correct.sum()), 1], [*(false_positives / (~correct).sum()), 1])
 
 
-def serve(model, connection):
+def serve(model, batch_size, batchsplit, connection):
     """Sends the version of JAX, then the loss of a step whenever the other end sends a message."""
+    step = stepper(model, batch_size, batchsplit)
     connection.send(jax.__version__)
-    step = stepper(model, 200, 8)
-    while True:
-        connection.recv()
-        connection.send(step())
+    with contextlib.suppress(EOFError):  # at the end of the other process
+        while True:
+            connection.recv()
+            connection.send(step())
 
 
 if __name__ == '__main__':
-    serve(sys.argv[1], Connection(int(sys.argv[2])))
+    batch_size, batchsplit, descriptor = map(int, sys.argv[2:])
+    serve(sys.argv[1], batch_size, batchsplit, Connection(descriptor))

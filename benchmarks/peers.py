@@ -2,19 +2,21 @@
 
     python benchmarks/peers.py --oldjax OTHER_PYTHON --json results/peers.json
 
-All steps are on one synthetic batch of 200 images in float32, taken in turns. Each peer computes a batch whole, and in
-8 sub-batches. In 8 sub-batches, SAM perturbs the weights for each. Needs PyTorch. OTHER_PYTHON is the interpreter of an
-environment with JAX 0.5.3, Flax 0.10.4 and Optax 0.2.4.
+All steps are on one synthetic batch of 200 images in float32, and are taken in turns. Needs PyTorch and a C++ compiler.
+OTHER_PYTHON is the interpreter of an environment with JAX 0.5.3, Flax 0.10.4 and Optax 0.2.4.
 """
 
+import contextlib
 import multiprocessing
 import statistics
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -22,71 +24,90 @@ from jax import tree
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import experiment
 from benchmarks import baseline, plain, run
 from evaluation import tables
 from runs import json_files, launch, parsing, provenance
 
-# The columns of the table: {name: (title, number of sub-batches)}.
+# The columns of the table for one network.
 STEPS = {
-    'sgd': ('SGD', 1),
-    'sgd_in_8': ('SGD in 8', run.SPLIT),
-    'sam': ('SAM', 1),
-    'sam_in_8': ('SAM in 8', run.SPLIT),
-    'bsam_in_8': ('bSAM in 8', run.SPLIT),
+    'sgd': 'SGD',
+    'sgd_in_pieces': 'SGD in pieces',
+    'sam': 'SAM',
+    'sam_in_8': 'SAM in 8',
+    'bsam_in_8': 'bSAM in 8',
 }
 PEERS = {
     'ours': 'these scripts',
     'flax': 'plain Flax, Optax',
     'torch': 'PyTorch',
     'compiled': 'PyTorch, torch.compile',
-    'published': "published formulation, today's JAX",
-    'published_before': 'published formulation, JAX 0.5.3',
+    'published': 'published formulation, same JAX',
+    'published_old_jax': 'published formulation, JAX 0.5.3',
 }
+RHO = 0.05
 
 
 class PlainStepper:
     """Takes steps of plain Flax and Optax on one synthetic batch.
 
-    Sub-batches are a loop in Python over one jitted function, because XLA's gradients of convolutions are slow in
-    loops on CPUs. `optax.MultiSteps` averages their gradients.
+    SAM on the whole batch is optax.contrib.sam. Sub-batches are a loop in Python over one jitted function, because on
+    CPUs XLA's gradients of convolutions are slow within XLA's own loops.
 
     Args:
         model: a name in plain.NETWORKS.
-        pieces: sub-batches that the batch is cut into.
+        num_sub_batches: sub-batches of the batch. SAM perturbs the weights for each sub-batch.
         rho: the size of SAM's perturbation, None for SGD.
     """
 
-    def __init__(self, model, pieces, rho=None):
+    def __init__(self, model, num_sub_batches, rho=None):
         images, labels = run.synthetic_images(run.BATCH)
         batch = jax.device_put((np.float32(images) / 255, labels))
-        self.sub_batches = [tree.map(lambda x, i=i: x[i::pieces], batch) for i in range(pieces)]
+        self.sub_batches = [tree.map(lambda x, i=i: x[i::num_sub_batches], batch) for i in range(num_sub_batches)]
         self.params, self.batch_stats = plain.init(plain.NETWORKS[model](10), self.sub_batches[0][0])
-        optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
-        if rho is not None and pieces == 1:
-            adversary = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
-            optimizer = optax.contrib.sam(optimizer, adversary, sync_period=2, opaque_mode=True)
-        self.optimizer = optax.MultiSteps(optimizer, pieces) if pieces > 1 else optimizer
-        self.state = self.optimizer.init(self.params)
         self.value_and_grad = jax.value_and_grad(plain.loss_function(plain.NETWORKS[model](10)), has_aux=True)
-        self.rho, self.pieces = rho, pieces
-        self.step = jax.jit(self._step, donate_argnums=(0, 1, 2))
+        self.rho, self.with_optax_sam = rho, rho is not None and num_sub_batches == 1
+        self.optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+        if self.with_optax_sam:
+            adversary = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
+            self.optimizer = optax.contrib.sam(self.optimizer, adversary, sync_period=2, opaque_mode=True)
+        self.state = self.optimizer.init(self.params)
+        self.whole_step = jax.jit(self._whole_step, donate_argnums=(0, 1, 2))
+        self.add_gradient = jax.jit(self._add_gradient, donate_argnums=(0, 1))
+        self.update = jax.jit(self._update, donate_argnums=(0, 1))
 
     def __call__(self):
+        if len(self.sub_batches) == 1:
+            self.params, self.batch_stats, self.state = self.whole_step(
+                self.params, self.batch_stats, self.state, *self.sub_batches
+            )
+            return self.params
+        total = tree.map(jnp.zeros_like, self.params)
         for sub_batch in self.sub_batches:
-            self.params, self.batch_stats, self.state = self.step(self.params, self.batch_stats, self.state, sub_batch)
+            total, self.batch_stats = self.add_gradient(total, self.batch_stats, self.params, sub_batch)
+        self.params, self.state = self.update(self.params, self.state, total)
         return self.params
 
-    def _step(self, params, batch_stats, state, batch):
+    def _whole_step(self, params, batch_stats, state, batch):
         (_, batch_stats), grads = self.value_and_grad(params, batch_stats, batch)
         options = {}
-        if self.rho is not None and self.pieces == 1:
+        if self.with_optax_sam:
             options['grad_fn'] = lambda params, _: self.value_and_grad(params, batch_stats, batch)[1]
-        elif self.rho is not None:
-            scale = self.rho / optax.tree.norm(grads)
-            perturbed = tree.map(lambda w, g: w + scale * g, params, grads)
-            (_, batch_stats), grads = self.value_and_grad(perturbed, batch_stats, batch)
         updates, state = self.optimizer.update(grads, state, params, **options)
         return optax.apply_updates(params, updates), batch_stats, state
+
+    def _add_gradient(self, total, batch_stats, params, sub_batch):
+        (_, batch_stats), grads = self.value_and_grad(params, batch_stats, sub_batch)
+        if self.rho is not None:
+            scale = self.rho / optax.tree.norm(grads)
+            perturbed = tree.map(lambda w, g: w + scale * g, params, grads)
+            (_, batch_stats), grads = self.value_and_grad(perturbed, batch_stats, sub_batch)
+        return tree.map(jnp.add, total, grads), batch_stats
+
+    def _update(self, params, state, total):
+        grads = tree.map(lambda g: g / len(self.sub_batches), total)
+        updates, state = self.optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
 
 class Elsewhere:
@@ -99,8 +120,8 @@ class Elsewhere:
 
     def __init__(self, python, model):
         self.connection, end = multiprocessing.Pipe()
-        command = [python, baseline.__file__, model, str(end.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[end.fileno()])
+        command = [python, baseline.__file__, model, run.BATCH, run.SPLIT, end.fileno()]
+        self.process = subprocess.Popen([str(part) for part in command], pass_fds=[end.fileno()])
         end.close()
         self.jax_version = self.connection.recv()
 
@@ -113,51 +134,70 @@ class Elsewhere:
         self.process.wait()
 
 
-def functions_of(model, elsewhere):
-    """Returns {(peer, step): function that takes a step}. Returns no step elsewhere if `elsewhere` is None."""
+def steppers(model):
+    """Returns {(peer, step): function that takes a step}, except for the published formulation."""
     from benchmarks import peers_torch  # imported late, so that `--help` needs no PyTorch
 
+    peers_torch.forget_compiled()
+    pieces = max(run.SPLIT, experiment.num_pieces(model, run.BATCH))
+    ours = run.TrainerOfOneBatch(model, 'sgd', 'float32')
     found = {
-        ('ours', 'sgd'): run.TrainerOfOneBatch(model, 'sgd', 'float32'),
+        ('ours', 'sgd_in_pieces' if experiment.num_pieces(model, run.BATCH) > 1 else 'sgd'): ours,
         ('ours', 'sam'): run.TrainerOfOneBatch(model, 'sam', 'float32', batchsplit=1),
         ('ours', 'sam_in_8'): run.TrainerOfOneBatch(model, 'sam', 'float32'),
-        ('ours', 'bsam_in_8'): run.TrainerOfOneBatch(model, 'bsam', 'float32'),
     }
-    for step, (_, pieces) in STEPS.items():
-        if step != 'bsam_in_8':
-            rho = 0.05 if step.startswith('sam') else None
-            found['flax', step] = PlainStepper(model, pieces, rho)
-            for peer, compiled in (('torch', False), ('compiled', True)):
-                found[peer, step] = peers_torch.Stepper(model, run.BATCH, pieces, compiled, rho)
-    found['published', 'bsam_in_8'] = baseline.stepper(model, run.BATCH, run.SPLIT)
-    if elsewhere:
-        found['published_before', 'bsam_in_8'] = elsewhere
+    steps = {'sgd': (1, None), 'sgd_in_pieces': (pieces, None), 'sam': (1, RHO), 'sam_in_8': (run.SPLIT, RHO)}
+    for step, (num_sub_batches, rho) in steps.items():
+        found['flax', step] = PlainStepper(model, num_sub_batches, rho)
+        for peer, compiled in (('torch', False), ('compiled', True)):
+            found[peer, step] = peers_torch.Stepper(model, run.BATCH, num_sub_batches, compiled, rho)
     return found
 
 
 def measure(model, old_jax, turns):
-    """Returns {'turns': {peer: {step: seconds of each turn}}, 'compile_seconds': the same without turns, ...}."""
-    elsewhere = Elsewhere(old_jax, model) if old_jax else None
-    functions = functions_of(model, elsewhere)
+    """Returns the seconds of all steps, {'turns': {peer: {step: seconds of each turn}}, 'compile_seconds': ..., ...}.
+
+    The published formulation takes its own turns with our bSAM, because its steps need most time and memory.
+
+    Args:
+        model: a name in plain.NETWORKS.
+        old_jax: the interpreter with JAX 0.5.3, None to leave it out.
+        turns: a function that returns an iterable with one entry per turn.
+    """
+    times, first = timed(model, steppers(model), turns())
+    published = {
+        ('ours', 'bsam_in_8'): run.TrainerOfOneBatch(model, 'bsam', 'float32'),
+        ('published', 'bsam_in_8'): baseline.stepper(model, run.BATCH, run.SPLIT),
+    }
+    with contextlib.ExitStack() as stack:
+        if old_jax:
+            elsewhere = stack.enter_context(contextlib.closing(Elsewhere(old_jax, model)))
+            published['published_old_jax', 'bsam_in_8'] = elsewhere
+        times_of_bsam, first_of_bsam = timed(model, published, turns())
+    times, first = times | times_of_bsam, first | first_of_bsam
+    return {
+        'turns': nested(times),
+        'compile_seconds': nested({way: first[way] - statistics.median(times[way]) for way in times}),
+        'old_jax': elsewhere.jax_version if old_jax else None,
+    }
+
+
+def timed(model, functions, turns):
+    """Returns {(peer, step): [seconds of each turn]} and {(peer, step): seconds of the first step, which compiles}."""
     first = {}
     for way, function in functions.items():
         first[way] = run.seconds(function)
-        run.report(f'{model}, {way[0]}, {way[1]}: first step {first[way]:.1f} s')
+        run.report(f'{model}, {" ".join(way)}: first step {first[way]:.1f} s')
     times = {way: [] for way in functions}
     for turn in turns:
         for way, function in functions.items():
             times[way].append(run.seconds(function))
         run.report(f'{model}: turn {turn + 1}')
-    if elsewhere:
-        elsewhere.close()
-    return {
-        'turns': _nested(times),
-        'compile_seconds': _nested({way: first[way] - statistics.median(times[way]) for way in functions}),
-        'published_before_jax': elsewhere and elsewhere.jax_version,
-    }
+    return times, first
 
 
-def _nested(of_ways):
+def nested(of_ways):
+    """Returns {peer: {step: value}} for {(peer, step): value}."""
     found = {}
     for (peer, step), value in of_ways.items():
         found.setdefault(peer, {})[step] = value
@@ -167,9 +207,11 @@ def _nested(of_ways):
 def rates(turns):
     """Returns {peer: {step: how many times as long as ours the step takes}}: the median over the turns.
 
-    Our SGD has one step, which is compared with the peers' steps on the whole batch and in sub-batches.
+    Our SGD has one step, which is compared with the peers' steps on the whole batch and in pieces.
     """
-    ours = turns['ours'] | {'sgd_in_8': turns['ours']['sgd']}
+    ours = turns['ours']
+    sgd = ours.get('sgd') or ours['sgd_in_pieces']
+    ours = ours | {'sgd': sgd, 'sgd_in_pieces': sgd}
     return {
         peer: {step: run.ratio(times, ours[step]) for step, times in of_peer.items()}
         for peer, of_peer in turns.items()
@@ -185,19 +227,21 @@ def table(result):
         peer: {step: f'{value:.2f} ×' for step, value in of_peer.items()} for peer, of_peer in found.items()
     }
     rows = [[PEERS[peer], *(of_peer.get(step, tables.UNDEFINED) for step in STEPS)] for peer, of_peer in cells.items()]
-    return tables.markdown(['step', *(title for title, _ in STEPS.values())], rows)
+    return tables.markdown(['seconds, or times ours', *STEPS.values()], rows)
 
 
 def short_table(results):
     """Returns a Markdown table for both networks: how many times as long as ours the peers' steps take.
 
-    SGD's column has the faster of both steps of the peer. SAM and bSAM have 8 sub-batches.
+    SGD's column has the faster of both steps of the peer if the pieces have the gradient of the whole batch, as without
+    batch normalisation. SAM and bSAM have 8 sub-batches.
     """
     header, rows = ['time ÷ ours'], {}
     for model in plain.NETWORKS:
         header += [f'{run.NAMES[model]}: SGD', 'SAM', 'bSAM']
+        steps = ('sgd', 'sgd_in_pieces') if model == 'resnet20' else ('sgd',)
         for peer, of_peer in rates(results[model]['turns']).items():
-            sgd = min((of_peer[step] for step in ('sgd', 'sgd_in_8') if step in of_peer), default=None)
+            sgd = min((of_peer[step] for step in steps if step in of_peer), default=None)
             found = sgd, of_peer.get('sam_in_8'), of_peer.get('bsam_in_8')
             cells = [tables.UNDEFINED if value is None else f'{value:.2f}' for value in found]
             rows.setdefault(peer, [PEERS[peer]]).extend(cells)
@@ -211,13 +255,13 @@ def main(argv=None):
     add('--models', nargs='+', choices=plain.NETWORKS, default=list(plain.NETWORKS), help='networks')
     add('--oldjax', metavar='PYTHON', help='interpreter of an environment with JAX 0.5.3 (default: leave it out)')
     add('--repeats', type=parsing.integer(1), default=3, help='minimum number of turns')
-    add('--seconds', type=parsing.integer(0), default=120, help='minimum seconds of each network, without compilation')
+    add('--seconds', type=parsing.integer(0), default=120, help='minimum seconds of the turns')
     add('--json', type=parsing.new_file, help='write all figures to this JSON file')
     args = parser.parse_args(argv)
     results = provenance.of_command('benchmarks/peers.py', argv) | {'machine': run.machine()}
     results['environment']['versions']['torch'] = metadata.version('torch')
     for model in args.models:
-        results[model] = measure(model, args.oldjax, run.lasting(args.repeats, args.seconds))
+        results[model] = measure(model, args.oldjax, partial(run.lasting, args.repeats, args.seconds))
         print(f'{run.NAMES[model]}\n\n{table(results[model])}', flush=True)
     if args.json:
         json_files.write_json(args.json, results)

@@ -58,24 +58,31 @@ NETWORKS = {
 }
 
 
+def forget_compiled():
+    """Forgets all compiled networks, because torch.compile silently stops to compile after a few of them."""
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 class Stepper:
     """Takes steps of SGD or SAM on one synthetic batch.
 
     Args:
         model: a name in NETWORKS.
         batch_size: images in the batch.
-        pieces: sub-batches that the batch is cut into. SAM perturbs the weights for each.
+        num_sub_batches: sub-batches of the batch. SAM perturbs the weights for each sub-batch.
         compiled: whether torch.compile compiles the network and its gradient.
         rho: the size of SAM's perturbation, None for SGD.
     """
 
-    def __init__(self, model, batch_size, pieces, compiled, rho=None):
+    def __init__(self, model, batch_size, num_sub_batches, compiled, rho=None):
         self.network = NETWORKS[model]().to(memory_format=torch.channels_last)
         self.params = list(self.network.parameters())
         self.optimizer = torch.optim.SGD(self.params, lr=0.01, momentum=0.9, weight_decay=5e-4)
         images = torch.randn(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
-        self.sub_batches = list(zip(images.chunk(pieces), torch.randint(10, (batch_size,)).chunk(pieces), strict=True))
-        self.forward = torch.compile(self.network) if compiled else self.network
+        batch = images, torch.randint(10, (batch_size,))
+        self.sub_batches = list(zip(*(x.chunk(num_sub_batches) for x in batch), strict=True))
+        self.forward = torch.compile(self.network, dynamic=False) if compiled else self.network
         self.rho = rho
 
     def __call__(self):

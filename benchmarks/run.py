@@ -72,7 +72,12 @@ def parse_args(argv):
     help = 'minimum number of turns for the published formulation, minutes each on a CPU; 0 leaves it out'
     add('--baselinerepeats', type=parsing.integer(0), default=2, help=help)
     add('--json', type=parsing.new_file, help='write all figures to this JSON file')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.baselinerepeats and args.precision != 'float32':
+        parser.error(
+            f'the published formulation has float32 only: add --baselinerepeats 0 to --precision {args.precision}'
+        )
+    return args
 
 
 def report(message):
@@ -308,7 +313,7 @@ def baseline_times(model, precision, turns):
     num_data = config['dataset']['num_train']
     weight_decay = config['flags']['priorprec'] / num_data
     step = baseline.bsam_step(plain.loss_function(network), **given, weight_decay=weight_decay, num_data=num_data)
-    zeros, ones = (jax.tree.map(partial(jnp.full_like, fill_value=x), params) for x in (0, 1))
+    zeros, ones = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.ones_like, params)
     carried = params, zeros, ones, batch_stats, state.key
     rng = np.random.default_rng(0)
 
@@ -348,12 +353,12 @@ def evaluation_times(model, precision, turns, num_images, num_samples):
             yield prediction
         yield prediction.measure(labels, num_bins=20)
 
-    plain = partial(logits, images=images)
-    next(samples_then_metrics()), plain()  # compiles
+    forward = partial(logits, images=images)
+    next(samples_then_metrics()), forward()  # compiles
     times = {'evaluate': [], 'plain': []}
     for _ in turns:
         evaluated = samples_then_metrics()
-        pairs = [(seconds(next, evaluated), seconds(plain)) for _ in range(num_samples + 1)]
+        pairs = [(seconds(next, evaluated), seconds(forward)) for _ in range(num_samples + 1)]
         for name, of_parts in zip(times, zip(*pairs, strict=True), strict=True):
             times[name].append(sum(of_parts))
     return {

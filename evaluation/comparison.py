@@ -287,7 +287,12 @@ def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list
         labels: int [N].
         num_bins: the number of bins of the ECE.
     """
-    first, ece = baseline(rows), metrics.with_bins(num_bins)['ece']
+
+    def ece(row):
+        return np.mean([metrics.ece(probs, labels, num_bins=num_bins) for probs in row.probs])
+
+    first = baseline(rows)
+    ece_of_first = ece(first)
     firsts, resampled_firsts = _averages(first.probs, labels)
     cells = []
     for row in (row for row in rows if row is not first):
@@ -298,8 +303,7 @@ def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list
                 difference, differences = observed[name] - firsts[name], resampled[name] - resampled_firsts[name]
             test = metrics.difference(difference, differences) if differences.any() else None
             line += _test_cells(name, difference, test)
-        difference = np.mean([ece(p, labels) for p in row.probs]) - np.mean([ece(p, labels) for p in first.probs])
-        cells.append([*line, _test_cells('ece', difference, None)[0]])
+        cells.append([*line, _test_cells('ece', ece(row) - ece_of_first, None)[0]])
     return [*_test_header(first.name, TESTED), TITLES['ece']], cells
 
 

@@ -109,7 +109,8 @@ _PUBLISHED = _AS_PUBLISHED | {
     f'{name}_bfloat16': flags | {'precision': 'bfloat16'} for name, flags in _AS_PUBLISHED.items()
 }
 
-# All 50,000 images with the published settings, except for the network and the number of epochs.
+# All 50,000 images with the published settings, except for the network, the number of epochs and, in short runs, one
+# epoch of warm-up instead of five.
 _ALL = {name: _AS_PUBLISHED[f'cifar10_{name}'] for name in ('sgd', 'bsam', 'sam')}
 _ALL_EVALUATIONS = {
     'corrupted': (1, Request(testmc=(8,), testimages=500, corruptions='')),
@@ -253,7 +254,7 @@ def main(argv=None):
         tasks = [partial(keep, args, name, variant, seed, path) for variant, seed, path in records(name)]
         kept = all(processes.on_devices(tasks, args.jobs))
         if kept and study.compared:
-            compare(args, name)
+            kept = all(processes.on_devices([lambda run, name=name: compare(args, name)]))
         complete = complete and bool(kept)
     sys.exit(0 if complete else 1)
 
@@ -330,21 +331,25 @@ def command_of(flags):
 
 
 def compare(args, name):
-    """Compares the saved predictions of all runs of a study, and keeps the tables unless they exist. Raises RunError.
+    """Compares the saved predictions of all runs of a study, and keeps the tables, unless they exist. Raises RunError.
 
     Args:
         args: the flags of this script.
         name: the study.
+
+    Returns:
+        True.
     """
     study, (means, text) = STUDIES[name], (KEPT / name / file for file in COMPARISON)
     if means.exists():
-        return
+        return True
     asked = next((request for _, request in study.evaluations.values() if request.laplace), Request())
     runs = [Path(run_of(args, f'{name}/{variant}_{seed}')) for variant, seed, _ in records(name)]
     results = [result for run in runs for _, result in predictions.results_of(run, folders.read_config(run), asked)]
     report, rows, values = comparison.report(results, Request.bins, with_ensembles=True)
     text.write_text(report.strip() + '\n')
     means.write_text(tables.comma_separated(*comparison.full_table(rows, values)))
+    return True
 
 
 def folder_of(args, name, variant, seed):
