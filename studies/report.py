@@ -7,6 +7,7 @@ The prose of results/README.md is in report.md. This script makes the tables, ve
 
 import csv
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -263,9 +264,8 @@ def bounds_table(found):
     for subject in subjects(found):
         record = first_of(found[subject.variant])
         shown = [with_bounds(record['evaluations']['test'], subject.at, metric) for metric in comparison.SHOWN]
-        minutes = sum(epoch['seconds'] for epoch in record['log']) / 60
-        rows.append([str(subject), *shown, f'{minutes:.0f}'])
-    return tables.markdown(['method', *(comparison.TITLES[name] for name in comparison.SHOWN), 'minutes'], rows)
+        rows.append([str(subject), *shown])
+    return tables.markdown(['method', *(comparison.TITLES[name] for name in comparison.SHOWN)], rows)
 
 
 def paired_tests(name):
@@ -603,14 +603,16 @@ TABLES = {
 
 def speed_table():
     """Returns a table of the time of SAM's and bSAM's steps over the time of a gradient and of an SGD step."""
-    results = kept('benchmark')
-    costs = [(optim, of) for of in ('gradient', 'sgd') for optim in ('sam', 'bsam')]
+    over_gradient, steps = kept('benchmark'), kept('peers')
     rows = []
     for model, name in run.NAMES.items():
-        cost = results[model]['over_gradient'] | {'gradient': 1}
-        rows.append([name, *(f'{cost[optim] / cost[of]:.2f}' for optim, of in costs)])
-    header = ['SAM / gradient', 'bSAM / gradient', 'SAM / SGD', 'bSAM / SGD']
-    return tables.markdown(['on [two CPU cores](benchmark.json)', *header], rows)
+        cost = over_gradient[model]['over_gradient']
+        ours = {step: statistics.median(times) for step, times in steps[model]['turns']['ours'].items()}
+        sgd = ours['sgd' if 'sgd' in ours else 'sgd_in_pieces']
+        ratios = cost['sam'], cost['bsam'], ours['sam_in_8'] / sgd, ours['bsam_in_8'] / sgd
+        rows.append([name, *(f'{ratio:.2f}' for ratio in ratios)])
+    header = ['SAM / [gradient](benchmark.json)', 'bSAM / gradient', 'SAM / [SGD](peers.json)', 'bSAM / SGD']
+    return tables.markdown(['two CPU cores', *header], rows)
 
 
 def commands(name, found):
