@@ -154,46 +154,35 @@ def steppers(model):
     return found
 
 
-def measure(model, old_jax, turns):
-    """Returns the seconds of all steps, {'turns': {peer: {step: seconds of each turn}}, 'compile_seconds': ..., ...}.
+def measure(model, steps, old_jax, turns):
+    """Returns the seconds of all steps, {'turns': {peer: {step: [seconds of each turn]}}, 'compile_seconds': ...}.
 
     The published formulation takes its own turns with our bSAM, because its steps need most time and memory.
 
     Args:
         model: a name in plain.NETWORKS.
+        steps: names in STEPS.
         old_jax: the interpreter with JAX 0.5.3, None to leave it out.
         turns: a function that returns an iterable with one entry per turn.
     """
-    times, first = timed(model, steppers(model), turns())
-    published = {
-        ('ours', 'bsam_in_8'): run.TrainerOfOneBatch(model, 'bsam', 'float32'),
-        ('published', 'bsam_in_8'): baseline.stepper(model, run.BATCH, run.SPLIT),
-    }
-    with contextlib.ExitStack() as stack:
-        if old_jax:
-            elsewhere = stack.enter_context(contextlib.closing(Elsewhere(old_jax, model)))
-            published['published_old_jax', 'bsam_in_8'] = elsewhere
-        times_of_bsam, first_of_bsam = timed(model, published, turns())
-    times, first = times | times_of_bsam, first | first_of_bsam
-    return {
+    functions = {way: function for way, function in steppers(model).items() if way[1] in steps}
+    times, first = run.in_turns(turns(), functions)
+    found = {}
+    if 'bsam_in_8' in steps:
+        published = {
+            ('ours', 'bsam_in_8'): run.TrainerOfOneBatch(model, 'bsam', 'float32'),
+            ('published', 'bsam_in_8'): baseline.stepper(model, run.BATCH, run.SPLIT),
+        }
+        with contextlib.ExitStack() as stack:
+            if old_jax:
+                elsewhere = stack.enter_context(contextlib.closing(Elsewhere(old_jax, model)))
+                published['published_old_jax', 'bsam_in_8'], found['old_jax'] = elsewhere, elsewhere.jax_version
+            times_of_bsam, first_of_bsam = run.in_turns(turns(), published)
+        times, first = times | times_of_bsam, first | first_of_bsam
+    return found | {
         'turns': nested(times),
         'compile_seconds': nested({way: first[way] - statistics.median(times[way]) for way in times}),
-        'old_jax': elsewhere.jax_version if old_jax else None,
     }
-
-
-def timed(model, functions, turns):
-    """Returns {(peer, step): [seconds of each turn]} and {(peer, step): seconds of the first step, which compiles}."""
-    first = {}
-    for way, function in functions.items():
-        first[way] = run.seconds(function)
-        run.report(f'{model}, {" ".join(way)}: first step {first[way]:.1f} s')
-    times = {way: [] for way in functions}
-    for turn in turns:
-        for way, function in functions.items():
-            times[way].append(run.seconds(function))
-        run.report(f'{model}: turn {turn + 1}')
-    return times, first
 
 
 def nested(of_ways):
@@ -253,16 +242,20 @@ def main(argv=None):
     parser = parsing.Parser(__doc__)
     add = parser.add_argument
     add('--models', nargs='+', choices=plain.NETWORKS, default=list(plain.NETWORKS), help='networks')
+    add('--steps', nargs='+', choices=STEPS, default=list(STEPS), help='steps to take')
     add('--oldjax', metavar='PYTHON', help='interpreter of an environment with JAX 0.5.3 (default: leave it out)')
     add('--repeats', type=parsing.integer(1), default=3, help='minimum number of turns')
     add('--seconds', type=parsing.integer(0), default=120, help='minimum seconds of the turns')
     add('--json', type=parsing.new_file, help='write all figures to this JSON file')
     args = parser.parse_args(argv)
     results = provenance.of_command('benchmarks/peers.py', argv) | {'machine': run.machine()}
+    if args.oldjax:
+        results['command'] = results['command'].replace(args.oldjax, 'OTHER_PYTHON')
     results['environment']['versions']['torch'] = metadata.version('torch')
     for model in args.models:
-        results[model] = measure(model, args.oldjax, partial(run.lasting, args.repeats, args.seconds))
+        results[model] = measure(model, args.steps, args.oldjax, partial(run.lasting, args.repeats, args.seconds))
         print(f'{run.NAMES[model]}\n\n{table(results[model])}', flush=True)
+        run.report(f'{model} is done')
     if args.json:
         json_files.write_json(args.json, results)
 

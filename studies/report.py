@@ -7,7 +7,6 @@ The prose of results/README.md is in report.md. This script makes the tables, ve
 
 import csv
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import experiment
 import metrics
-from benchmarks import loading, peers, run, throughput
+from benchmarks import loading, run, throughput
 from evaluation import comparison, plots, tables
 from runs import json_files, launch, parsing, training_flags
 from studies import study
@@ -593,9 +592,6 @@ TABLES = {
         [kept('throughput_bfloat16'), kept('throughput_float32')], training_flags.PRECISIONS, THROUGHPUT
     ),
     'speed': lambda: run.table(kept('benchmark')),
-    'peers': lambda: peers.short_table(kept('peers')),
-    'peers_resnet18': lambda: peers.table(kept('peers')['resnet18']),
-    'peers_resnet20': lambda: peers.table(kept('peers')['resnet20']),
     'convolutions': convolutions_table,
     'loading': loading_table,
 }
@@ -603,16 +599,14 @@ TABLES = {
 
 def speed_table():
     """Returns a table of the time of SAM's and bSAM's steps over the time of a gradient and of an SGD step."""
-    over_gradient, steps = kept('benchmark'), kept('peers')
+    results = kept('benchmark')
+    costs = [(optim, of) for of in ('gradient', 'sgd') for optim in ('sam', 'bsam')]
     rows = []
     for model, name in run.NAMES.items():
-        cost = over_gradient[model]['over_gradient']
-        ours = {step: statistics.median(times) for step, times in steps[model]['turns']['ours'].items()}
-        sgd = ours['sgd' if 'sgd' in ours else 'sgd_in_pieces']
-        ratios = cost['sam'], cost['bsam'], ours['sam_in_8'] / sgd, ours['bsam_in_8'] / sgd
-        rows.append([name, *(f'{ratio:.2f}' for ratio in ratios)])
-    header = ['SAM / [gradient](benchmark.json)', 'bSAM / gradient', 'SAM / [SGD](peers.json)', 'bSAM / SGD']
-    return tables.markdown(['two CPU cores', *header], rows)
+        cost = results[model]['over_gradient'] | {'gradient': 1}
+        rows.append([name, *(f'{cost[optim] / cost[of]:.2f}' for optim, of in costs)])
+    header = ['SAM / gradient', 'bSAM / gradient', 'SAM / SGD', 'bSAM / SGD']
+    return tables.markdown(['on [two CPU cores](benchmark.json)', *header], rows)
 
 
 def commands(name, found):
