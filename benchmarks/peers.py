@@ -215,26 +215,31 @@ def table(result):
     cells = {'ours': ours} | {
         peer: {step: f'{value:.2f} ×' for step, value in of_peer.items()} for peer, of_peer in found.items()
     }
-    rows = [[PEERS[peer], *(of_peer.get(step, tables.UNDEFINED) for step in STEPS)] for peer, of_peer in cells.items()]
-    return tables.markdown(['seconds, or times ours', *STEPS.values()], rows)
+    shown = [step for step in STEPS if any(step in of_peer for of_peer in cells.values())]
+    rows = [[PEERS[peer], *(of_peer.get(step, tables.UNDEFINED) for step in shown)] for peer, of_peer in cells.items()]
+    return tables.markdown(['seconds, or times ours', *(STEPS[step] for step in shown)], rows)
 
 
 def short_table(results):
     """Returns a Markdown table for both networks: how many times as long as ours the peers' steps take.
 
     SGD's column has the faster of both steps of the peer if the pieces have the gradient of the whole batch, as without
-    batch normalisation. SAM and bSAM have 8 sub-batches.
+    batch normalisation. SAM and bSAM have 8 sub-batches. A column is left out if no peer has it.
     """
     header, rows = ['time ÷ ours'], {}
     for model in plain.NETWORKS:
-        header += [f'{run.NAMES[model]}: SGD', 'SAM', 'bSAM']
-        steps = ('sgd', 'sgd_in_pieces') if model == 'resnet20' else ('sgd',)
-        for peer, of_peer in rates(results[model]['turns']).items():
-            sgd = min((of_peer[step] for step in steps if step in of_peer), default=None)
-            found = sgd, of_peer.get('sam_in_8'), of_peer.get('bsam_in_8')
-            cells = [tables.UNDEFINED if value is None else f'{value:.2f}' for value in found]
-            rows.setdefault(peer, [PEERS[peer]]).extend(cells)
-    return tables.markdown(header, list(rows.values()))
+        found = rates(results[model]['turns'])
+        sgd = ('sgd', 'sgd_in_pieces') if model == 'resnet20' else ('sgd',)
+        for title, steps in {'SGD': sgd, 'SAM': ('sam_in_8',), 'bSAM': ('bsam_in_8',)}.items():
+            fastest = {
+                peer: min((of_peer[step] for step in steps if step in of_peer), default=None)
+                for peer, of_peer in found.items()
+            }
+            if any(fastest.values()):
+                header.append(f'{run.NAMES[model]}, {title}')
+                for peer, value in fastest.items():
+                    rows.setdefault(peer, []).append(tables.UNDEFINED if value is None else f'{value:.2f}')
+    return tables.markdown(header, [[PEERS[peer], *cells] for peer, cells in rows.items()])
 
 
 @launch.script('peers.py')

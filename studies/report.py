@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import experiment
 import metrics
-from benchmarks import loading, run, throughput
+from benchmarks import loading, peers, run, throughput
 from evaluation import comparison, plots, tables
 from runs import json_files, launch, parsing, training_flags
 from studies import study
@@ -592,6 +592,9 @@ TABLES = {
         [kept('throughput_bfloat16'), kept('throughput_float32')], training_flags.PRECISIONS, THROUGHPUT
     ),
     'speed': lambda: run.table(kept('benchmark')),
+    'peers': lambda: peers.short_table(kept('peers')),
+    'peers_resnet18': lambda: peers.table(kept('peers')['resnet18']),
+    'peers_resnet20': lambda: peers.table(kept('peers')['resnet20']),
     'convolutions': convolutions_table,
     'loading': loading_table,
 }
