@@ -7,7 +7,9 @@ OTHER_PYTHON is the interpreter of an environment with JAX 0.5.3, Flax 0.10.4 an
 """
 
 import contextlib
+import importlib.util
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from jax import tree
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import errors
 import experiment
 from benchmarks import baseline, plain, run
 from evaluation import tables
@@ -123,7 +126,12 @@ class Elsewhere:
         command = [python, baseline.__file__, model, run.BATCH, run.SPLIT, end.fileno()]
         self.process = subprocess.Popen([str(part) for part in command], pass_fds=[end.fileno()])
         end.close()
-        self.jax_version = self.connection.recv()
+        try:
+            self.jax_version = self.connection.recv()
+        except EOFError as error:
+            raise errors.UserError(
+                f'--oldjax {python} cannot run benchmarks/baseline.py: see its message above'
+            ) from error
 
     def __call__(self):
         self.connection.send(None)
@@ -134,20 +142,24 @@ class Elsewhere:
         self.process.wait()
 
 
-def steppers(model):
-    """Returns {(peer, step): function that takes a step}, except for the published formulation."""
+def steppers(model, steps):
+    """Returns {(peer, step): function that takes a step} for some of STEPS, except for bSAM's."""
     from benchmarks import peers_torch  # imported late, so that `--help` needs no PyTorch
 
     peers_torch.forget_compiled()
-    pieces = max(run.SPLIT, experiment.num_pieces(model, run.BATCH))
-    ours = run.TrainerOfOneBatch(model, 'sgd', 'float32')
-    found = {
-        ('ours', 'sgd_in_pieces' if experiment.num_pieces(model, run.BATCH) > 1 else 'sgd'): ours,
-        ('ours', 'sam'): run.TrainerOfOneBatch(model, 'sam', 'float32', batchsplit=1),
-        ('ours', 'sam_in_8'): run.TrainerOfOneBatch(model, 'sam', 'float32'),
+    pieces = experiment.num_pieces(model, run.BATCH)
+    ways = {
+        'sgd': (1, None),
+        'sgd_in_pieces': (pieces if pieces > 1 else run.SPLIT, None),
+        'sam': (1, RHO),
+        'sam_in_8': (run.SPLIT, RHO),
     }
-    steps = {'sgd': (1, None), 'sgd_in_pieces': (pieces, None), 'sam': (1, RHO), 'sam_in_8': (run.SPLIT, RHO)}
-    for step, (num_sub_batches, rho) in steps.items():
+    found = {}
+    for step, (num_sub_batches, rho) in ((step, ways[step]) for step in ways if step in steps):
+        if rho is not None:
+            found['ours', step] = run.TrainerOfOneBatch(model, 'sam', 'float32', num_sub_batches)
+        elif num_sub_batches == pieces:
+            found['ours', step] = run.TrainerOfOneBatch(model, 'sgd', 'float32')
         found['flax', step] = PlainStepper(model, num_sub_batches, rho)
         for peer, compiled in (('torch', False), ('compiled', True)):
             found[peer, step] = peers_torch.Stepper(model, run.BATCH, num_sub_batches, compiled, rho)
@@ -165,8 +177,7 @@ def measure(model, steps, old_jax, turns):
         old_jax: the interpreter with JAX 0.5.3, None to leave it out.
         turns: a function that returns an iterable with one entry per turn.
     """
-    functions = {way: function for way, function in steppers(model).items() if way[1] in steps}
-    times, first = run.in_turns(turns(), functions)
+    times, first = run.in_turns(turns(), steppers(model, steps))
     found = {}
     if 'bsam_in_8' in steps:
         published = {
@@ -253,6 +264,10 @@ def main(argv=None):
     add('--seconds', type=parsing.integer(0), default=120, help='minimum seconds of the turns')
     add('--json', type=parsing.new_file, help='write all figures to this JSON file')
     args = parser.parse_args(argv)
+    if importlib.util.find_spec('torch') is None:
+        parser.error('peers.py needs PyTorch: pip install torch')
+    if args.oldjax and not shutil.which(args.oldjax):
+        parser.error(f'--oldjax {args.oldjax} is not a program: give the path of a Python interpreter')
     results = provenance.of_command('benchmarks/peers.py', argv) | {'machine': run.machine()}
     if args.oldjax:
         results['command'] = results['command'].replace(args.oldjax, 'OTHER_PYTHON')

@@ -276,7 +276,7 @@ def baseline(rows: list[Row]) -> Row:
     return next(row for row in rows if not row.is_ensemble)
 
 
-def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list[str], list[list[str]]]:
+def test_table(rows: list[Row], values: list[dict], labels: np.ndarray) -> tuple[list[str], list[list[str]]]:
     """Returns the header and rows of paired bootstrap tests over images: each row's difference from the baseline.
 
     Differences in accuracy and NLL have a 95 % interval and a p-value, unless they are 0 on every resample or not
@@ -284,26 +284,22 @@ def test_table(rows: list[Row], labels: np.ndarray, num_bins: int) -> tuple[list
 
     Args:
         rows: as from `rows`, the row with the lowest NLL first.
+        values: as from `values`, for the same rows.
         labels: int [N].
-        num_bins: the number of bins of the ECE.
     """
-
-    def ece(row):
-        return np.mean([metrics.ece(probs, labels, num_bins=num_bins) for probs in row.probs])
-
     first = baseline(rows)
-    ece_of_first = ece(first)
-    firsts, resampled_firsts = _averages(first.probs, labels)
-    cells = []
-    for row in (row for row in rows if row is not first):
-        observed, resampled = _averages(row.probs, labels)
+    firsts = next(v for row, v in zip(rows, values, strict=True) if row is first)
+    resampled_firsts, cells = _resampled(first, labels), []
+    for row, of_row in ((row, v) for row, v in zip(rows, values, strict=True) if row is not first):
+        with np.errstate(invalid='ignore'):  # an infinite NLL minus another is nan
+            differences = {name: np.mean(of_row[name]) - np.mean(firsts[name]) for name in metrics.SHORT}
+            resampled = {name: of_name - resampled_firsts[name] for name, of_name in _resampled(row, labels).items()}
         line = [row.name]
         for name in TESTED:
-            with np.errstate(invalid='ignore'):  # an infinite NLL minus another is nan
-                difference, differences = observed[name] - firsts[name], resampled[name] - resampled_firsts[name]
-            test = metrics.difference(difference, differences) if differences.any() else None
-            line += _test_cells(name, difference, test)
-        cells.append([*line, _test_cells('ece', ece(row) - ece_of_first, None)[0]])
+            tested = resampled[name].any()
+            test = metrics.difference(differences[name], resampled[name]) if tested else None
+            line += _test_cells(name, differences[name], test)
+        cells.append([*line, _test_cells('ece', differences['ece'], None)[0]])
     return [*_test_header(first.name, TESTED), TITLES['ece']], cells
 
 
@@ -356,14 +352,11 @@ def _test_cells(name, difference, test):
     return [f'{difference} [{low}, {high}]', f'{test[2]:.3f}' if test[2] >= 0.001 else '<0.001']
 
 
-def _averages(probs, labels):
-    """Returns metrics averaged over runs: {name: float} on the images, {name: float [R]} on each resample."""
+def _resampled(row, labels):
+    """Returns the tested metrics on each resample, averaged over the runs of a row: {name: float [R]}."""
     tested = {name: metrics.METRICS[name] for name in TESTED}
-    resampled = [metrics.resampled(tested, p, labels) for p in probs]
-    return (
-        {name: np.mean([metric(p, labels) for p in probs]) for name, metric in tested.items()},
-        {name: np.mean([run[name] for run in resampled], axis=0) for name in tested},
-    )
+    runs = [metrics.resampled(tested, probs, labels) for probs in row.probs]
+    return {name: np.mean([run[name] for run in runs], axis=0) for name in tested}
 
 
 def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[str, list[Row], list[dict]]:
@@ -387,8 +380,8 @@ def report(results: list[Result], num_bins: int, with_ensembles: bool) -> tuple[
     if len(found) > 1:
         chosen = 'the lowest NLL that is not of an ensemble' if with_ensembles else 'the lowest NLL'
         text += _caption(baseline(found), chosen, 'paired bootstrap over images')
-        text += tables.markdown(*test_table(found, results[0].labels, num_bins))
-        text += 'ECE: the difference only, because resampling adds calibration error\n\n'
+        text += tables.markdown(*test_table(found, measured, results[0].labels))
+        text += '\nECE: the difference only, because resampling adds calibration error\n\n'
     header, over_seeds = seeds_table(found, measured)
     if over_seeds:
         first = next(row for row in found if len(row.probs) > 1)

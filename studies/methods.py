@@ -13,7 +13,6 @@ The drawn and chosen settings go to OUTPUT.json, the tables to OUTPUT.md and OUT
 """
 
 import math
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import experiment
-from evaluation import comparison, predictions
 from evaluation.request import Request
-from runs import folders, json_files, launch, parsing, processes, provenance, training_flags
+from runs import json_files, launch, parsing, processes, provenance, training_flags
+from studies import study
 
 _SGD = {'alpha': (0.003, 0.3), 'priorprec': (0.3, 30)}
 _ADAM = {'alpha': (1e-4, 1e-2), 'priorprec': (0.3, 30)}
@@ -59,13 +58,8 @@ def main(argv=None):
     record = provenance.of_command('studies/methods.py', argv)
     record['optimizers'] = {optim: {'tried': tried[optim], 'chosen': chosen[optim]} for optim in chosen}
     asked = Request(laplace='kron')
-    results = [result for run in trained for _, result in predictions.results_of(run, folders.read_config(run), asked)]
-    text, rows, values = comparison.report(results, Request.bins, with_ensembles=True)
     json_files.write_json(args.output.with_suffix('.json'), record)
-    args.output.with_suffix('.md').write_text(text.strip() + '\n')
-    comparison.write(args.folder, rows, values)
-    shutil.copy(args.folder / 'comparison.csv', args.output.with_suffix('.csv'))
-    print(text)
+    print(study.keep_comparison(trained, asked, args.output))
 
 
 def parse_args(argv):

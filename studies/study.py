@@ -340,16 +340,28 @@ def compare(args, name):
     Returns:
         True.
     """
-    study, (means, text) = STUDIES[name], (KEPT / name / file for file in COMPARISON)
+    study, means = STUDIES[name], KEPT / name / COMPARISON[0]
     if means.exists():
         return True
     asked = next((request for _, request in study.evaluations.values() if request.laplace), Request())
     runs = [Path(run_of(args, f'{name}/{variant}_{seed}')) for variant, seed, _ in records(name)]
+    keep_comparison(runs, asked, means.with_suffix(''))
+    return True
+
+
+def keep_comparison(runs, asked, path):
+    """Writes the tables of test.py to path.md, and the means of all metrics to path.csv. Returns the tables.
+
+    Args:
+        runs: run folders with saved predictions.
+        asked: the Request that says which predictions to read.
+        path: without a suffix.
+    """
     results = [result for run in runs for _, result in predictions.results_of(run, folders.read_config(run), asked)]
     report, rows, values = comparison.report(results, Request.bins, with_ensembles=True)
-    text.write_text(report.strip() + '\n')
-    means.write_text(tables.comma_separated(*comparison.full_table(rows, values)))
-    return True
+    path.with_suffix('.md').write_text(report.strip() + '\n')
+    path.with_suffix('.csv').write_text(tables.comma_separated(*comparison.full_table(rows, values)))
+    return report
 
 
 def folder_of(args, name, variant, seed):

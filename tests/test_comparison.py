@@ -63,7 +63,7 @@ def test_ensembles():
 def test_test_table():
     """Equal predictions have nothing to test. Much worse predictions differ significantly."""
     rows = comparison.rows([result('sgd', 0, strength=5), result('sam', 0, strength=5), result('bsam', 0, strength=1)])
-    header, (same, worse) = comparison.test_table(rows, LABELS, num_bins=20)
+    header, (same, worse) = comparison.test_table(rows, comparison.values(rows, LABELS, num_bins=20), LABELS)
     assert header[1:] == ['accuracy %', 'p', 'NLL', 'p', 'ECE'] and worse[2] == '0.002'
     assert same[1:] == ['+0.00', '–', '+0.0000', '–', '+0.0000']
     value, *interval = worse[header.index('NLL')].split()
@@ -115,7 +115,7 @@ def test_impossible_classes():
     values = comparison.values(rows, LABELS, num_bins=20)
     assert comparison.main_table(rows, values, bold=True)[1][1][3] == 'inf'
     assert comparison.full_table(rows, values)[1][1][6:8] == ['inf', '']
-    assert comparison.test_table(rows, LABELS, num_bins=20)[1][0][3:5] == ['+inf', '–']
+    assert comparison.test_table(rows, comparison.values(rows, LABELS, num_bins=20), LABELS)[1][0][3:5] == ['+inf', '–']
     both = comparison.rows([result('sam', 0), result('sam', 1), *results])
     values = comparison.values(both, LABELS, num_bins=20)
     assert comparison.seeds_table(both, values)[1][0][3:5] == ['+inf', '–']
@@ -130,7 +130,7 @@ def test_diverged_runs_come_last_and_are_not_tested():
     assert [rows[i].name for i in order] == ['bsam, mean', 'sam, mean', 'sgd, mean', 'sgd, 8 samples']
     rows, values = [rows[i] for i in order], [values[i] for i in order]
     assert comparison.main_table(rows, values, bold=True)[1][2][2:] == ['–'] * 4
-    assert comparison.test_table(rows, LABELS, num_bins=20)[1][-1][1:] == ['–'] * 5
+    assert comparison.test_table(rows, comparison.values(rows, LABELS, num_bins=20), LABELS)[1][-1][1:] == ['–'] * 5
     assert set(comparison.full_table(rows, values)[1][2][2:]) == {''}
 
 
